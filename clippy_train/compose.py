@@ -1,0 +1,183 @@
+"""Command line -> typed configuration, through Hydra and once per run.
+
+`key=value` overrides are Hydra's, with two additions: an unknown key is refused with the nearest one, and free text
+(prompts, paths) is taken as typed, without Hydra's quoting rules.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clippy_train.config import TrainConfig, keys, typed
+from clippy_train.errors import ConfigError
+
+T = TypeVar("T")
+
+_HERE = Path(__file__).parent
+# In a wheel conf/ lies inside the package; in the source tree, beside it.
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
+
+
+def compose(schema: type[T], overrides: list[str]) -> T:
+    """The configuration of a verb.
+
+    Raises:
+        ConfigError: an unknown key or choice, a value of the wrong type, a missing value, a contradiction.
+    """
+    return typed(_composed(schema, overrides), schema)
+
+
+def sweep(overrides: list[str], run_trial: Callable[[TrainConfig], int]) -> int:
+    """Run every combination of the comma-separated values, one after another, through Hydra's own sweeper.
+
+    A trial is named after the values that it varies and lies in the folder `run.root`/`run.name`. The exit code is the
+    worst of the trials'.
+
+    Raises:
+        ConfigError: as `compose`, before the first trial.
+    """
+    parsed = checked(TrainConfig, overrides)
+    varied = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    for first in _first_values(parsed):
+        _composed(TrainConfig, first)
+    codes: list[int] = []
+
+    def trial(composed: DictConfig) -> None:
+        chosen = [item for item in HydraConfig.get().overrides.task if item.split("=")[0].lstrip("+") in varied]
+        composed.run.root = str(Path(composed.run.root) / composed.run.name)
+        composed.run.name = ",".join(re.sub(r"[^\w.=+-]+", "_", item) for item in chosen) or "trial"
+        try:
+            codes.append(run_trial(typed(composed, TrainConfig)))
+        except ConfigError as error:
+            print(f"trial {composed.run.name}: {error}", file=sys.stderr)
+            codes.append(error.exit_code)
+
+    _register(TrainConfig)
+    argv, sys.argv = sys.argv, ["clippy train", "--multirun", *map(_input_line, parsed)]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(trial)()
+    finally:
+        sys.argv = argv
+    return max(codes)
+
+
+def checked(schema: type, overrides: list[str]) -> list[Override]:
+    """Parse overrides and refuse keys that do not exist.
+
+    Raises:
+        ConfigError: naming the key at fault and the nearest ones.
+    """
+    known = dict(keys(schema))
+    groups = (
+        {str(path.relative_to(CONF)) for path in CONF.iterdir() if path.is_dir()} if schema is TrainConfig else set()
+    )
+    parsed = []
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{text!r} is not KEY=VALUE")
+        name = name.lstrip("+")
+        if name not in known and name not in groups:
+            near = difflib.get_close_matches(name, [*known, *groups], n=3, cutoff=0.5)
+            near += [each for each in known if each.endswith(f".{name}") and each not in near]
+            hint = f"; did you mean {' or '.join(near)}?" if near else " (--help lists every key)"
+            raise ConfigError(f"unknown key {name}{hint}")
+        if name in known and known[name].metadata["text"] and schema is not TrainConfig:
+            text = f"{name}={quoted(value)}" if value != "null" else text
+        try:
+            parsed += OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            raise ConfigError(f"{text}: {_first_line(error)}") from error
+    return parsed
+
+
+def quoted(text: str) -> str:
+    """Text as a Hydra string that means exactly that text, interpolations and all."""
+    escaped = text.replace("${", "\\${")
+    backslashes = re.sub(r"(\\+)(?=\"|$)", r"\1\1", escaped)  # Hydra unescapes them only before a quote
+    return '"' + backslashes.replace('"', '\\"') + '"'
+
+
+def _composed(schema: type, overrides: list[str]) -> DictConfig:
+    name = _register(schema)
+    lines = [_input_line(override) for override in checked(schema, overrides)]
+    try:
+        with _search_path(schema):
+            return hydra.compose(name, overrides=lines)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_reason(error)) from error
+
+
+def _search_path(schema: type) -> Any:
+    """conf/ for `train`; none for the other verbs, whose keys (`model`) may be called like its groups."""
+    if schema is TrainConfig:
+        return hydra.initialize_config_dir(str(CONF), version_base="1.3")
+    return hydra.initialize(None, version_base="1.3")
+
+
+def _register(schema: type) -> str:
+    """Make a schema known to Hydra; the name of the configuration to compose."""
+    name = schema.__name__.removesuffix("Config").lower()
+    if schema is TrainConfig:
+        ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    else:
+        ConfigStore.instance().store(name=name, node=schema)
+    return name
+
+
+def _first_values(parsed: list[Override]) -> list[list[str]]:
+    """One override list per value of each sweep, so that a bad value is refused before the first trial runs."""
+    fixed = [_input_line(override) for override in parsed if not override.is_sweep_override()]
+    sweeps = {o.key_or_group: list(map(str, o.sweep_string_iterator())) for o in parsed if o.is_sweep_override()}
+    firsts = {key: values[0] for key, values in sweeps.items()}
+    return [
+        [*fixed, *(f"{k}={value if k == key else first}" for k, first in firsts.items())]
+        for key, values in sweeps.items()
+        for value in values
+    ] or [fixed]
+
+
+def _input_line(override: Override) -> str:
+    assert override.input_line is not None
+    return override.input_line
+
+
+def _reason(error: Exception) -> str:
+    """A Hydra or OmegaConf error in one line, led by the key at fault."""
+    cause: Any = error
+    while cause.__cause__ is not None and not getattr(cause, "full_key", None):
+        cause = cause.__cause__
+    key = getattr(cause, "full_key", None)
+    text = _first_line(cause) if key else " ".join(str(error).split())
+    return f"{key}: {text}" if key else text
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def to_yaml(config: Any) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def composed_values(schema: type, overrides: list[str]) -> dict[str, Any]:
+    """Every key with its value under `overrides`, `MISSING` where it has none yet: what `--help` shows."""
+    composed = _composed(schema, overrides)
+    missing = OmegaConf.missing_keys(composed)
+    return {name: "" if name in missing else OmegaConf.select(composed, name) for name, _ in keys(schema)}
+
+
+def experiments() -> list[str]:
+    return sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -1,0 +1,349 @@
+"""The typed settings of every verb: one home for each key's meaning, unit, default and limits.
+
+Recipe values (learning rate, steps, batch, ...) have no default here: an experiment under `conf/` pins them. Dull
+knobs have their default here and are absent from `conf/`. `problems(config)` is pure: it reports everything that is
+wrong with a configuration at once and looks at nothing outside it (files and devices are `train.preflight`'s).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clippy_train.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def key(
+    meaning: str,
+    default: Any = MISSING,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    text: bool = False,
+) -> Any:
+    """Declare a key. `minimum` is inclusive; `text` marks free text, which the command line takes as it is typed."""
+    metadata = {"meaning": meaning, "choices": choices, "minimum": minimum, "text": text}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunConfig:
+    name: str = key("name of the run: its folder under run.root, so the same name resumes the same run", text=True)
+    root: str = key("folder that holds all runs", "runs", text=True)
+
+
+@dataclass
+class ModelConfig:
+    base: str | None = key("folder or hub name of the model to start from; null starts from random weights", text=True)
+    num_layers: int = key("transformer blocks, alternating global and local attention", minimum=1)
+    hidden_size: int = key("width of the residual stream", minimum=1)
+    num_heads: int = key("attention heads", minimum=1)
+    window_size: int = key("tokens that a local layer sees, itself included", minimum=1)
+    max_position_embeddings: int = key("longest sequence in tokens", minimum=2)
+    vocab_size: int = key("vocabulary before new tokens; with base=null the tokenizer decides", minimum=1)
+    attention: str = key("how attention is computed; auto is sdpa", "auto", choices=("auto", "sdpa", "eager"))
+
+
+@dataclass
+class TokenizerConfig:
+    base: str | None = key("folder or hub name of the tokenizer; null takes model.base", None, text=True)
+    whitespace_tokens: list[str] = key("tokens added for runs of white space; none are added twice")
+    matching: str = key(
+        "which white-space token wins where several fit: longest, or first_listed as in the released checkpoints",
+        "longest",
+        choices=("longest", "first_listed"),
+    )
+    new_row_init: str = key(
+        "initial embedding of a new token: a copy of the tab token's row, or the mean of the token's former pieces",
+        "tab",
+        choices=("tab", "mean_of_pieces"),
+    )
+
+
+@dataclass
+class DataConfig:
+    path: str = key("corpus folder with train/, validation/ and test/ shards *.jsonl.zst", text=True)
+    seq_len: int = key("tokens in a block", minimum=2)
+    text_column: str = key("name of the text field of a document", "text", text=True)
+    streams: int = key(
+        "logical streams that the corpus is read in: part of the order of the data, so keep it for the life of a run; "
+        "global_batch_size must be a multiple of it, and it of the number of processes",
+        minimum=1,
+    )
+    window: int = key("documents that a stream reads ahead and permutes", 256, minimum=1)
+    num_workers: int = key("loader processes for each rank; 0 tokenises in the training process", 1, minimum=0)
+    eos_between_documents: bool = key("end every document with the end-of-text token (the original did not)", True)
+    max_bad_fraction: float = key("share of unreadable lines beyond which the run stops", 0.01, minimum=0.0)
+
+
+@dataclass
+class OptimConfig:
+    name: str = key("optimizer", choices=("adamw",))
+    lr: float = key("peak learning rate", minimum=0.0)
+    betas: list[float] = key("AdamW's decay rates of the first and second moment")
+    eps: float = key("AdamW's epsilon, outside the square root", minimum=0.0)
+    weight_decay: float = key("decoupled weight decay on everything but biases and LayerNorm scales", minimum=0.0)
+    warmup_steps: int = key("steps of linear warm-up from 0", minimum=0)
+    decay_steps: int = key("steps of cosine decay after the warm-up", minimum=0)
+    min_lr_ratio: float = key("learning rate after the decay as a share of the peak", minimum=0.0)
+    grad_clip: float = key("largest global gradient norm; 0 turns clipping off", minimum=0.0)
+
+
+@dataclass
+class StrategyConfig:
+    name: str = key("how ranks share the work", choices=("single", "ddp", "zero"))
+    stage: int = key("ZeRO stage: what is partitioned (1 optimizer, 2 + gradients, 3 + weights)", 0, minimum=0)
+    reduce_bucket_size: int = key(
+        "gradient elements reduced at once; well below the model's size, so that reducing overlaps with backward",
+        20_000_000,
+        minimum=1,
+    )
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int = key("optimizer steps of the whole run", minimum=1)
+    global_batch_size: int = key("sequences in an optimizer step, over all ranks", minimum=1)
+    micro_batch_size: int = key("sequences in one forward and backward pass of a rank", minimum=1)
+    eval_micro_batch_size: int = key("sequences in one validation pass of a rank", minimum=1)
+    accelerator: str = key("device that ranks run on", choices=("cpu", "cuda"))
+    devices: int = key("ranks on each node", minimum=1)
+    num_nodes: int = key("nodes", 1, minimum=1)
+    precision: str = key("arithmetic of the forward and backward pass", choices=("bf16", "fp32"))
+    log_every_steps: int = key("steps between two logged rows", minimum=1)
+    val_every_steps: int = key("steps between two validations", minimum=1)
+    val_samples: int = key("sequences of the validation split that a validation uses", minimum=1)
+    audit: bool = key("log every step, with a digest of its token ids (data/digest)", False)
+    deterministic: bool = key("refuse operations whose result varies from run to run", True)
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = key("steps between two checkpoints", minimum=1)
+    keep_last: int = key("checkpoints kept; older ones are deleted after a newer one is complete", minimum=1)
+
+
+@dataclass
+class LoggerConfig:
+    tensorboard: bool = key("write TensorBoard events to the run folder", True)
+
+
+@dataclass
+class TrainConfig:
+    """`clippy train`."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    resume: str = key(
+        "auto continues from the last complete checkpoint if there is one, must needs one, never refuses one; "
+        "or the folder of a checkpoint to start from",
+        "auto",
+        text=True,
+    )
+    seed: int = key("seed of the data order, of new weights and of dropout", 42, minimum=0)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.root) / self.run.name
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.num_nodes * self.trainer.devices
+
+    @property
+    def micro_steps(self) -> int:
+        """Gradient accumulation: forward and backward passes of a rank in one optimizer step."""
+        return self.trainer.global_batch_size // (self.trainer.micro_batch_size * self.world_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.trainer.global_batch_size * self.data.seq_len
+
+
+@dataclass
+class CorpusConfig:
+    """`clippy corpus`."""
+
+    src: list[str] = key("folders of source code (SRC... on the command line); none takes the code of this Python", [])
+    out: str = key("new folder for the shards", text=True)
+    extensions: list[str] = key("file endings to keep; none keeps every language that Pygments knows", [])
+    min_bytes: int = key("smallest file kept, in bytes", 64, minimum=1)
+    max_bytes: int = key("largest file kept, in bytes", 1_000_000, minimum=1)
+    validation_fraction: float = key("share of repositories (or packages) held out for validation", 0.05, minimum=0.0)
+    test_fraction: float = key("share of repositories (or packages) held out for testing", 0.05, minimum=0.0)
+    shard_bytes: int = key("text bytes in a shard, before compression", 8_000_000, minimum=1)
+    seed: int = key("seed of the split and of the order of documents", 42, minimum=0)
+
+
+@dataclass
+class ExtendConfig:
+    """`clippy extend`."""
+
+    base: str = key("folder or hub name of the model and tokenizer to extend", text=True)
+    out: str = key("new folder for the extended model and tokenizer", text=True)
+    whitespace_tokens: list[str] = key("tokens to add", ["\t\t", "  ", "    ", "        "])
+    matching: str = key("see tokenizer.matching of train", "longest", choices=("longest", "first_listed"))
+    new_row_init: str = key("see tokenizer.new_row_init of train", "tab", choices=("tab", "mean_of_pieces"))
+
+
+@dataclass
+class ExportConfig:
+    """`clippy export`."""
+
+    run: str = key("run folder", text=True)
+    out: str = key("new folder for the Hugging Face model", text=True)
+    step: int | None = key("step to export; null takes the last complete checkpoint", None, minimum=1)
+    dtype: str = key("precision of the exported weights", "fp32", choices=("fp32", "bf16"))
+
+
+@dataclass
+class GenerateConfig:
+    """`clippy generate`."""
+
+    model: str = key("folder or hub name of a model with its tokenizer", text=True)
+    prompt: str = key("text to continue; - reads standard input", text=True)
+    max_new_tokens: int = key("longest completion in tokens", 128, minimum=1)
+    temperature: float = key("sampling temperature; 0 is greedy", 0.0, minimum=0.0)
+    top_p: float = key("share of probability mass to sample from", 0.95, minimum=0.0)
+    num_samples: int = key("completions", 1, minimum=1)
+    seed: int = key("seed of the sampling", 42, minimum=0)
+
+
+@dataclass
+class DemoConfig:
+    """`clippy demo`."""
+
+    root: str = key("folder for the demo's corpus and tokenizer", "demo", text=True)
+    vocab_size: int = key("size of the byte-level BPE before the white-space tokens", 4096, minimum=300)
+    prompt: str = key(
+        "prompt for the trained model (the model card's)",
+        "def greet(name):\n  '''A function to greet user. Given a user name it should say hello'''\n",
+        text=True,
+    )
+
+
+def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every key of a schema as (dotted name, field), sections flattened."""
+    for item in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(item.type):
+            yield from keys(cast(type, item.type), f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, item
+
+
+def typed(composed: DictConfig, schema: type[T]) -> T:
+    """A composed configuration as an instance of its schema.
+
+    Raises:
+        ConfigError: a key is not set, or has no valid value; all of them are named at once.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        hint = "; choose a recipe with experiment=NAME" if schema is TrainConfig else ""
+        raise ConfigError(f"not set: {', '.join(missing)}. Add KEY=VALUE{hint} (--help explains every key)")
+    config = cast(T, OmegaConf.to_object(composed))
+    found = limits_broken(config)
+    if isinstance(config, TrainConfig):
+        found += problems(config)
+    if found:
+        raise ConfigError("\n".join(found))
+    return config
+
+
+def limits_broken(config: Any) -> list[str]:
+    """Values outside the `choices` or below the `minimum` that their key declares."""
+    found = []
+    for name, item in keys(type(config)):
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        choices, minimum = item.metadata["choices"], item.metadata["minimum"]
+        if choices and value not in choices:
+            found.append(f"{name}={value}: choose one of {', '.join(choices)}")
+        if minimum is not None and value is not None and value < minimum:
+            found.append(f"{name}={value}: must be at least {minimum}")
+    return found
+
+
+def problems(config: TrainConfig) -> list[str]:
+    """What contradicts what in a training configuration: one line each, naming the keys and the fix."""
+    found = []
+    trainer, data, model, strategy = config.trainer, config.data, config.model, config.strategy
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            found.append(message)
+
+    name = config.run.name
+    need(
+        bool(name) and name == Path(name).name and name not in (".", ".."),
+        f"run.name={name!r}: must be one folder name, without slashes",
+    )
+    need(
+        data.seq_len <= model.max_position_embeddings,
+        f"data.seq_len={data.seq_len} is longer than model.max_position_embeddings={model.max_position_embeddings}: "
+        "lower data.seq_len",
+    )
+    need(
+        model.hidden_size % max(1, model.num_heads) == 0,
+        f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}",
+    )
+    per_pass = trainer.micro_batch_size * config.world_size
+    need(
+        trainer.global_batch_size % max(1, per_pass) == 0,
+        f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of trainer.micro_batch_size x ranks "
+        f"= {trainer.micro_batch_size} x {config.world_size} = {per_pass}: change one of them",
+    )
+    need(
+        trainer.global_batch_size % max(1, data.streams) == 0,
+        f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of data.streams={data.streams}: "
+        "every step takes the same number of blocks from every stream",
+    )
+    need(
+        data.streams % max(1, config.world_size) == 0,
+        f"data.streams={data.streams} is not a multiple of the {config.world_size} ranks "
+        "(trainer.num_nodes x trainer.devices): every rank owns the same number of streams",
+    )
+    need(
+        len(config.optim.betas) == 2 and all(0 <= beta < 1 for beta in config.optim.betas),
+        f"optim.betas={config.optim.betas}: must be two numbers in [0, 1)",
+    )
+    need(config.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={config.optim.min_lr_ratio}: must be at most 1")
+    need(
+        (strategy.name == "zero") == (strategy.stage in (1, 2, 3)),
+        f"strategy.stage={strategy.stage} does not fit strategy.name={strategy.name}: choose strategy=zero1, zero2, "
+        "zero3, ddp or single",
+    )
+    need(
+        strategy.name != "single" or config.world_size == 1,
+        f"strategy=single runs one rank, but trainer.num_nodes x trainer.devices is {config.world_size}: "
+        "choose strategy=ddp or a zero stage, or trainer.devices=1",
+    )
+    return found
+
+
+def save(config: TrainConfig, path: Path) -> None:
+    """Write the resolved configuration that ranks read."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def load(path: Path) -> TrainConfig:
+    """Read what `save` wrote."""
+    try:
+        return typed(cast(DictConfig, OmegaConf.merge(TrainConfig, OmegaConf.load(path))), TrainConfig)
+    except (OmegaConfBaseException, OSError) as error:
+        raise ConfigError(f"{path} is not a configuration of this version: {error}") from error

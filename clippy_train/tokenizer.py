@@ -1,0 +1,104 @@
+"""The GPT-2 style tokenizer with tokens for runs of white space.
+
+Promise: decode(encode(x)) == x byte for byte on any text, with and without `skip_special_tokens`. The original
+registered the white-space tokens as *special*, so decoding deleted all indentation; here they are plain added tokens.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from clippy_train.errors import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """Load a fast tokenizer from a folder or from the hub.
+
+    Raises:
+        ConfigError: there is none, or it has no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer could be loaded from {name}: {_first_line(error)}") from error
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {name} is not a fast tokenizer with an end-of-text token")
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, model_max_length: int) -> Any:
+    """Train a byte-level BPE as GPT-2's: no normaliser, its splitting rule, end-of-text as the last id."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    core.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def add_whitespace_tokens(tokenizer: Any, tokens: list[str], matching: str) -> dict[str, list[int]]:
+    """Add plain tokens to `tokenizer` in place, in the order given, those that it lacks.
+
+    Args:
+        matching: `longest` is how today's tokenizers library matches. In `first_listed`, as the library matched in
+            2021, a token behind one of its own prefixes could never be produced; such tokens are left out, and only
+            their ids stay reserved.
+
+    Returns:
+        For each token that is new, the ids that its text had before.
+
+    Raises:
+        ConfigError: a token is empty, or a left-out token is followed by one that is not.
+    """
+    if not all(tokens):
+        raise ConfigError("tokenizer.whitespace_tokens: an empty token cannot be added")
+    shadowed = [any(token.startswith(first) for first in tokens[:index]) for index, token in enumerate(tokens)]
+    if matching == "longest":
+        shadowed = [False] * len(tokens)
+    elif shadowed != sorted(shadowed):
+        raise ConfigError(
+            "tokenizer.whitespace_tokens: with tokenizer.matching=first_listed, tokens that begin with an earlier one "
+            "are never produced and must come last"
+        )
+    vocabulary = tokenizer.get_vocab()
+    new = [token for token, left_out in zip(tokens, shadowed, strict=True) if not left_out and token not in vocabulary]
+    pieces = {token: tokenizer(token, add_special_tokens=False)["input_ids"] for token in new}
+    tokenizer.add_tokens(
+        [AddedToken(t, special=False, normalized=False, lstrip=False, rstrip=False, single_word=False) for t in new]
+    )
+    return pieces
+
+
+def token_bytes(tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """How many bytes of text each id stands for, `[vocab_size]` int32; 0 for special tokens and unused ids.
+
+    The bytes of a block's targets make the loss comparable between tokenizers (bits per byte).
+    """
+    lengths = np.zeros(vocab_size, dtype=np.int32)
+    added = tokenizer.added_tokens_decoder
+    for token, index in tokenizer.get_vocab().items():
+        if index in added:
+            lengths[index] = 0 if added[index].special else len(token.encode())
+        else:
+            lengths[index] = len(token)  # byte-level BPE writes every byte as one character
+    return lengths
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,429 @@
+"""Shards on disk: what is written is read back, and what cannot be read is told by its reason."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tracemalloc
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clippy_train import shards
+from clippy_train.errors import ConfigError, DataError
+from clippy_train.shards import ShardWriter, documents, new_folder, open_corpus, parse
+
+Entry = tuple[int, str | None, str]
+
+
+def jsonl(*texts: str) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def frame(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor(write_checksum=True).compress(data)
+
+
+def shard(folder: Path, data: bytes) -> Path:
+    path = folder / "00000.jsonl.zst"
+    path.write_bytes(data)
+    return path
+
+
+def texts(entries: Iterable[Entry]) -> list[str]:
+    return [text for _, text, _ in entries if text is not None]
+
+
+def rejects(entries: Iterable[Entry]) -> list[tuple[int, str]]:
+    return [(number, reason) for number, text, reason in entries if text is None]
+
+
+@pytest.fixture(scope="module")
+def flushed() -> tuple[list[str], list[int], bytes]:
+    """Texts, and a frame with a block of its own for each of their lines: from offset `ends[i]` on, text i is whole."""
+    rng = random.Random(1)
+    wanted = [rng.randbytes(rng.randint(10, 9000)).hex() for _ in range(40)]
+    compressor = zstandard.ZstdCompressor(write_checksum=True).compressobj()
+    data, ends = b"", []
+    for text in wanted:
+        data += compressor.compress(jsonl(text)) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        ends.append(len(data))
+    return wanted, ends, data + compressor.flush()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1)), st.integers(1, 200))
+def test_what_is_written_is_read_back(tmp_path_factory, wanted, shard_bytes) -> None:
+    folder = tmp_path_factory.mktemp("written") / "train"
+    writer = ShardWriter(folder, shard_bytes)
+    for text in wanted:
+        writer.write({"text": text, "meta": {"stars": None}})
+    writer.close()
+    found = [entry for path in sorted(folder.iterdir()) for entry in documents(path, "text")]
+    assert [(text, reason) for _, text, reason in found] == [(text, "") for text in wanted]
+
+
+def test_a_shard_ends_with_the_line_that_fills_it(tmp_path) -> None:
+    writer = ShardWriter(tmp_path / "train", shard_bytes=2 * len('{"text":"a"}\n'))
+    for text in "abcde":
+        writer.write({"text": text})
+    writer.close()
+    found = {path.name: texts(documents(path, "text")) for path in (tmp_path / "train").iterdir()}
+    assert found == {"00000.jsonl.zst": ["a", "b"], "00001.jsonl.zst": ["c", "d"], "00002.jsonl.zst": ["e"]}
+
+
+def test_the_files_are_listed_with_their_sums(tmp_path) -> None:
+    writer = ShardWriter(tmp_path / "train", shard_bytes=1000)
+    for text in ("a", "b"):
+        writer.write({"text": text})
+    writer.close()
+    data = (tmp_path / "train" / "00000.jsonl.zst").read_bytes()
+    (listed,) = writer.files
+    assert listed["name"] == "train/00000.jsonl.zst"
+    assert (listed["documents"], listed["bytes"]) == (2, len(data))
+    assert listed["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_a_writer_without_documents_writes_no_file(tmp_path) -> None:
+    writer = ShardWriter(tmp_path / "train", shard_bytes=1000)
+    writer.close()
+    assert list((tmp_path / "train").iterdir()) == writer.files == []
+
+
+def test_a_written_shard_carries_a_checksum(tmp_path) -> None:
+    writer = ShardWriter(tmp_path / "train", shard_bytes=1)
+    writer.write({"text": "a"})
+    data = (tmp_path / "train" / "00000.jsonl.zst").read_bytes()
+    assert zstandard.get_frame_parameters(data).has_checksum
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "a"', "not_json"),
+        (b"a", "not_json"),
+        (b'{"text": "a"}{"text": "b"}', "not_json"),
+        (b'{"text": "a\tb"}', "not_json"),
+        (b"[" * 200_000, "not_json"),
+        (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "not_json"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "not_json"),
+        (b'{"body": "a"}', "no_text"),
+        (b'{"text": null}', "no_text"),
+        (b'{"text": 1}', "no_text"),
+        (b'{"text": ["a"]}', "no_text"),
+        (b'{"text": ""}', "no_text"),
+        (b'"text"', "no_text"),
+        (b'["text"]', "no_text"),
+        (b"null", "no_text"),
+        (b'{"text": "\xff"}', "not_utf8"),
+        (b'{"text": "caf\xe9"}', "not_utf8"),
+        (b'{"text": "\\ud800"}', "not_utf8"),
+        (b'{"text": "\xed\xa0\x80"}', "not_utf8"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_told_by_its_reason(tmp_path, line, reason) -> None:
+    path = shard(tmp_path, frame(jsonl("before") + line + b"\n" + jsonl("after")))
+    assert list(documents(path, "text")) == [(0, "before", ""), (1, None, reason), (2, "after", "")]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b'{"text": "a", "meta": {"stars": NaN}}', "a"),
+        (b'{"text": "\\ud83d\\ude00"}', "\N{GRINNING FACE}"),
+        (b'{"text": "\\u0000\\n"}', "\0\n"),
+        (b'\xef\xbb\xbf{"text": "a"}', "a"),
+        (b' {"text": " "} ', " "),
+    ],
+)
+def test_an_unusual_line_is_still_used(line, text) -> None:
+    assert parse(line, "text") == (text, "")
+
+
+def test_the_text_comes_from_the_named_column(tmp_path) -> None:
+    path = shard(tmp_path, frame(b'{"text": "a", "body": "b"}\n'))
+    assert texts(documents(path, "body")) == ["b"]
+
+
+def test_carriage_returns_before_line_ends_are_no_part_of_a_line(tmp_path) -> None:
+    path = shard(tmp_path, frame(jsonl("a", "b").replace(b"\n", b"\r\n")))
+    assert list(documents(path, "text")) == [(0, "a", ""), (1, "b", "")]
+
+
+def test_blank_lines_have_a_number_but_are_not_returned(tmp_path) -> None:
+    path = shard(tmp_path, frame(b"\n" + jsonl("a") + b" \t\n\r\n" + jsonl("b") + b"\n\n"))
+    assert list(documents(path, "text")) == [(1, "a", ""), (4, "b", "")]
+
+
+def test_the_last_line_needs_no_line_end(tmp_path) -> None:
+    path = shard(tmp_path, frame(jsonl("a", "b").rstrip()))
+    assert texts(documents(path, "text")) == ["a", "b"]
+
+
+def test_a_too_long_line_is_skipped_between_its_neighbours(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "MAX_LINE_BYTES", 100)
+    path = shard(tmp_path, frame(jsonl("a", "x" * 100, "b", "y" * 100_000, "c")))
+    found = list(documents(path, "text"))
+    assert texts(found) == ["a", "b", "c"]
+    assert rejects(found) == [(1, "too_long"), (3, "too_long")]
+
+
+def test_a_too_long_last_line_without_an_end_is_skipped(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "MAX_LINE_BYTES", 100)
+    path = shard(tmp_path, frame(jsonl("a", "x" * 100).rstrip()))
+    assert list(documents(path, "text")) == [(0, "a", ""), (1, None, "too_long")]
+
+
+def test_a_line_of_just_the_longest_size_is_used(tmp_path, monkeypatch) -> None:
+    line = jsonl("x" * 50)
+    path = shard(tmp_path, frame(line))
+    monkeypatch.setattr(shards, "MAX_LINE_BYTES", len(line) - 1)
+    assert texts(documents(path, "text")) == ["x" * 50]
+    monkeypatch.setattr(shards, "MAX_LINE_BYTES", len(line) - 2)
+    assert rejects(documents(path, "text")) == [(0, "too_long")]
+
+
+def test_a_too_long_line_is_not_held_in_memory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "MAX_LINE_BYTES", 1 << 20)
+    path = shard(tmp_path, frame(jsonl(random.Random(0).randbytes(8 << 20).hex())))
+    assert peak_memory(path) < 4 << 20
+
+
+def test_a_too_long_line_that_compresses_well_is_not_held_in_memory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "MAX_LINE_BYTES", 1 << 20)
+    compressor = zstandard.ZstdCompressor(level=1).compressobj()
+    line = b"".join(compressor.compress(b"x" * (1 << 20)) for _ in range(400)) + compressor.flush()
+    assert peak_memory(shard(tmp_path, line)) < 320 << 20
+
+
+def peak_memory(path: Path) -> int:
+    """Most bytes held while a shard is read that has one line, which is too long."""
+    tracemalloc.start()
+    try:
+        assert rejects(documents(path, "text")) == [(0, "too_long")]
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_empty_file_has_no_document(tmp_path) -> None:
+    assert list(documents(shard(tmp_path, b""), "text")) == []
+
+
+def test_an_empty_frame_has_no_document(tmp_path) -> None:
+    assert list(documents(shard(tmp_path, frame(b"")), "text")) == []
+
+
+def test_frames_are_read_one_after_another(tmp_path) -> None:
+    path = shard(tmp_path, frame(jsonl("a")) + frame(b"") + frame(jsonl("b", "c")))
+    assert list(documents(path, "text")) == [(0, "a", ""), (1, "b", ""), (2, "c", "")]
+
+
+def test_a_line_may_go_on_in_the_next_frame(tmp_path) -> None:
+    data = jsonl("a", "b", "c")
+    path = shard(tmp_path, b"".join(frame(data[i : i + 5]) for i in range(0, len(data), 5)))
+    assert texts(documents(path, "text")) == ["a", "b", "c"]
+
+
+def test_a_skippable_frame_is_passed_over(tmp_path) -> None:
+    skippable = bytes.fromhex("502a4d18") + (3).to_bytes(4, "little") + b"abc"
+    path = shard(tmp_path, skippable + frame(jsonl("a")) + skippable + frame(jsonl("b")) + skippable)
+    assert list(documents(path, "text")) == [(0, "a", ""), (1, "b", "")]
+
+
+def test_a_shard_larger_than_a_read_is_read_to_its_end(tmp_path, flushed) -> None:
+    wanted, _, data = flushed
+    assert len(data) > 10 * shards.READ_BYTES
+    assert list(documents(shard(tmp_path, data), "text")) == [(i, text, "") for i, text in enumerate(wanted)]
+
+
+def test_a_cut_shard_is_reported_after_its_good_lines(tmp_path, flushed) -> None:
+    wanted, ends, data = flushed
+    cuts = {cut + around for cut in ends for around in (-1, 0, 1)} | set(range(1, len(data), 4999)) | {len(data) - 1}
+    for cut in sorted(cut for cut in cuts if cut < len(data)):
+        whole = sum(end <= cut for end in ends)
+        expected = [*((i, text, "") for i, text in enumerate(wanted[:whole])), (whole, None, "damaged_shard")]
+        assert list(documents(shard(tmp_path, data[:cut]), "text")) == expected, cut
+
+
+def test_a_shard_is_reported_wherever_it_is_cut(tmp_path) -> None:
+    data = frame(jsonl("a", "b")) + frame(jsonl("c"))
+    first = len(frame(jsonl("a", "b")))
+    for cut in set(range(1, len(data))) - {first}:
+        assert rejects(documents(shard(tmp_path, data[:cut]), "text"))[-1][1] == "damaged_shard", cut
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
+def test_a_changed_byte_is_reported_wherever_it_is(tmp_path, mask) -> None:
+    data = frame(jsonl(*(f"text {number}" for number in range(30))))
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= mask
+        reasons = [reason for _, reason in rejects(documents(shard(tmp_path, bytes(changed)), "text"))]
+        assert reasons.count("damaged_shard") == 1, position
+        assert reasons[-1] == "damaged_shard", position
+
+
+def test_lines_before_a_changed_byte_are_good(tmp_path, flushed) -> None:
+    wanted, ends, data = flushed
+    for position in range(20, len(data), 9973):
+        changed = bytearray(data)
+        changed[position] ^= 0xFF
+        found = list(documents(shard(tmp_path, bytes(changed)), "text"))
+        before = sum(end + shards.READ_BYTES <= position for end in ends)
+        assert texts(found)[:before] == wanted[:before], position
+        assert rejects(found)[-1][1] == "damaged_shard", position
+
+
+def test_frames_before_a_damaged_one_are_good(tmp_path) -> None:
+    path = shard(tmp_path, frame(jsonl("a", "b")) + frame(jsonl("c"))[:-1] + b"\0")
+    assert list(documents(path, "text"))[:2] == [(0, "a", ""), (1, "b", "")]
+    assert rejects(documents(path, "text"))[-1][1] == "damaged_shard"
+
+
+@pytest.mark.parametrize("garbage", [b"\0", b"garbage", jsonl("plain"), frame(b"")[:3], b"\0" * 100_000])
+def test_garbage_behind_the_last_frame_is_damage(tmp_path, garbage) -> None:
+    path = shard(tmp_path, frame(jsonl("a", "b")) + garbage)
+    assert list(documents(path, "text")) == [(0, "a", ""), (1, "b", ""), (2, None, "damaged_shard")]
+
+
+def test_a_shard_that_was_never_compressed_is_damaged(tmp_path) -> None:
+    assert list(documents(shard(tmp_path, jsonl("a")), "text")) == [(0, None, "damaged_shard")]
+
+
+def test_the_start_of_a_line_that_was_cut_is_not_a_document(tmp_path) -> None:
+    path = shard(tmp_path, frame(jsonl("a").rstrip()) + b"garbage")
+    assert list(documents(path, "text")) == [(0, None, "damaged_shard")]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 30), st.integers(0, 35), st.integers(1, 6), st.data())
+def test_lines_are_selected_by_start_and_residue(tmp_path_factory, count, start, stride, data) -> None:
+    residue = data.draw(st.integers(0, stride - 1))
+    path = shard(tmp_path_factory.mktemp("selection"), frame(jsonl(*map(str, range(count)))))
+    found = list(documents(path, "text", start, stride, residue))
+    assert found == [(i, str(i), "") for i in range(start, count) if i % stride == residue]
+
+
+def test_damage_is_reported_to_one_residue_only(tmp_path) -> None:
+    path = shard(tmp_path, frame(jsonl("a", "b", "c", "d")) + b"garbage")
+    found = [rejects(documents(path, "text", 0, 3, residue)) for residue in range(3)]
+    assert found == [[], [(4, "damaged_shard")], []]
+
+
+def test_damage_is_not_reported_again_behind_it(tmp_path) -> None:
+    path = shard(tmp_path, frame(jsonl("a")) + b"garbage")
+    assert list(documents(path, "text", start=1)) == [(1, None, "damaged_shard")]
+    assert list(documents(path, "text", start=2)) == []
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    root = tmp_path / "corpus"
+    for split in ("train", "validation"):
+        writer = ShardWriter(root / split, shard_bytes=1)
+        for text in ("a", "b", "c"):
+            writer.write({"text": f"{split} {text}"})
+    (root / "manifest.json").write_text("{}")
+    return root
+
+
+def test_shards_of_the_split_come_in_order_of_their_names(root) -> None:
+    (root / "train" / "notes.txt").write_text("no shard")
+    names = [path.relative_to(root).as_posix() for path in open_corpus(root, "train").shards]
+    assert names == [f"train/0000{number}.jsonl.zst" for number in range(3)]
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"data\.path=.*nowhere: no such folder"):
+        open_corpus(tmp_path / "nowhere", "train")
+
+
+def test_a_split_without_shards_is_an_error(root) -> None:
+    with pytest.raises(DataError, match=r"no \*\.jsonl\.zst shard with content in .*test"):
+        open_corpus(root, "test")
+
+
+def test_a_split_of_empty_files_is_an_error(root) -> None:
+    for path in (root / "train").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"no .* shard with content"):
+        open_corpus(root, "train")
+
+
+def test_the_fingerprint_belongs_to_the_content_and_not_to_the_place(root, tmp_path) -> None:
+    before = open_corpus(root, "train").fingerprint
+    shutil.copytree(root, tmp_path / "copy")
+    os.utime(root / "train" / "00000.jsonl.zst", (0, 0))
+    assert open_corpus(tmp_path / "copy", "train").fingerprint == open_corpus(root, "train").fingerprint == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "train/00001.jsonl.zst").write_bytes(b"another size"),
+        lambda root: (root / "train/00001.jsonl.zst").rename(root / "train/00007.jsonl.zst"),
+        lambda root: (root / "train/00001.jsonl.zst").unlink(),
+        lambda root: (root / "manifest.json").write_text('{"seed": 1}'),
+    ],
+    ids=["size", "name", "number", "manifest"],
+)
+def test_the_fingerprint_changes_with_the_shards(root, change) -> None:
+    before = open_corpus(root, "train").fingerprint
+    change(root)
+    assert open_corpus(root, "train").fingerprint != before
+
+
+def test_splits_have_different_fingerprints(root) -> None:
+    assert open_corpus(root, "train").fingerprint != open_corpus(root, "validation").fingerprint
+
+
+def test_a_new_folder_appears_with_its_content_when_the_block_ends(tmp_path) -> None:
+    with new_folder(tmp_path / "deep" / "out", "out") as folder:
+        (folder / "file").write_text("content")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "file").read_text() == "content"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_nothing_stays_of_a_new_folder_when_the_block_raises(tmp_path) -> None:
+    def interrupted() -> None:
+        with new_folder(tmp_path / "out", "out") as folder:
+            (folder / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_may_exist_empty(tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out", "out") as folder:
+        (folder / "file").write_text("content")
+    assert (tmp_path / "out" / "file").read_text() == "content"
+
+
+@pytest.mark.parametrize("taken", ["out", "out/file"])
+def test_a_new_folder_never_overwrites_what_exists(tmp_path, taken) -> None:
+    (tmp_path / taken).parent.mkdir(exist_ok=True)
+    (tmp_path / taken).write_text("precious")
+    with (
+        pytest.raises(ConfigError, match=r"some\.key=.*out exists and is not empty"),
+        new_folder(tmp_path / "out", "some.key"),
+    ):
+        pass
+    assert (tmp_path / taken).read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_new_folder_is_as_readable_as_any_other(tmp_path) -> None:
+    (tmp_path / "plain").mkdir()
+    with new_folder(tmp_path / "out", "out"):
+        pass
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,0 +1,166 @@
+"""The tokenizer gives back every byte of a program, whatever its indentation, before and after a round trip on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import CODE, WHITESPACE_TOKENS, gpt2_bpe, small_bpe
+
+from clippy_train.errors import ConfigError
+from clippy_train.tokenizer import END_OF_TEXT, add_whitespace_tokens, load_tokenizer, token_bytes
+
+INDENTATION = ["\t", "\t\t", "\t\t\t", " ", "  ", "   ", "    ", "        ", "            ", "\t  ", "  \t", "\u00a0"]
+LINE_ENDS = ["\n", "\r\n", "\r", "\n\n", "  \n", "\t\n", " \r\n", ""]
+WORDS = [
+    "def f(x):",
+    "return x",
+    "x, y = 1 , 2",
+    "it 's n't .",
+    "'''doc'''",
+    "# naïve — 変数 🙂",
+    "e\u0301",
+    "\x00\x7f",
+    "",
+]
+LINES = st.builds("{}{}{}".format, *map(st.sampled_from, (INDENTATION, WORDS, LINE_ENDS)))
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)  # lone surrogates have no UTF-8 bytes
+TEXTS = st.one_of(st.lists(LINES, max_size=12).map("".join), ANY_TEXT, st.text(" \t\r\n", max_size=40)).filter(
+    lambda text: END_OF_TEXT not in text
+)
+
+
+@pytest.fixture(scope="module", params=[small_bpe, gpt2_bpe])
+def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    """Makes a fresh base tokenizer: the project's own BPE, or GPT-2's."""
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["as built", "reloaded"])
+def extended(request: pytest.FixtureRequest, make: Callable, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer with the white-space tokens, before or after it went through a folder."""
+    tokenizer = make()
+    add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")
+    if request.param == "as built":
+        return tokenizer
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def lengths(extended: Any) -> np.ndarray:
+    return token_bytes(extended, len(extended))
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_decoding_gives_back_every_byte(extended: Any, text: str) -> None:
+    ids = encode(extended, text)
+    assert extended.decode(ids).encode() == text.encode()
+    assert extended.decode(ids, skip_special_tokens=True).encode() == text.encode()
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_token_bytes_count_the_bytes_of_any_text(extended: Any, lengths: np.ndarray, text: str) -> None:
+    assert lengths[encode(extended, text)].sum() == len(text.encode())
+
+
+def test_a_spelled_out_end_of_text_is_the_only_text_that_skipping_special_tokens_removes(extended: Any) -> None:
+    ids = encode(extended, f"  a{END_OF_TEXT}\t\tb")
+    assert extended.eos_token_id in ids
+    assert extended.decode(ids) == f"  a{END_OF_TEXT}\t\tb"
+    assert extended.decode(ids, skip_special_tokens=True) == "  a\t\tb"
+
+
+def test_end_of_text_and_unused_rows_stand_for_no_bytes(extended: Any) -> None:
+    lengths = token_bytes(extended, len(extended) + 3)
+    assert lengths.shape == (len(extended) + 3,)
+    assert lengths[extended.eos_token_id] == 0
+    assert not lengths[len(extended) :].any()
+    assert (lengths == 0).sum() == 4
+
+
+def test_white_space_tokens_are_plain_added_tokens(extended: Any) -> None:
+    added = {token.content: token for token in extended.added_tokens_decoder.values()}
+    for text in WHITESPACE_TOKENS:
+        token = added[text]
+        properties = [token.special, token.normalized, token.lstrip, token.rstrip, token.single_word]
+        assert properties == [False] * 5
+    assert not set(WHITESPACE_TOKENS) & set(extended.all_special_tokens)
+
+
+def test_new_ids_follow_the_old_ones_in_the_order_listed(make: Callable) -> None:
+    tokenizer = make()
+    old, ids_before = len(tokenizer), {token: encode(tokenizer, token) for token in WHITESPACE_TOKENS}
+    assert add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest") == ids_before
+    assert tokenizer.convert_tokens_to_ids(WHITESPACE_TOKENS) == [old, old + 1, old + 2, old + 3]
+
+
+@pytest.mark.parametrize(
+    ("matching", "expected"),
+    [  # by position in the list of tokens: 0 two tabs, 1 two spaces, 2 four spaces, 3 eight spaces
+        ("longest", {"\t\t": [0], "  ": [1], "    ": [2], "        ": [3], " " * 14: [3, 2, 1], "\t" * 4: [0, 0]}),
+        ("first_listed", {"\t\t": [0], "  ": [1], "    ": [1] * 2, "        ": [1] * 4, " " * 14: [1] * 7}),
+    ],
+)
+def test_which_token_wins_where_several_fit(make: Callable, matching: str, expected: dict[str, list[int]]) -> None:
+    tokenizer = make()
+    old = len(tokenizer)
+    add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, matching)
+    assert {text: encode(tokenizer, text) for text in expected} == {
+        text: [old + place for place in places] for text, places in expected.items()
+    }
+
+
+@pytest.mark.parametrize("matching", ["longest", "first_listed"])
+def test_adding_twice_changes_nothing(make: Callable, matching: str) -> None:
+    tokenizer = make()
+    add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, matching)
+    before = tokenizer.get_vocab()
+    assert add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, matching) == {}
+    assert tokenizer.get_vocab() == before
+
+
+@pytest.mark.parametrize(
+    ("tokens", "matching"),
+    [(["  ", "    ", "\t\t"], "first_listed"), (["  ", ""], "longest"), (["  ", ""], "first_listed")],
+)
+def test_unusable_tokens_are_refused_before_anything_is_added(tokens: list[str], matching: str) -> None:
+    tokenizer = small_bpe()
+    old = len(tokenizer)
+    with pytest.raises(ConfigError, match=r"tokenizer\.whitespace_tokens"):
+        add_whitespace_tokens(tokenizer, tokens, matching)
+    assert len(tokenizer) == old
+
+
+def test_the_same_order_is_fine_where_the_longest_match_wins() -> None:
+    assert list(add_whitespace_tokens(small_bpe(), ["  ", "    ", "\t\t"], "longest")) == ["  ", "    ", "\t\t"]
+
+
+def test_a_trained_bpe_has_the_size_asked_for_and_end_of_text_last() -> None:
+    tokenizer = small_bpe()
+    assert len(tokenizer) == 330
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == 329
+    assert max(len(encode(tokenizer, text)) / len(text.encode()) for text in CODE) < 0.8
+
+
+def test_a_folder_without_a_tokenizer_is_a_configuration_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no tokenizer could be loaded"):
+        load_tokenizer(tmp_path / "nothing")
+
+
+def test_a_tokenizer_without_end_of_text_is_a_configuration_error(tmp_path: Path) -> None:
+    tokenizer = small_bpe()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="end-of-text"):
+        load_tokenizer(tmp_path)
