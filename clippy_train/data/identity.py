@@ -1,0 +1,20 @@
+"""What the order of the training data depends on; apart from the loaders, so that a launcher needs no torch for it."""
+
+from typing import Any
+
+from clippy_train.config import TrainConfig
+
+
+def data_identity(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
+    """Everything that the order of the data depends on: a run may only be resumed while it stays the same."""
+    data = config.data
+    return {
+        "corpus fingerprint": fingerprint,
+        "seed": config.seed,
+        "data.streams": data.streams,
+        "data.seq_len": data.seq_len,
+        "data.window": data.window,
+        "data.text_column": data.text_column,
+        "data.eos_between_documents": data.eos_between_documents,
+        "trainer.global_batch_size": config.trainer.global_batch_size,
+    }

@@ -1,0 +1,195 @@
+"""Streams -> batches: what a rank trains and validates on, as a LightningDataModule.
+
+Promises: the rows of an optimizer step are the same for any number of ranks and loader processes; a batch holds
+integers only (DeepSpeed casts every float to bf16) and carries, for each row, the cursor behind it, so what was trained
+is known from the batches that were trained, not from how far a loader has read ahead.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from clippy_train.config import TrainConfig
+from clippy_train.data.stream import Block, Cursor, Stream
+from clippy_train.errors import DataError
+from clippy_train.shards import Corpus, open_corpus
+
+Batch = dict[str, Tensor]
+
+
+class DataModule(pl.LightningDataModule):
+    """Batches of one rank.
+
+    Training batches: `input_ids` `[micro_batch, seq]`, `cursor` `[micro_batch, 1 + 5]` (stream, then `Cursor`) and
+    `counts` `[micro_batch, len(COUNTS)]`, all int64. Validation batches: `input_ids` and `weight` `[eval_micro_batch]`
+    (0 for a row that only fills up the last batch).
+
+    Args:
+        cursors: `[streams, 5]`, where each stream continues.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, rank: int, cursors: np.ndarray) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.rank, self.cursors = config, tokenizer, rank, cursors
+        self._val_batches: list[Batch] | None = None
+
+    def train_dataloader(self) -> "TrainBatches":
+        share = self.config.data.streams // self.config.world_size
+        mine = range(self.rank * share, (self.rank + 1) * share)
+        corpus = open_corpus(Path(self.config.data.path), "train")
+        streams = [self._stream(corpus, index=index, shuffle=True) for index in mine]
+        starts = [Cursor(*map(int, self.cursors[index])) for index in mine]
+        return TrainBatches(streams, starts, self.config.trainer.micro_batch_size, self.config.data.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        if self._val_batches is None:
+            trainer = self.config.trainer
+            corpus = open_corpus(Path(self.config.data.path), "validation")
+            blocks = first_blocks(self._stream(corpus, shuffle=False), trainer.val_samples)
+            rows = [block.tokens for block in blocks]
+            self._val_batches = val_batches(rows, self.rank, self.config.world_size, trainer.eval_micro_batch_size)
+        return DataLoader(self._val_batches, batch_size=None)  # type: ignore[arg-type]
+
+    def _stream(self, corpus: Corpus, shuffle: bool, index: int = 0) -> Stream:
+        data = self.config.data
+        return Stream(
+            corpus=corpus,
+            encode=encoder(self.tokenizer),
+            seq_len=data.seq_len,
+            index=index,
+            streams=data.streams if shuffle else 1,
+            seed=self.config.seed,
+            window=data.window,
+            text_column=data.text_column,
+            eos=self.tokenizer.eos_token_id if data.eos_between_documents else None,
+            shuffle=shuffle,
+        )
+
+
+class TrainBatches:
+    """The endless sequence of one rank's training batches.
+
+    A round is one block of each of the rank's streams, in the order of the streams. Loader process `w` of `W` makes
+    the blocks of every `W`-th stream, so a process keeps its streams to itself and `W` does not change the order.
+
+    Attributes:
+        wait_seconds: how long the training process has waited for data so far.
+    """
+
+    def __init__(self, streams: list[Stream], starts: list[Cursor], batch_size: int, num_workers: int) -> None:
+        self.streams, self.starts = streams, starts
+        self.batch_size, self.num_workers = batch_size, min(num_workers, len(streams))
+        self.wait_seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows: list[Row] = []
+        rounds = self._rounds()
+        while True:
+            started = time.perf_counter()
+            rows += next(rounds)
+            self.wait_seconds += time.perf_counter() - started
+            while len(rows) >= self.batch_size:
+                yield collate(rows[: self.batch_size])
+                del rows[: self.batch_size]
+
+    def _rounds(self) -> Iterator[list["Row"]]:
+        shares = max(1, self.num_workers)
+        sources = [Rounds(self.streams[w::shares], self.starts[w::shares]) for w in range(shares)]
+        if not self.num_workers:
+            yield from sources[0]
+            return
+        loaders = [
+            iter(DataLoader(source, batch_size=None, num_workers=1, worker_init_fn=_init_worker)) for source in sources
+        ]
+        while True:
+            try:
+                shares_of_round = [next(loader) for loader in loaders]
+            except DataError as error:  # re-raised by the loader with the worker's traceback in its text
+                message = str(error).rsplit("DataError: ", 1)[-1].strip()
+                error.with_traceback(None)  # its frames keep the loaders in a cycle, and one freed by the collector
+                loaders.clear()  # waits 10 s for its process
+                raise DataError(message) from None
+            yield sorted(chain.from_iterable(shares_of_round), key=lambda row: row[0])
+
+
+Row = tuple[int, Block]  # stream, its block
+
+
+class Rounds(IterableDataset):
+    """Rounds of some streams: what one loader process makes."""
+
+    def __init__(self, streams: list[Stream], starts: list[Cursor]) -> None:
+        self.streams, self.starts = streams, starts
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        blocks = [stream.blocks(start) for stream, start in zip(self.streams, self.starts, strict=True)]
+        while True:
+            yield [(stream.index, next(source)) for stream, source in zip(self.streams, blocks, strict=True)]
+
+
+def collate(rows: list[Row]) -> Batch:
+    return {
+        "input_ids": torch.from_numpy(np.stack([block.tokens for _, block in rows]).astype(np.int64)),
+        "cursor": torch.tensor([[stream, *block.cursor] for stream, block in rows]),
+        "counts": torch.from_numpy(np.stack([block.counts for _, block in rows])),
+    }
+
+
+def first_blocks(stream: Stream, count: int) -> list[Block]:
+    """The first `count` blocks of an unshuffled stream, or as many as the split has.
+
+    Raises:
+        DataError: the split has less text than one block.
+    """
+    within = []
+    for block in islice(stream.blocks(), count):
+        if block.cursor.epoch > 0:
+            break
+        within.append(block)
+    if not within:
+        raise DataError(
+            f"data.path: {stream.corpus.shards[0].parent} has less than one block of data.seq_len={stream.seq_len} "
+            "tokens"
+        )
+    return within
+
+
+def val_batches(rows: list[np.ndarray], rank: int, world_size: int, batch_size: int) -> list[Batch]:
+    """A rank's share of the validation rows, in as many full batches on every rank: the last are filled up."""
+    mine = rows[rank::world_size]
+    per_rank = -(-len(rows) // world_size)
+    num_batches = -(-per_rank // batch_size)
+    weights = [1] * len(mine) + [0] * (num_batches * batch_size - len(mine))
+    mine = mine + [rows[0]] * (len(weights) - len(mine))
+    ids = torch.from_numpy(np.stack(mine).astype(np.int64)).split(batch_size)
+    return [
+        {"input_ids": rows_, "weight": weight}
+        for rows_, weight in zip(ids, torch.tensor(weights).split(batch_size), strict=True)
+    ]
+
+
+def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """Texts -> ids through the tokenizer's Rust core, without special tokens."""
+    return partial(_encode, tokenizer.backend_tokenizer)
+
+
+def _encode(core: Any, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _init_worker(_: int) -> None:
+    """A loader process leaves signals to its rank: Slurm and terminals send them to every process of a job."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,175 @@
+"""One logical stream of the corpus: documents in a fixed order -> token ids -> blocks of `seq_len`, each with a cursor.
+
+Promises: the blocks after a cursor are the same whether the stream got there by reading or was started from it; every
+document of an epoch appears exactly once, and nothing is dropped between documents, windows or epochs. A start costs
+skipping inside one shard and reading one window of documents, whatever the size of the corpus.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from clippy_train.data.order import Part, parts, shuffled
+from clippy_train.errors import DataError
+from clippy_train.shards import REASONS, Corpus, documents
+
+ENCODE_DOCUMENTS = 16  # documents tokenised at once: enough for the tokenizer's batch speed, few to redo on a resume
+EMPTY_EPOCHS = 10  # in a row before a stream gives up: shards without a document may fall to it now and then
+WINDOW_BYTES = 1 << 23  # a window closes early at 8 Mi characters, so that huge documents do not pile up in memory
+
+# What a row consumed since the row before it, in this order.
+COUNTS = ("documents", "characters", *(f"rejected/{reason}" for reason in REASONS))
+
+log = logging.getLogger(__name__)
+
+
+class Cursor(NamedTuple):
+    """Where a stream continues: the window that starts at line `line` of part `part`, its document number `document` in
+    the permuted order, at token `offset` of that document."""
+
+    epoch: int = 0
+    part: int = 0
+    line: int = 0
+    document: int = 0
+    offset: int = 0
+
+
+START = Cursor()
+
+
+class Block(NamedTuple):
+    tokens: np.ndarray  # [seq_len] int32
+    cursor: Cursor  # where the stream continues after this block
+    counts: np.ndarray  # [len(COUNTS)] int64, what was begun for this block
+
+
+class Window(NamedTuple):
+    texts: list[str]  # in training order
+    counts: np.ndarray  # lines rejected while reading it
+    part: int  # where the next window starts
+    line: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Stream `index` of `streams` over a corpus.
+
+    Args:
+        encode: texts to their token ids, without the end-of-text token.
+        eos: id put after every document, or None.
+        shuffle: False reads shards and documents as they lie (validation).
+    """
+
+    corpus: Corpus
+    encode: Callable[[list[str]], list[list[int]]]
+    seq_len: int
+    index: int = 0
+    streams: int = 1
+    seed: int = 0
+    window: int = 1
+    text_column: str = "text"
+    eos: int | None = None
+    shuffle: bool = True
+
+    def blocks(self, cursor: Cursor = START) -> Iterator[Block]:
+        """Blocks from `cursor` on, without end: after the last document of an epoch comes the next epoch.
+
+        Raises:
+            DataError: the stream has no usable document.
+        """
+        buffer = np.empty(self.seq_len, dtype=np.int32)
+        filled = 0
+        counts = np.zeros(len(COUNTS), dtype=np.int64)
+        for ids, position, consumed in self._tokens(cursor):
+            counts += consumed
+            taken = 0
+            while taken < len(ids):
+                room = min(self.seq_len - filled, len(ids) - taken)
+                buffer[filled : filled + room] = ids[taken : taken + room]
+                filled, taken = filled + room, taken + room
+                if filled == self.seq_len:
+                    yield Block(buffer.copy(), _after(position, taken, len(ids)), counts)
+                    filled, counts = 0, np.zeros_like(counts)
+
+    def _tokens(self, cursor: Cursor) -> Iterator[tuple[np.ndarray, Cursor, np.ndarray]]:
+        """Remaining ids of each document from `cursor` on, the cursor of the first of them, and what they consumed."""
+        empty_epochs = 0 if cursor == Cursor(cursor.epoch) else -1  # a restart may stand behind its last document
+        while True:
+            order = self._parts(cursor.epoch)
+            empty_epochs += 1
+            while cursor.part < len(order):
+                window = self._window(order, cursor)
+                consumed = window.counts if cursor.document == cursor.offset == 0 else np.zeros_like(window.counts)
+                for index, text, ids in self._encoded(window.texts, cursor.document):
+                    position = cursor._replace(document=index, offset=cursor.offset if index == cursor.document else 0)
+                    if position.offset == 0:
+                        consumed = consumed + _counts(documents=1, characters=len(text))
+                    empty_epochs = 0 if len(ids) else empty_epochs
+                    yield ids[position.offset :], position, consumed
+                    consumed = np.zeros_like(window.counts)
+                if consumed.any():
+                    yield np.empty(0, dtype=np.int32), cursor, consumed
+                cursor = Cursor(cursor.epoch, window.part, window.line)
+            if empty_epochs >= EMPTY_EPOCHS:
+                raise DataError(
+                    f"stream {self.index} of data.streams={self.streams} found no usable document in "
+                    f"{self.corpus.shards[0].parent}: the corpus has too few documents for so many streams"
+                )
+            cursor = Cursor(cursor.epoch + 1)
+
+    def _parts(self, epoch: int) -> list[Part]:
+        if self.shuffle:
+            return parts(len(self.corpus.shards), self.streams, self.index, self.seed, epoch)
+        return [Part(shard, self.streams, self.index) for shard in range(len(self.corpus.shards))]
+
+    def _window(self, order: list[Part], cursor: Cursor) -> Window:
+        """Read the window that starts at the cursor's line and put its documents in training order."""
+        texts: list[str] = []
+        size = 0
+        counts = _counts()
+        part, line = cursor.part, cursor.line
+        while part < len(order) and len(texts) < self.window and size < WINDOW_BYTES:
+            piece = order[part]
+            shard = self.corpus.shards[piece.shard]
+            for number, text, reason in documents(shard, self.text_column, line, piece.stride, piece.residue):
+                line = number + 1
+                if text is None:
+                    level = logging.WARNING if reason == "damaged_shard" else logging.INFO
+                    log.log(level, "%s line %d is skipped: %s", shard, number + 1, reason)
+                    counts += _counts(**{f"rejected/{reason}": 1})
+                    continue
+                texts.append(text)
+                size += len(text)
+                if len(texts) == self.window or size >= WINDOW_BYTES:
+                    break
+            else:
+                part, line = part + 1, 0
+        if self.shuffle:
+            key = (self.seed, cursor.epoch, self.index + 1, cursor.part, cursor.line)
+            texts = [texts[i] for i in shuffled(len(texts), *key)]
+        return Window(texts, counts, part, line)
+
+    def _encoded(self, texts: list[str], start: int) -> Iterator[tuple[int, str, np.ndarray]]:
+        """(index, text, ids) of the documents of a window from `start` on, tokenised a few at a time."""
+        for begin in range(start, len(texts), ENCODE_DOCUMENTS):
+            some = texts[begin : begin + ENCODE_DOCUMENTS]
+            for index, (text, ids) in enumerate(zip(some, self.encode(some), strict=True), begin):
+                end = [] if self.eos is None else [self.eos]
+                yield index, text, np.array([*ids, *end], dtype=np.int32)
+
+
+def _after(position: Cursor, taken: int, length: int) -> Cursor:
+    """The cursor behind `taken` of the `length` ids that begin at `position`."""
+    if taken == length:
+        return position._replace(document=position.document + 1, offset=0)
+    return position._replace(offset=position.offset + taken)
+
+
+def _counts(**values: int) -> np.ndarray:
+    counts = np.zeros(len(COUNTS), dtype=np.int64)
+    for name, value in values.items():
+        counts[COUNTS.index(name)] = value
+    return counts

@@ -1,0 +1,182 @@
+"""Batches of ranks: the rows of a step depend on neither ranks, loader processes nor restarts."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clippy_train.config import TrainConfig
+from clippy_train.data.module import DataModule, encoder, first_blocks, val_batches
+from clippy_train.data.stream import COUNTS, Cursor, Stream
+from clippy_train.errors import DataError
+from clippy_train.shards import documents, open_corpus
+from clippy_train.tokenizer import load_tokenizer
+
+SETTINGS = ["data.seq_len=32", "data.streams=4", "data.window=8", "data.num_workers=0", "trainer.global_batch_size=8"]
+START = np.zeros((4, len(Cursor._fields)), dtype=np.int64)
+
+Row = tuple[int, ...]  # cursor, counts and token ids
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer: Path) -> Any:
+    return load_tokenizer(tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def config(train_config):
+    def build(world_size: int = 1, micro_batch: int = 2, workers: int = 0, *overrides: str) -> TrainConfig:
+        shape = [f"trainer.devices={world_size}", f"trainer.micro_batch_size={micro_batch}"]
+        return train_config(*SETTINGS, *shape, f"data.num_workers={workers}", *overrides)
+
+    return build
+
+
+def steps(config: TrainConfig, tokenizer: Any, count: int, cursors: np.ndarray = START) -> list[list[Row]]:
+    """The rows of the next optimizer steps, rank after rank, as they are trained."""
+    rows: list[list[Row]] = [[] for _ in range(count)]
+    for rank in range(config.world_size):
+        batches = iter(DataModule(config, tokenizer, rank, cursors).train_dataloader())
+        for step in rows:
+            for batch in islice(batches, config.micro_steps):
+                assert len(batch["input_ids"]) == config.trainer.micro_batch_size
+                step += map(tuple, torch.cat([batch["cursor"], batch["counts"], batch["input_ids"]], dim=1).tolist())
+    return rows
+
+
+def committed(trained: list[list[Row]]) -> np.ndarray:
+    """Where each stream continues behind the rows that were trained."""
+    cursors = START.copy()
+    for step in trained:
+        for stream, *row in step:
+            cursors[stream] = row[: len(Cursor._fields)]
+    return cursors
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_step_has_the_same_rows_for_any_number_of_ranks(config, tokenizer, world_size) -> None:
+    single, many = (steps(config(size), tokenizer, 4) for size in (1, world_size))
+    assert [sorted(step) for step in many] == [sorted(step) for step in single]
+    assert {len(step) for step in single} == {8}
+
+
+def test_ranks_share_no_stream(config, tokenizer) -> None:
+    ranks = [iter(DataModule(config(4), tokenizer, rank, START).train_dataloader()) for rank in range(4)]
+    assert [{row[0] for row in next(rank)["cursor"].tolist()} for rank in ranks] == [{0}, {1}, {2}, {3}]
+
+
+@pytest.mark.parametrize("workers", [1, 3, 9])
+def test_loader_processes_do_not_change_the_sequence(config, tokenizer, workers) -> None:
+    assert steps(config(1, 2, workers), tokenizer, 3) == steps(config(1, 2, 0), tokenizer, 3)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 8])
+def test_the_micro_batch_does_not_change_the_sequence(config, tokenizer, micro_batch) -> None:
+    assert steps(config(1, micro_batch), tokenizer, 3) == steps(config(1, 2), tokenizer, 3)
+
+
+def test_a_step_takes_as_many_blocks_from_every_stream(config, tokenizer) -> None:
+    for step in steps(config(2), tokenizer, 3):
+        assert sorted(stream for stream, *_ in step) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_training_batch_holds_integers_only(config, tokenizer) -> None:
+    batch = next(iter(DataModule(config(1, 2), tokenizer, 0, START).train_dataloader()))
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()}
+    assert shapes == {
+        "input_ids": (torch.int64, (2, 32)),
+        "cursor": (torch.int64, (2, 6)),
+        "counts": (torch.int64, (2, len(COUNTS))),
+    }
+
+
+@pytest.mark.parametrize("resumed", [(1, 2, 0), (2, 1, 0), (4, 2, 0), (1, 2, 3)], ids=str)
+def test_committed_cursors_resume_with_the_rows_that_follow(config, tokenizer, resumed) -> None:
+    whole = steps(config(), tokenizer, 6)
+    following = steps(config(*resumed), tokenizer, 4, committed(whole[:2]))
+    assert [sorted(step) for step in following] == [sorted(step) for step in whole[2:]]
+
+
+def test_rows_show_the_text_of_the_corpus(config, tokenizer) -> None:
+    settings = config(1, 2, 0, "data.streams=1", "data.window=1")
+    batches = DataModule(settings, tokenizer, 0, START[:1]).train_dataloader()
+    ids = torch.cat([batch["input_ids"].flatten() for batch in islice(batches, 40)])
+    shown = tokenizer.decode(ids.tolist()).split(tokenizer.eos_token)[:-1]
+    shards = open_corpus(Path(settings.data.path), "train").shards
+    assert len(shown) > 2
+    assert set(shown) <= {text for shard in shards for _, text, _ in documents(shard, "text")}
+
+
+def test_documents_run_on_without_the_end_of_text_where_it_is_off(config, tokenizer) -> None:
+    for override, found in (("true", True), ("false", False)):
+        rows = steps(config(1, 2, 0, f"data.eos_between_documents={override}"), tokenizer, 10)
+        assert any(tokenizer.eos_token_id in row[-32:] for step in rows for row in step) == found
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_stream_without_documents_is_told_in_one_line(config, tokenizer, workers) -> None:
+    settings = config(1, 2, workers, "data.streams=256", "trainer.global_batch_size=256")
+    cursors = np.zeros((256, len(Cursor._fields)), dtype=np.int64)
+    with pytest.raises(DataError) as caught:
+        next(iter(DataModule(settings, tokenizer, 0, cursors).train_dataloader()))
+    assert str(caught.value).startswith("stream ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_waiting_for_data_is_measured(config, tokenizer) -> None:
+    batches = DataModule(config(), tokenizer, 0, START).train_dataloader()
+    next(iter(batches))
+    assert batches.wait_seconds > 0
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 7))
+def test_validation_rows_are_spread_evenly_and_each_counts_once(num_rows, world_size, batch_size) -> None:
+    rows = [np.full(3, number, dtype=np.int32) for number in range(num_rows)]
+    ranks = [val_batches(rows, rank, world_size, batch_size) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    batches = [batch for rank in ranks for batch in rank]
+    assert {tuple(batch["input_ids"].shape) for batch in batches} == {(batch_size, 3)}
+    assert {tensor.dtype for batch in batches for tensor in batch.values()} == {torch.int64}
+    ids, weights = (torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "weight"))
+    assert set(weights.tolist()) <= {0, 1}
+    assert sorted(ids[weights == 1].tolist()) == [row.tolist() for row in rows]
+    assert len(ranks[0]) == -(-num_rows // (world_size * batch_size))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_validation_is_the_start_of_the_split_as_it_lies(config, tokenizer, world_size) -> None:
+    settings = config(world_size, 1, 0, "trainer.val_samples=5", "trainer.eval_micro_batch_size=2")
+    shard, *_ = open_corpus(Path(settings.data.path), "validation").shards
+    ids = [
+        i for _, text, _ in documents(shard, "text") for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    ]
+    modules = [DataModule(settings, tokenizer, rank, START) for rank in range(world_size)]
+    batches = [batch for module in modules for batch in module.val_dataloader()]
+    shown = [row.tolist() for batch in batches for row in batch["input_ids"][batch["weight"] == 1]]
+    assert sorted(shown) == sorted(ids[start : start + 32] for start in range(0, 5 * 32, 32))
+
+
+def test_every_validation_has_the_same_batches(config, tokenizer) -> None:
+    module = DataModule(config(), tokenizer, 0, START)
+    first, second = (torch.cat([batch["input_ids"] for batch in module.val_dataloader()]) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_small_split_is_validated_once_and_not_again(tiny_corpus, tokenizer) -> None:
+    stream = Stream(open_corpus(tiny_corpus, "validation"), encoder(tokenizer), seq_len=32, shuffle=False)
+    blocks = first_blocks(stream, 10**6)
+    texts = [text for shard in stream.corpus.shards for _, text, _ in documents(shard, "text")]
+    ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    assert [block.tokens.tolist() for block in blocks] == [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
+
+
+def test_a_split_smaller_than_a_block_is_an_error(tiny_corpus, tokenizer) -> None:
+    stream = Stream(open_corpus(tiny_corpus, "validation"), encoder(tokenizer), seq_len=10**6, shuffle=False)
+    with pytest.raises(DataError, match=r"data\.path: .*validation has less than one block"):
+        first_blocks(stream, 1)

@@ -1,0 +1,317 @@
+"""Streams: over an epoch every document once and whole, and the same blocks after a restart at any cursor."""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from clippy_train import shards
+from clippy_train.data import stream as stream_module
+from clippy_train.data.order import parts
+from clippy_train.data.stream import COUNTS, EMPTY_EPOCHS, START, Block, Cursor, Stream
+from clippy_train.errors import DataError
+from clippy_train.shards import REASONS, Corpus
+
+BAD = -1  # a line that is no document
+EOS = 10**9
+LONGEST = 100
+
+
+@dataclass(frozen=True)
+class Case:
+    """A corpus (for each line of each shard, how many tokens it has, or BAD) and the settings to read it with."""
+
+    lengths: list[list[int]]
+    seq_len: int = 4
+    streams: int = 1
+    window: int = 1
+    seed: int = 0
+    eos: int | None = None
+    shuffle: bool = True
+    window_bytes: int = 1 << 23
+
+    @contextmanager
+    def opened(self) -> Iterator[list[Stream]]:
+        """The streams over real shards of this corpus."""
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stream_module, "WINDOW_BYTES", self.window_bytes)
+            corpus = Corpus(tuple(Path(folder, f"{i:05d}.jsonl.zst") for i in range(len(self.lengths))), "")
+            for path, lines in zip(corpus.shards, self.lines(), strict=True):
+                path.write_bytes(compressed(lines))
+            yield [
+                Stream(
+                    corpus,
+                    encode,
+                    self.seq_len,
+                    index,
+                    self.streams,
+                    self.seed,
+                    self.window,
+                    eos=self.eos,
+                    shuffle=self.shuffle,
+                )
+                for index in range(self.streams)
+            ]
+
+    def lines(self) -> list[list[str]]:
+        """The text of every line of every shard: its document's number and length."""
+        numbers = iter(range(10**6))
+        return [[f"{next(numbers)} {length}" for length in lengths] for lengths in self.lengths]
+
+    def reading(self, index: int, epoch: int) -> list[str]:
+        """The texts of a stream's epoch in the order in which they are read, before windows are permuted."""
+        lines = self.lines()
+        return [
+            lines[part.shard][number]
+            for part in parts(len(lines), self.streams, index, self.seed, epoch)
+            for number in range(part.residue, len(lines[part.shard]), part.stride)
+            if self.lengths[part.shard][number] != BAD
+        ]
+
+    def flat(self) -> list[tuple[str, int]]:
+        """(text, length) of every line in file order; a document's place is its number."""
+        lengths = [length for shard in self.lengths for length in shard]
+        return list(zip([text for shard in self.lines() for text in shard], lengths, strict=True))
+
+    def documents(self, tokens: list[int]) -> list[str]:
+        """The documents that begin in `tokens`."""
+        texts = self.flat()
+        return [texts[token // LONGEST][0] for token in tokens if token != EOS and token % LONGEST == 0]
+
+    def tokens(self, texts: list[str]) -> list[int]:
+        end = [] if self.eos is None else [self.eos]
+        return [token for ids in encode(texts) for token in [*ids, *end]]
+
+
+def compressed(texts: list[str]) -> bytes:
+    lines = ["{}" if text.endswith(f" {BAD}") else json.dumps({"text": text}) for text in texts]
+    return zstandard.ZstdCompressor(write_checksum=True).compress("".join(f"{line}\n" for line in lines).encode())
+
+
+def encode(texts: list[str]) -> list[list[int]]:
+    """Ids that occur nowhere else: token i of document d is `LONGEST * d + i`."""
+    return [[LONGEST * number + i for i in range(length)] for number, length in (map(int, t.split()) for t in texts)]
+
+
+def cases(shortest: int = 0) -> st.SearchStrategy[Case]:
+    length = st.integers(shortest, 3) | st.integers(4, 40) | st.just(BAD)
+    return st.builds(
+        Case,
+        lengths=st.lists(st.lists(length, max_size=10), min_size=1, max_size=9),
+        seq_len=st.integers(1, 12),
+        streams=st.integers(1, 5),
+        window=st.integers(1, 6) | st.just(100),
+        seed=st.integers(0, 2**40),
+        eos=st.sampled_from([None, EOS]),
+        window_bytes=st.sampled_from([1, 12, 1 << 23]),
+    )
+
+
+def take(stream: Stream, count: int, cursor: Cursor = START) -> list[Block]:
+    """The next blocks; fewer where the stream finds no more documents."""
+    blocks: list[Block] = []
+    with suppress(DataError):
+        blocks.extend(islice(stream.blocks(cursor), count))
+    return blocks
+
+
+def joined(blocks: list[Block]) -> list[int]:
+    return [int(token) for block in blocks for token in block.tokens]
+
+
+def comparable(blocks: list[Block]) -> list[tuple]:
+    return [(block.tokens.tolist(), block.cursor, block.counts.tolist()) for block in blocks]
+
+
+def total(blocks: list[Block]) -> dict[str, int]:
+    """Counts that are not zero."""
+    sums = np.sum([block.counts for block in blocks], axis=0)
+    return {name: int(value) for name, value in zip(COUNTS, sums, strict=True) if value}
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 40), st.integers(1, 12), st.integers(0, 2**40), st.integers(0, 5))
+def test_parts_of_all_streams_are_every_line_of_every_shard_once(num_shards, streams, seed, epoch) -> None:
+    lines = 30
+    read = Counter(
+        (part.shard, line)
+        for index in range(streams)
+        for part in parts(num_shards, streams, index, seed, epoch)
+        for line in range(part.residue, lines, part.stride)
+    )
+    assert read == Counter((shard, line) for shard in range(num_shards) for line in range(lines))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 40), st.integers(1, 12), st.integers(0, 2**40))
+def test_streams_are_balanced_for_any_number_of_shards(num_shards, streams, seed) -> None:
+    sizes = [sum(1 / part.stride for part in parts(num_shards, streams, index, seed, 0)) for index in range(streams)]
+    assert sizes == pytest.approx([num_shards / streams] * streams)
+
+
+def test_a_multiple_of_the_streams_in_shards_is_read_without_sharing() -> None:
+    assert {part.stride for index in range(4) for part in parts(12, 4, index, 0, 0)} == {1}
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases(shortest=1))
+def test_an_epoch_holds_every_document_whole_and_once(case) -> None:
+    with replace(case, seq_len=1).opened() as streams:
+        seen: list[str] = []
+        for stream in streams:
+            epochs = [case.reading(stream.index, epoch) for epoch in range(2)]
+            sizes = [len(case.tokens(texts)) for texts in epochs]
+            tokens = joined(take(stream, sum(sizes)))
+            shown = [case.documents(tokens[: sizes[0]]), case.documents(tokens[sizes[0] :])]
+            assert tokens == case.tokens(shown[0] + shown[1])
+            assert [sorted(texts) for texts in shown] == [sorted(texts) for texts in epochs]
+            seen += shown[0]
+        assert sorted(seen) == sorted(text for text, length in case.flat() if length != BAD)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases(shortest=1), st.integers(0, 2))
+def test_documents_are_permuted_within_their_window(case, epoch) -> None:
+    case = replace(case, seq_len=1, window_bytes=1 << 23)
+    with case.opened() as streams:
+        for stream in streams:
+            read = case.reading(stream.index, epoch)
+            shown = case.documents(joined(take(stream, len(case.tokens(read)), Cursor(epoch))))
+            for begin in range(0, len(read), case.window):
+                window = slice(begin, begin + case.window)
+                assert sorted(shown[window]) == sorted(read[window])
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases())
+def test_blocks_are_the_tokens_cut_without_a_gap(case) -> None:
+    with case.opened() as streams:
+        for stream in streams:
+            size = sum(len(case.tokens(case.reading(stream.index, epoch))) for epoch in range(3))
+            blocks = take(stream, size // case.seq_len)
+            singles = take(replace(stream, seq_len=1), size // case.seq_len * case.seq_len)
+            assert joined(blocks) == joined(singles)
+            assert [block.cursor for block in blocks] == [
+                single.cursor for single in singles[case.seq_len - 1 :: case.seq_len]
+            ]
+            assert len(blocks) == size // case.seq_len
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases())
+def test_a_restart_at_any_cursor_gives_the_blocks_that_follow(case) -> None:
+    with case.opened() as streams:
+        for stream in streams:
+            blocks = take(stream, 25)
+            if any(block.cursor.epoch for block in blocks[:20]):
+                event("crosses an epoch")
+            for number in range(min(len(blocks), 20)):
+                following = take(stream, 5, blocks[number].cursor)
+                assert comparable(following) == comparable(blocks[number + 1 : number + 6])
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases(shortest=1))
+def test_a_document_is_counted_with_the_block_of_its_first_token(case) -> None:
+    with case.opened() as streams:
+        for stream in streams:
+            for block in take(stream, 20):
+                begun = case.documents(block.tokens.tolist())
+                counts = dict(zip(COUNTS, block.counts.tolist(), strict=True))
+                assert (counts["documents"], counts["characters"]) == (len(begun), sum(map(len, begun)))
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_a_rejected_line_is_counted_once_in_an_epoch(window, restarted) -> None:
+    case = Case([[4, BAD, BAD, 4, 8], [4], [4, BAD, 4]], window=window, shuffle=False)
+    with case.opened() as (stream,):
+        blocks = [next(stream.blocks())]
+        while len(blocks) < 7:
+            blocks = [*blocks, next(stream.blocks(blocks[-1].cursor))] if restarted else take(stream, 7)
+    assert total(blocks) == {"documents": 6, "characters": 18, "rejected/no_text": 3}
+    assert blocks[-1].cursor.epoch == 0
+
+
+def test_lines_are_counted_by_the_reason_of_their_rejection(monkeypatch) -> None:
+    monkeypatch.setattr(shards, "MAX_LINE_BYTES", 50)
+    lines = [b'{"text":"0 4"}', b"not json", b'{"text":null}', b'{"text":"\xff"}', b"x" * 51, b'{"text":"1 4"}', b""]
+    case = Case([[4]], shuffle=False)
+    with case.opened() as (stream,):
+        stream.corpus.shards[0].write_bytes(zstandard.compress(b"\n".join(lines)) + b"garbage")
+        assert total(take(stream, 3)) == {"documents": 3, "characters": 9} | {f"rejected/{name}": 1 for name in REASONS}
+
+
+def test_damage_in_a_shared_shard_is_counted_by_one_stream() -> None:
+    case = Case([[4] * 7], streams=3)
+    with case.opened() as streams:
+        path = streams[0].corpus.shards[0]
+        path.write_bytes(path.read_bytes() + b"garbage")
+        epochs = [take(stream, len(case.reading(stream.index, 0))) for stream in streams]
+        ends = [take(stream, 1, Cursor(0, part=0, line=7)) for stream in streams]
+    assert total([block for blocks in epochs for block in blocks])["documents"] == 7
+    assert sorted(total(blocks).get("rejected/damaged_shard", 0) for blocks in ends) == [0, 0, 1]
+
+
+def test_a_restart_opens_no_shard_that_is_behind_it() -> None:
+    with Case([[4] * 3] * 4, shuffle=False).opened() as (stream,):
+        blocks = take(stream, 12)
+        assert blocks[6].cursor.part > 0
+        for path in stream.corpus.shards[: blocks[6].cursor.part]:
+            path.unlink()
+        assert comparable(take(stream, 5, blocks[6].cursor)) == comparable(blocks[7:])
+
+
+def test_without_shuffling_documents_come_as_they_lie() -> None:
+    case = Case([[3, BAD, 5], [], [1, 9, 2]], seq_len=1, window=4, eos=EOS, shuffle=False)
+    with case.opened() as (stream,):
+        size = len(case.tokens([text for text, length in case.flat() if length != BAD]))
+        assert joined(take(stream, 2 * size)) == 2 * case.tokens([t for t, length in case.flat() if length != BAD])
+
+
+def test_every_seed_and_epoch_has_an_order_of_its_own() -> None:
+    orders = set()
+    for seed in range(3):
+        with Case([[1] * 10] * 4, seq_len=40, window=8, seed=seed).opened() as (stream,):
+            orders |= {tuple(block.tokens.tolist()) for block in take(stream, 3)}
+    assert len(orders) == 9
+
+
+def test_the_order_of_a_seed_never_changes() -> None:
+    """A run may outlive a release: whatever changes these numbers breaks every run that is resumed."""
+    with Case([[1] * 4] * 3, seq_len=6, window=3, streams=2, seed=42).opened() as streams:
+        orders = [[[token // LONGEST for token in block.tokens] for block in take(stream, 2)] for stream in streams]
+    assert orders == [[[8, 0, 10, 1, 3, 2], [8, 10, 9, 0, 2, 11]], [[9, 4, 11, 5, 6, 7], [4, 5, 6, 7, 1, 3]]]
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[[BAD, BAD]], [[], [BAD]], [[], []], [[0, 0]]],
+    ids=["bad lines", "bad lines and an empty shard", "empty shards", "documents without tokens"],
+)
+def test_a_stream_without_documents_is_an_error(lengths) -> None:
+    with Case(lengths).opened() as (stream,), pytest.raises(DataError, match=r"stream 0 .* found no usable document"):
+        next(stream.blocks())
+
+
+def test_too_few_documents_for_the_streams_is_an_error() -> None:
+    with Case([[4, 4]], streams=3).opened() as streams:
+        assert [len(take(stream, 2)) for stream in streams] == [2, 2, 0]
+
+
+def test_epochs_without_a_document_are_no_error_while_others_have_some() -> None:
+    """Shards without a usable document fall to every stream now and then."""
+    case = Case([[4, 4], [BAD], []], streams=3)
+    with case.opened() as streams:
+        assert any(not case.reading(0, epoch) and not case.reading(0, epoch + 1) for epoch in range(EMPTY_EPOCHS))
+        assert len(take(streams[0], 10)) == 10
