@@ -1,0 +1,101 @@
+"""Our attention is Hugging Face's eager attention, in value and gradient, for every length around the window."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import gpt_neo, token_ids
+from torch import Tensor
+
+from clippy_train.model.attention import hidden_states, local_attention
+
+LOGITS = 1e-5  # largest absolute difference allowed in fp32
+GRADIENT = 1e-5  # the same, as a share of the gradient's largest entry
+
+LENGTHS = [(256, seq) for seq in (1, 255, 256, 257, 300, 1024)] + [(16, seq) for seq in (2, 15, 16, 17, 31, 32, 33, 57)]
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    return model.lm_head(hidden_states(model.transformer, ids))
+
+
+def gradients(model: Any, scores: Tensor) -> dict[str, Tensor]:
+    """Gradients of a fixed random projection of the logits, so that every position counts."""
+    weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
+    parameters = dict(model.named_parameters())
+    return dict(zip(parameters, torch.autograd.grad((scores * weights).sum(), list(parameters.values())), strict=True))
+
+
+@pytest.mark.parametrize("kinds", [("global", "global"), ("local", "local"), ("global", "local")], ids="-".join)
+@pytest.mark.parametrize(("window", "seq"), LENGTHS)
+def test_logits_and_gradients_are_those_of_hugging_face(kinds: tuple[str, ...], window: int, seq: int) -> None:
+    model = gpt_neo(kinds, window=window, positions=max(seq, 64))
+    ids = token_ids(2, seq)
+    ours, theirs = logits(model, ids), model(ids, use_cache=False).logits
+    assert (ours - theirs).abs().max() <= LOGITS
+
+    expected = gradients(model, theirs)
+    largest = {name: gradient.abs().max().item() for name, gradient in expected.items()}
+    for name, gradient in gradients(model, ours).items():  # for a single token, those of query and key are exactly 0
+        assert (gradient - expected[name]).abs().max() <= GRADIENT * (largest[name] or max(largest.values())), name
+
+
+@pytest.mark.parametrize("position", [0, 1, 15, 16, 17, 31, 32, 50, 56])
+def test_a_local_layer_sees_exactly_its_window(position: int) -> None:
+    assert changed_by(gpt_neo(("local",), window=16), position) == list(range(position, min(position + 16, 57)))
+
+
+@pytest.mark.parametrize("position", [0, 16, 56])
+def test_a_global_layer_sees_everything_before(position: int) -> None:
+    assert changed_by(gpt_neo(("global",), window=16), position) == list(range(position, 57))
+
+
+@torch.no_grad()
+def changed_by(model: Any, position: int) -> list[int]:
+    """The positions of a 57-token row whose hidden state changes by a bit when the token at `position` changes."""
+    ids = token_ids(1, 57)
+    other = ids.clone()
+    other[0, position] = (other[0, position] + 1) % 97
+    different = hidden_states(model.transformer, ids) != hidden_states(model.transformer, other)
+    return different[0].any(dim=-1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("seq", [1, 2, 7, 64, 65])
+@pytest.mark.parametrize("window", [1, 2, 3, 64])
+def test_local_attention_is_a_softmax_over_the_window(window: int, seq: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, seq, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    expected = torch.stack(
+        [
+            torch.softmax(q[:, :, i, None] @ k[:, :, first : i + 1].mT, dim=-1) @ v[:, :, first : i + 1]
+            for i in range(seq)
+            for first in [max(0, i - window + 1)]
+        ]
+    )[..., 0, :].permute(1, 2, 0, 3)
+    torch.testing.assert_close(local_attention(q, k, v, window), expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seq", [16, 57])
+@torch.no_grad()
+def test_in_bf16_the_error_is_that_of_its_rounding(seq: int) -> None:
+    model, ids = gpt_neo(("global", "local"), window=16), token_ids(2, seq)
+    exact = model(ids, use_cache=False).logits
+    low = copy.deepcopy(model).bfloat16()
+    ours, theirs = logits(low, ids), low(ids, use_cache=False).logits
+    assert ours.dtype == torch.bfloat16
+    assert rms(ours - exact) <= 1.25 * rms(theirs - exact)
+
+
+def rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only() -> None:
+    model, ids = gpt_neo(("global", "local"), window=16), token_ids(1, 57)
+    for block in model.transformer.h:
+        block.attn.attention.attn_dropout.p = 0.5
+    expected = model.eval()(ids, use_cache=False).logits
+    torch.testing.assert_close(logits(model, ids), expected, atol=LOGITS, rtol=0)
+    assert (logits(model.train(), ids) - expected).abs().max() > 0.01
