@@ -1,0 +1,175 @@
+"""The `clippy` command: verb -> compose -> validate -> call. No logic of its own; heavy imports wait for their verb."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from clippy_train import __version__, compose, config
+from clippy_train.errors import ClippyError
+from clippy_train.report import print_table, quiet_transformers
+
+
+def run_corpus(settings: config.CorpusConfig) -> int:
+    from clippy_train.corpus.build import build_corpus
+
+    manifest = build_corpus(settings)
+    rows = [
+        ("documents", f"{manifest['documents']:,}"),
+        ("text", f"{manifest['text_bytes'] / 1e6:,.1f} MB"),
+        ("languages", ", ".join(f"{name} {count:,}" for name, count in manifest["languages"].items())),
+        ("left out", ", ".join(f"{rule} {count:,}" for rule, count in manifest["rejected"].items()) or "none"),
+    ]
+    print_table(f"corpus in {settings.out}", rows)
+    return 0
+
+
+def run_extend(settings: config.ExtendConfig) -> int:
+    from clippy_train.extend import extend_folder
+
+    quiet_transformers()
+    print(extend_folder(settings))
+    return 0
+
+
+def run_train(settings: config.TrainConfig) -> int:
+    from clippy_train.train.launch import train
+
+    return train(settings)
+
+
+def run_export(settings: config.ExportConfig) -> int:
+    from clippy_train.export import export
+
+    quiet_transformers()
+    print(export(settings))
+    return 0
+
+
+def run_generate(settings: config.GenerateConfig) -> int:
+    from clippy_train.generate import generate
+
+    quiet_transformers()
+    prompt = sys.stdin.read() if settings.prompt == "-" else settings.prompt
+    for completion in generate(settings, prompt):
+        print(prompt + completion, flush=True)
+    return 0
+
+
+def run_demo(settings: config.DemoConfig) -> int:
+    from clippy_train.demo import demo
+
+    quiet_transformers()
+    return demo(settings)
+
+
+@dataclass(frozen=True)
+class Verb:
+    schema: type
+    run: Callable[[Any], int]
+    summary: str
+
+
+VERBS = {
+    "corpus": Verb(config.CorpusConfig, run_corpus, "SRC... out=DIR  folders of source code -> shards"),
+    "extend": Verb(config.ExtendConfig, run_extend, "base=NAME out=DIR  add white-space tokens to a model"),
+    "train": Verb(config.TrainConfig, run_train, "experiment=NAME data.path=DIR  train, or continue training"),
+    "export": Verb(config.ExportConfig, run_export, "run=DIR out=DIR  checkpoint -> Hugging Face folder"),
+    "generate": Verb(config.GenerateConfig, run_generate, "model=DIR prompt=TEXT  complete a prompt"),
+    "demo": Verb(config.DemoConfig, run_demo, "the whole pipeline on the source code of this Python, in minutes"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code (see `errors`)."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
+    if options.verb is None:
+        parser.print_help()
+        return 0 if options.help else 2
+    verb = VERBS[options.verb]
+    try:
+        return _call(verb, options)
+    except ClippyError as error:
+        print(f"clippy {options.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    verbs = "\n".join(f"  {name:10}{verb.summary}" for name, verb in VERBS.items())
+    parser = argparse.ArgumentParser(
+        "clippy",
+        description=f"Re-train GPT-Neo-125M-Code-Clippy.\n\nverbs:\n{verbs}",
+        epilog="clippy VERB --help explains every key of a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("verb", nargs="?", choices=VERBS, metavar="VERB")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the verb")
+    parser.add_argument("-h", "--help", action="store_true", help="explain the verb's keys, with their values")
+    parser.add_argument("-m", "--multirun", action="store_true", help="train: sweep over comma-separated values")
+    parser.add_argument("--dry-run", action="store_true", help="train: check everything and print the plan only")
+    parser.add_argument("--version", action="version", version=f"clippy_train {__version__}")
+    return parser
+
+
+def _call(verb: Verb, options: argparse.Namespace) -> int:
+    overrides = options.overrides
+    if verb.schema is config.CorpusConfig:
+        overrides = _sources_as_key(overrides)
+    if options.help:
+        return _explain(verb, overrides)
+    if verb.schema is not config.TrainConfig:
+        return verb.run(compose.compose(verb.schema, overrides))
+    if options.multirun:
+        return compose.sweep(overrides, _dry_run if options.dry_run else verb.run)
+    if options.dry_run:
+        return _dry_run(compose.compose(config.TrainConfig, overrides))
+    return verb.run(compose.compose(config.TrainConfig, overrides))
+
+
+def _sources_as_key(arguments: list[str]) -> list[str]:
+    """SRC... of `clippy corpus` as its key `src`."""
+    sources = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    return [*overrides, f"src=[{','.join(map(compose.quoted, sources))}]"] if sources else overrides
+
+
+def _dry_run(settings: config.TrainConfig) -> int:
+    from clippy_train.plan import plan
+    from clippy_train.train.launch import obstacles
+
+    print_table("plan", plan(settings))
+    for error in obstacles(settings):
+        print(f"before it can run here: {error}")
+    return 0
+
+
+def _explain(verb: Verb, overrides: list[str]) -> int:
+    """Print every key with its meaning and its value under the overrides given."""
+    values = compose.composed_values(verb.schema, overrides)
+    table = Table("key", "value", "meaning", title=f"clippy {verb.summary}", title_justify="left", pad_edge=False)
+    for name, field in config.keys(verb.schema):
+        meaning, choices, minimum = (field.metadata[part] for part in ("meaning", "choices", "minimum"))
+        meaning += f" [one of {', '.join(choices)}]" if choices else ""
+        meaning += f" [at least {minimum:g}]" if minimum is not None else ""
+        table.add_row(escape(name), escape(str(values[name])) or "(required)", escape(meaning))
+    console = Console(highlight=False)
+    console.print(table)
+    if verb.schema is config.TrainConfig:
+        console.print(f"Groups: experiment ({', '.join(compose.experiments())}), model, optim, strategy, tokenizer.")
+        console.print("Values are those of the experiment given: clippy train experiment=NAME --help")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""`clippy demo`: the whole pipeline on the source code that this Python carries, on two CPU processes, in minutes.
+
+Every step is skipped when its result is there, so a second call continues, or says that all is done.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from clippy_train.compose import compose
+from clippy_train.config import CorpusConfig, DemoConfig, ExportConfig, GenerateConfig, TokenizerConfig, TrainConfig
+from clippy_train.corpus.build import build_corpus
+from clippy_train.export import export
+from clippy_train.generate import generate
+from clippy_train.plan import parameters
+from clippy_train.report import print_table
+from clippy_train.shards import documents, new_folder, open_corpus
+from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, train_bpe
+from clippy_train.train.launch import HF_FOLDER, train
+from clippy_train.train.monitor import METRICS, TENSORBOARD, read_rows
+
+EXTENSIONS = [".py", ".c", ".h"]
+
+
+def demo(config: DemoConfig) -> int:
+    """Corpus, tokenizer, training, export, generation, and a table of what came out; returns an exit code."""
+    started = time.monotonic()
+    root = Path(config.root)
+    corpus, tokenizer = root / "corpus", root / "tokenizer"
+    run = compose(TrainConfig, ["experiment=demo", f"data.path={corpus}", f"tokenizer.base={tokenizer}"])
+    if not corpus.exists():
+        _announce("corpus", corpus)
+        extensions = "[" + ",".join(EXTENSIONS) + "]"
+        build_corpus(compose(CorpusConfig, [f"out={corpus}", f"extensions={extensions}"]))
+    if not tokenizer.exists():
+        _announce("tokenizer", tokenizer)
+        make_tokenizer(corpus, tokenizer, config.vocab_size, run.tokenizer, run.model.max_position_embeddings)
+    _announce("training", run.run_dir)
+    code = train(run)
+    if code:
+        return code
+    model = run.run_dir / "model"
+    if not model.exists():
+        _announce("export", model)
+        export(compose(ExportConfig, [f"run={run.run_dir}", f"out={model}"]))
+    prompt = config.prompt
+    completion = generate(GenerateConfig(model=str(model), prompt=prompt, max_new_tokens=64), prompt)[0]
+    print_table("clippy demo", [*results(run, corpus), ("seconds (this call)", f"{time.monotonic() - started:.0f}")])
+    print(f"{prompt}{completion}")
+    return 0
+
+
+def make_tokenizer(corpus: Path, out: Path, vocab_size: int, settings: TokenizerConfig, max_length: int) -> None:
+    """Train a byte-level BPE on the training split and add the white-space tokens, as `clippy extend` does."""
+    texts = (
+        text
+        for shard in open_corpus(corpus, "train").shards
+        for _, text, _ in documents(shard, "text")
+        if text is not None
+    )
+    with new_folder(out, "root") as folder:
+        tokenizer = train_bpe(texts, vocab_size, max_length)
+        add_whitespace_tokens(tokenizer, settings.whitespace_tokens, settings.matching)
+        tokenizer.save_pretrained(folder)
+
+
+def results(run: TrainConfig, corpus: Path) -> list[tuple[str, str]]:
+    """What a finished run achieved, from its metrics."""
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    rows = list(read_rows(run.run_dir / METRICS))
+    training = [row for row in rows if "train/loss" in row]
+    validation = [row for row in rows if "val/loss" in row]
+    speeds = sorted(row["throughput/tokens_per_sec"] for row in training)
+    first, last = validation[0], validation[-1]
+    fall = 1 - last["val/bits_per_byte"] / first["val/bits_per_byte"]
+    return [
+        ("corpus", f"{manifest['documents']:,} files, {manifest['text_bytes'] / 1e6:.1f} MB"),
+        ("parameters", f"{parameters(run, len(load_tokenizer(run.run_dir / HF_FOLDER))):,}"),
+        ("steps", f"{last['step']}, {training[-1]['tokens']:,} tokens"),
+        ("train loss", f"{training[0]['train/loss']:.3f} -> {training[-1]['train/loss']:.3f}"),
+        ("validation loss", f"{first['val/loss']:.3f} -> {last['val/loss']:.3f}"),
+        ("bits per byte", f"{first['val/bits_per_byte']:.3f} -> {last['val/bits_per_byte']:.3f} ({fall:.0%} less)"),
+        ("tokens/s (median)", f"{speeds[len(speeds) // 2]:,.0f}"),
+        ("run folder", str(run.run_dir)),
+        ("watch it", f"tensorboard --logdir {run.run_dir / TENSORBOARD}"),
+    ]
+
+
+def _announce(stage: str, where: Path) -> None:
+    print(f"== {stage}: {where}", flush=True)

@@ -1,0 +1,50 @@
+"""Small values shared between ranks through host memory, so that the accelerator never waits for bookkeeping."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@cache
+def _group() -> Any:
+    """A gloo group beside the training group; created on first use, by all ranks together."""
+    return dist.new_group(backend="gloo")
+
+
+def alone() -> bool:
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def total(values: np.ndarray) -> np.ndarray:
+    """Element-wise sum over all ranks, in the type of `values`."""
+    if alone():
+        return values
+    tensor = torch.from_numpy(values.copy())
+    dist.all_reduce(tensor, group=_group())
+    return tensor.numpy()
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every rank, in rank order."""
+    if alone():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_group())
+    return values
+
+
+def anyone(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    return bool(total(np.array([int(flag)]))[0])
+
+
+def barrier() -> None:
+    if not alone():
+        dist.barrier(group=_group())

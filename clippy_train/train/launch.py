@@ -1,0 +1,259 @@
+"""Start a run: check what it needs, fix its folder, freeze its configuration, choose its checkpoint, start its ranks.
+
+All of that happens once, in one process, before any rank exists. Each rank is a child process that reads the frozen
+file; signals are passed on to the ranks; the exit code is that of the first rank that ends with an error. (torchrun's
+agent would replace the ranks' exit codes by its own exception, so it is not used here.)
+"""
+
+import json
+import logging
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from clippy_train import __version__
+from clippy_train.config import TrainConfig, save
+from clippy_train.data.identity import data_identity
+from clippy_train.errors import CheckpointError, ConfigError, DataError, Interrupted
+from clippy_train.shards import open_corpus
+from clippy_train.train.checkpoint import Checkpoint, checkpoints, find, open_checkpoint
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+HF_FOLDER = "hf"  # configuration and tokenizer of the model in training, as Hugging Face files
+PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "deepspeed", "hydra-core", "numpy", "zstandard")
+STRAGGLER_SECONDS = 60.0  # how long the other ranks may take once one has ended well
+
+log = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> int:
+    """Run a training to its end, or continue it; return the exit code.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before any rank starts.
+    """
+    blocked = obstacles(config)
+    if blocked:
+        raise blocked[0] if len(blocked) == 1 else type(blocked[0])("\n".join(map(str, blocked)))
+    checkpoint = choose_checkpoint(config)
+    if checkpoint and checkpoint.manifest.step >= config.trainer.max_steps:
+        print(f"{config.run_dir}: finished, step {checkpoint.manifest.step} of {config.trainer.max_steps}")
+        return 0
+    prepare_run_folder(config)
+    if checkpoint:
+        print(f"resuming {config.run_dir} from step {checkpoint.manifest.step} ({checkpoint.path})", flush=True)
+    else:
+        print(f"starting {config.run_dir}", flush=True)
+    return run_ranks(config, checkpoint)
+
+
+def obstacles(config: TrainConfig) -> list[ConfigError | DataError]:
+    """What this machine lacks for the run: devices, corpus, base model. Reads folder listings only."""
+    found: list[ConfigError | DataError] = []
+    if config.trainer.accelerator == "cuda":
+        import torch
+
+        visible = torch.cuda.device_count()
+        if visible < config.trainer.devices:
+            found.append(
+                ConfigError(
+                    f"trainer.accelerator=cuda with trainer.devices={config.trainer.devices}: this machine has "
+                    f"{visible} visible CUDA devices; set trainer.devices to that, or trainer.accelerator=cpu"
+                )
+            )
+    for split in ("train", "validation"):
+        try:
+            open_corpus(Path(config.data.path), split)
+        except DataError as error:
+            found.append(error)
+            break
+    for key, name in (("model.base", config.model.base), ("tokenizer.base", config.tokenizer.base)):
+        if name and looks_local(name) and not Path(name).is_dir():
+            found.append(ConfigError(f"{key}={name}: no such folder"))
+    if not (config.model.base or config.tokenizer.base):
+        found.append(ConfigError("tokenizer.base: needed when model.base=null (folder or hub name of a tokenizer)"))
+    return found
+
+
+def looks_local(name: str) -> bool:
+    """A hub name is NAME or ORGANISATION/NAME; anything else is a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint that `resume` asks for, verified.
+
+    Raises:
+        CheckpointError: there is none where one must be (or the reverse), none is intact, or it belongs to other data.
+    """
+    found = None if config.resume == "never" else find(config.run_dir)
+    if config.resume == "never" and checkpoints(config.run_dir):
+        raise CheckpointError(f"resume=never, but {config.run_dir} has checkpoints: choose another run.name")
+    if config.resume == "must" and not found:
+        raise CheckpointError(f"resume=must, but {config.run_dir} has no checkpoint")
+    if config.resume not in ("auto", "must", "never") and not found:
+        found = open_checkpoint(Path(config.resume))
+    if found:
+        require_same_data(found, config)
+        require_same_layout(found, config)
+    return found
+
+
+def require_same_data(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    """Raises CheckpointError if the data would not continue where the checkpoint stopped."""
+    now = data_identity(config, open_corpus(Path(config.data.path), "train").fingerprint)
+    then = checkpoint.manifest.data
+    changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on other data or in another order: {'; '.join(changed)}. "
+            "Restore these settings, or start a new run with another run.name"
+        )
+
+
+def require_same_layout(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    """Raises CheckpointError if the optimizer state is laid out for another number of ranks or another strategy."""
+    then = checkpoint.manifest
+    was = (then.world_size, then.strategy["name"], then.strategy["stage"])
+    now = (config.world_size, config.strategy.name, config.strategy.stage)
+    if was != now:
+        raise CheckpointError(
+            f"{checkpoint.path} was written by {was[0]} ranks with strategy {was[1]}{was[2] or ''}; this run has "
+            f"{now[0]} with {now[1]}{now[2] or ''}. Use the same trainer.devices, trainer.num_nodes and strategy"
+        )
+
+
+def prepare_run_folder(config: TrainConfig) -> None:
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    save(config, config.run_dir / CONFIG)
+    (config.run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware, for the record."""
+    return {
+        "clippy_train": __version__,
+        "commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "gpus": _gpu_names(),
+    }
+
+
+def run_ranks(config: TrainConfig, checkpoint: Checkpoint | None) -> int:
+    """Start one process per device of this node, pass signals on to them, and return the run's exit code.
+
+    Children die with this process, however it ends: each holds the read end of a pipe to it.
+    """
+    command = [sys.executable, "-m", "clippy_train.train.run", str(config.run_dir)]
+    command += [str(checkpoint.path)] if checkpoint else []
+    port = _free_port()
+    ranks: list[subprocess.Popen] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        for rank in range(config.trainer.devices):
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **rank_environment(config, rank, port)},
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # a terminal's Ctrl-C reaches the ranks once, through `forward`
+            )
+            ranks.append(process)
+        return _wait(ranks)
+    finally:
+        for process in ranks:
+            _kill_group(process)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def rank_environment(config: TrainConfig, rank: int, port: int) -> dict[str, str]:
+    devices = config.trainer.devices
+    variables = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(config.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "CLIPPY_LAUNCHED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if config.trainer.accelerator == "cpu":
+        variables["DS_ACCELERATOR"] = "cpu"
+        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    else:
+        variables["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return variables
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    """Wait for all ranks; the first that fails decides, and ends the others."""
+    deadline = float("inf")
+    while True:
+        codes = [code for code in (process.poll() for process in ranks) if code is not None]
+        failed = [code for code in codes if code not in (0, Interrupted.exit_code)]
+        if failed:
+            return failed[0] if failed[0] > 0 else 1
+        if len(codes) == len(ranks):
+            return max(codes)
+        if codes and deadline == float("inf"):
+            deadline = time.monotonic() + STRAGGLER_SECONDS
+        if time.monotonic() > deadline:
+            log.error("ranks did not end together (exit codes so far: %s)", codes)
+            return 1
+        time.sleep(0.05)
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    """End a rank and everything that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree that this package runs from, or None when it is installed."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
+def _gpu_names() -> list[str]:
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return []
+    return listed.stdout.splitlines() if listed.returncode == 0 else []

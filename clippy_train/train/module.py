@@ -1,0 +1,72 @@
+"""What one rank computes: loss of a micro-batch, validation sums, optimizer. Lightning and the strategy do the rest."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
+
+from clippy_train.config import TrainConfig
+from clippy_train.data.module import Batch
+from clippy_train.model.loss import token_losses
+from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm
+
+
+class CodeLM(pl.LightningModule):
+    """A causal LM in training.
+
+    Attributes:
+        micro_losses: mean loss of each micro-batch since the last optimizer step, on the device.
+        lr: learning rate of the last update.
+        grad_norm: global gradient norm of the last update, before clipping.
+        val_sums: over the validation so far: loss in nats, targets, bytes of the targets; float64.
+    """
+
+    def __init__(self, config: TrainConfig, model: Any, token_bytes: np.ndarray) -> None:
+        super().__init__()
+        self.config, self.model = config, model
+        self.register_buffer("token_bytes", torch.from_numpy(token_bytes), persistent=False)
+        self.micro_losses: list[Tensor] = []
+        self.lr = 0.0
+        self._grad_norm: Tensor | float = 0.0
+        self.val_sums = torch.zeros(3, dtype=torch.float64)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = token_losses(self.model, batch["input_ids"], self.config.model.attention).mean()
+        self.micro_losses.append(loss.detach())
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        losses = token_losses(self.model, batch["input_ids"], self.config.model.attention)  # [batch, seq - 1]
+        weight = batch["weight"][:, None].expand_as(losses)
+        num_bytes = self.token_bytes[batch["input_ids"][:, 1:]] * weight  # type: ignore[index]
+        self.val_sums += torch.stack(
+            [(losses * weight).double().sum(), weight.sum().double(), num_bytes.sum().double()]
+        )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.config.optim)
+        schedule = Schedule(optimizer, self.config.optim)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]
+        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # which clips by itself
+            self._grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.grad_clip)
+
+    @property
+    def grad_norm(self) -> float:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy):
+            return float(strategy.deepspeed_engine.get_global_grad_norm())
+        return float(self._grad_norm)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Cursors and counts stay on the host: only callbacks read them."""
+        stay = ("cursor", "counts")
+        return {name: each if name in stay else each.to(device, non_blocking=True) for name, each in batch.items()}

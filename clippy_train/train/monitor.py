@@ -1,0 +1,224 @@
+"""What a run reports: `metrics.jsonl` (the source of truth), TensorBoard with the same names, and a progress line.
+
+Losses stay on the device until a step is logged. x axis: optimizer step.
+"""
+
+import json
+import logging
+import math
+import resource
+import time
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from clippy_train.config import TrainConfig
+from clippy_train.data.module import Batch
+from clippy_train.errors import NonFinite
+from clippy_train.train import collective
+from clippy_train.train.module import CodeLM
+from clippy_train.train.progress import Progress, step_ended
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+log = logging.getLogger(__name__)
+
+
+class Monitor(pl.Callback):
+    """Logs every `trainer.log_every_steps` steps (each step with `trainer.audit`) and after every validation."""
+
+    def __init__(self, config: TrainConfig, progress: Progress) -> None:
+        self.config, self.progress = config, progress
+        self.digest = 0
+        self._clock = Clock()
+        self._steps_timed = 0
+        self._wait = 0.0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._clock.run()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if self.config.trainer.audit:
+            self.digest += sum(map(row_digest, batch["input_ids"].cpu().numpy()))
+        if not step_ended(trainer, batch_idx):
+            return
+        losses, pl_module.micro_losses = pl_module.micro_losses, []
+        self._steps_timed += 1
+        step, settings = trainer.global_step, self.config.trainer
+        if settings.audit or step % settings.log_every_steps == 0 or step == settings.max_steps:
+            self._report(trainer, pl_module, losses)
+        self.digest = 0
+        if step == settings.max_steps:
+            trainer.should_stop = True  # Lightning then validates once more, also off the interval
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: Any) -> None:
+        self._clock.pause()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._clock.pause()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        nats, targets, num_bytes = collective.total(pl_module.val_sums.cpu().numpy())
+        loss = nats / targets
+        row = {
+            "val/loss": loss,
+            "val/perplexity": math.exp(min(loss, 700.0)),
+            "val/bits_per_byte": nats / math.log(2) / num_bytes,
+        }
+        self._write(trainer, row)
+        _say(
+            trainer,
+            "step %d: validation loss %.4f, %.4f bits per byte",
+            trainer.global_step,
+            loss,
+            row["val/bits_per_byte"],
+        )
+
+    def _report(self, trainer: pl.Trainer, module: CodeLM, losses: list[torch.Tensor]) -> None:
+        step = trainer.global_step
+        mean = torch.stack(losses).double().mean().item()
+        loss = float(collective.total(np.array([mean]))[0]) / self.config.world_size
+        grad_norm = module.grad_norm
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFinite(f"step {step}: loss {loss}, gradient norm {grad_norm}; nothing of this step is saved")
+        counts = self.progress.all_counts()
+        row: dict[str, Any] = {
+            "tokens": step * self.config.tokens_per_step,
+            "train/loss": loss,
+            "train/lr": module.lr,
+            "train/grad_norm": grad_norm,
+            "train/epoch": float(self.progress.cursors[:, 0].max()),
+            **self._throughput(trainer),
+            **{f"data/{name}": value for name, value in counts.items()},
+            "system/rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        if trainer.strategy.root_device.type == "cuda":
+            row["system/gpu_memory"] = torch.cuda.max_memory_allocated()
+        if self.config.trainer.audit:
+            row["data/digest"] = f"{sum(collective.gather(self.digest)) % 2**64:016x}"
+        self._write(trainer, row)
+        _say(
+            trainer,
+            "step %d/%d: loss %.4f, lr %.2e, grad norm %.2f, %.0f tokens/s, data wait %.0f %%",
+            step,
+            self.config.trainer.max_steps,
+            loss,
+            module.lr,
+            grad_norm,
+            row["throughput/tokens_per_sec"],
+            100 * row["throughput/data_wait"],
+        )
+
+    def _throughput(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Speed since the last report, without the time of validation and checkpoints."""
+        seconds = max(self._clock.lap(), 1e-9)
+        waited = trainer.train_dataloader.wait_seconds - self._wait  # type: ignore[union-attr]
+        self._wait += waited
+        tokens_per_sec = self._steps_timed * self.config.tokens_per_step / seconds
+        step_time, self._steps_timed = seconds / self._steps_timed, 0
+        return {
+            "throughput/tokens_per_sec": tokens_per_sec,
+            "throughput/tokens_per_sec_per_device": tokens_per_sec / self.config.world_size,
+            "throughput/step_time": step_time,
+            "throughput/data_wait": min(1.0, waited / seconds),
+        }
+
+    def _write(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(row, trainer.global_step)
+
+
+class Clock:
+    """Wall time that can be paused."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._seconds = 0.0
+
+    def run(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def lap(self) -> float:
+        """Seconds that it ran since the last lap; it goes on running."""
+        self.pause()
+        self.run()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class JsonlLogger(Logger):
+    """One JSON object per logged row. A row of another life of the run that is being repeated is dropped first."""
+
+    def __init__(self, path: Path, resumed_step: int, validates_again: bool) -> None:
+        super().__init__()
+        self.path = path
+        kept = [
+            row
+            for row in read_rows(path)
+            if row["step"] <= resumed_step
+            and not (validates_again and row["step"] == resumed_step and "val/loss" in row)
+        ]
+        aside = path.with_suffix(".writing")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        aside.replace(path)
+
+    @property
+    def name(self) -> str:
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The resolved configuration lies beside this file."""
+
+
+class EventLogger(TensorBoardLogger):
+    """TensorBoard, numbers only."""
+
+    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+        super().__init__(run_dir, name="", version=TENSORBOARD, purge_step=resumed_step + 1)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        super().log_metrics({name: value for name, value in metrics.items() if not isinstance(value, str)}, step)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics file; one that a crash cut short is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            log.warning("%s: a line that was cut short is dropped", path)
+
+
+def row_digest(tokens: np.ndarray) -> int:
+    """64 bits that identify a row of token ids; their sum modulo 2^64 identifies a set of rows, whatever its order."""
+    return int.from_bytes(blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest(), "little")
+
+
+def _say(trainer: pl.Trainer, message: str, *values: Any) -> None:
+    if trainer.is_global_zero:
+        log.info(message, *values)

@@ -1,0 +1,68 @@
+"""How far a run has come: steps, tokens, the cursor of every stream, and what was read; committed step by step."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+
+from clippy_train.config import TrainConfig
+from clippy_train.data.module import Batch
+from clippy_train.data.stream import COUNTS, Cursor
+from clippy_train.errors import DataError
+from clippy_train.train import collective
+
+MIN_LINES_TO_JUDGE = 1000  # lines read before data.max_bad_fraction is applied
+
+
+class Progress(pl.Callback):
+    """Takes the cursors of each micro-batch after it was trained. Must be the first callback.
+
+    Attributes:
+        cursors: `[streams, 5]` int64; a rank keeps the rows of its own streams up to date.
+        counts: `[len(COUNTS)]` int64, what this rank has read since the run (or this life of it) started.
+    """
+
+    def __init__(self, config: TrainConfig, cursors: np.ndarray, counts: np.ndarray) -> None:
+        self.config, self.cursors = config, cursors.copy()
+        self._counts_before, self.counts = counts, np.zeros(len(COUNTS), dtype=np.int64)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        for stream, *cursor in batch["cursor"].tolist():
+            self.cursors[stream] = cursor
+        self.counts += batch["counts"].sum(dim=0).numpy()
+
+    def all_cursors(self) -> np.ndarray:
+        """The cursors of all streams, from the ranks that own them. Collective."""
+        share = len(self.cursors) // self.config.world_size
+        mine = self.cursors[collective.rank() * share :][:share]
+        return np.concatenate(collective.gather(mine))
+
+    def all_counts(self) -> dict[str, int]:
+        """What all ranks have read since the run started. Collective.
+
+        Raises:
+            DataError: more than `data.max_bad_fraction` of the lines could not be used.
+        """
+        values = self._counts_before + collective.total(self.counts)
+        counts = dict(zip(COUNTS, values.tolist(), strict=True))
+        bad = sum(value for name, value in counts.items() if name.startswith("rejected/"))
+        lines = bad + counts["documents"]
+        limit = self.config.data.max_bad_fraction
+        if lines >= MIN_LINES_TO_JUDGE and bad > limit * lines:
+            reasons = {name: value for name, value in counts.items() if name.startswith("rejected/") and value}
+            raise DataError(
+                f"{bad} of {lines} lines of the corpus cannot be used ({reasons}): more than "
+                f"data.max_bad_fraction={limit}. Mend the corpus, or raise the limit"
+            )
+        return counts
+
+
+def fresh_cursors(streams: int) -> np.ndarray:
+    return np.zeros((streams, len(Cursor._fields)), dtype=np.int64)
+
+
+def step_ended(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether micro-batch `batch_idx` was the last of its optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

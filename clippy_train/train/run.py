@@ -1,0 +1,134 @@
+"""One rank of a run, from its frozen configuration to the end of training. Started by `train.launch`, torchrun or srun:
+
+    python -m clippy_train.train.run RUN_DIR [CHECKPOINT]
+
+with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment.
+"""
+
+import logging
+import os
+import sys
+import threading
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger
+
+from clippy_train.config import TrainConfig, load
+from clippy_train.data.identity import data_identity
+from clippy_train.data.module import DataModule
+from clippy_train.data.stream import COUNTS
+from clippy_train.errors import ClippyError, Interrupted
+from clippy_train.model.build import build
+from clippy_train.report import quiet_transformers
+from clippy_train.shards import open_corpus
+from clippy_train.tokenizer import token_bytes
+from clippy_train.train.checkpoint import STATE, Checkpoint, open_checkpoint
+from clippy_train.train.launch import CONFIG, HF_FOLDER
+from clippy_train.train.module import CodeLM
+from clippy_train.train.monitor import METRICS, EventLogger, JsonlLogger, Monitor
+from clippy_train.train.preempt import Flag, Preemption
+from clippy_train.train.progress import Progress, fresh_cursors
+from clippy_train.train.saving import Checkpointer
+from clippy_train.train.strategy import build_trainer
+
+
+def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, flag: Flag) -> None:
+    """Train from `checkpoint` (or from the start) to `trainer.max_steps`.
+
+    Raises:
+        Interrupted: a signal came; a checkpoint of the last step is complete.
+    """
+    rank = int(os.environ["RANK"])
+    pl.seed_everything(config.seed + rank, verbose=False)
+    model, tokenizer = build(config)
+    if rank == 0:
+        save_description(config.run_dir / HF_FOLDER, model, tokenizer)
+
+    manifest = checkpoint.manifest if checkpoint else None
+    step = manifest.step if manifest else 0
+    cursors = np.array(manifest.cursors) if manifest else fresh_cursors(config.data.streams)
+    counts = np.array([manifest.counts[name] if manifest else 0 for name in COUNTS])
+    identity = data_identity(config, open_corpus(Path(config.data.path), "train").fingerprint)
+    # A run validates before its first step, and again at a step whose validation an interruption may have cut off.
+    validates_first = step % config.trainer.val_every_steps == 0
+
+    progress = Progress(config, cursors, counts)
+    checkpointer = Checkpointer(config, progress, identity, resumed=checkpoint)
+    trainer = build_trainer(
+        config,
+        callbacks=[progress, Monitor(config, progress), checkpointer, Preemption(flag, checkpointer)],
+        logger=build_loggers(config, step, validates_first) if rank == 0 else False,
+        num_sanity_val_steps=-1 if validates_first else 0,
+    )
+    module = CodeLM(config, model, token_bytes(tokenizer, model.config.vocab_size))
+    data = DataModule(config, tokenizer, rank, cursors)
+    trainer.fit(module, data, ckpt_path=checkpoint.path / STATE if checkpoint else None)
+
+
+def build_loggers(config: TrainConfig, step: int, validates_first: bool) -> list[Logger]:
+    loggers: list[Logger] = [JsonlLogger(config.run_dir / METRICS, step, validates_first)]
+    if config.logger.tensorboard:
+        loggers.append(EventLogger(config.run_dir, step))
+    return loggers
+
+
+def save_description(folder: Path, model: Any, tokenizer: Any) -> None:
+    """What an export needs besides the weights: the model's configuration and its tokenizer."""
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main(run_dir: str, checkpoint: str | None = None) -> int:
+    """Run this rank and return its exit code."""
+    flag = Flag()
+    flag.install()
+    threading.Thread(target=_die_with_launcher, daemon=True).start()
+    _log_quietly()
+    rank = os.environ["RANK"]
+    try:
+        config = load(Path(run_dir) / CONFIG)
+        train_rank(config, open_checkpoint(Path(checkpoint)) if checkpoint else None, flag)
+    except Interrupted as error:
+        if rank == "0":
+            print(error, file=sys.stderr)
+        return error.exit_code
+    except ClippyError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception:
+        print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr)
+        return 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def _die_with_launcher() -> None:
+    """The launcher holds the other end of this rank's standard input: it ends when the launcher does."""
+    if os.environ.get("CLIPPY_LAUNCHED"):
+        os.read(0, 1)  # not through sys.stdin: a forked loader process would wait for its lock
+        os._exit(1)
+
+
+def _log_quietly() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.getLogger("clippy_train").setLevel(logging.INFO)
+    quiet_transformers()
+    for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(lightning|torch|deepspeed).*")
+
+
+if __name__ == "__main__":
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no interpreter shutdown: a peer that died must not keep this rank waiting in a destructor

@@ -1,0 +1,285 @@
+"""Training as a user runs it: the command line, two DeepSpeed ZeRO ranks, real files and signals."""
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import Runs, end, rank_pids
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from clippy_train.config import CorpusConfig
+from clippy_train.corpus.build import build_corpus
+from clippy_train.export import load_checkpoint_model
+from clippy_train.train.checkpoint import STATE, checkpoints, find, open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("train"), tiny_corpus, tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def reference(runs: Runs) -> str:
+    """An uninterrupted run: two ranks, ZeRO-1, bf16, two loader processes."""
+    runs.train("reference", "trainer.audit=true")
+    return "reference"
+
+
+def trained(row: dict) -> dict:
+    """What a step computed, without what was measured about it."""
+    return {name: value for name, value in row.items() if not name.startswith(("throughput/", "system/"))}
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a run's newest checkpoint."""
+    checkpoint = find(run_dir)
+    assert checkpoint
+    return {
+        name: parameter.detach()
+        for name, parameter in load_checkpoint_model(run_dir / "hf", checkpoint).named_parameters()
+    }
+
+
+def weights_hash(run_dir: Path) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights(run_dir).items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_a_run_leaves_what_its_contract_names(runs: Runs, reference: str) -> None:
+    folder = runs.folder(reference)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "hf",
+    }
+    assert json.loads((folder / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+    assert [row["step"] for row in runs.rows(reference)] == [1, 2, 3, 4, 5, 6]
+    last = runs.rows(reference)[-1]
+    assert last["tokens"] == 6 * 8 * 32
+    for name in ("train/lr", "train/grad_norm", "throughput/tokens_per_sec", "data/documents", "data/digest"):
+        assert name in last
+
+
+def test_validation_runs_before_the_first_step_on_its_interval_and_after_the_last(runs: Runs, reference: str) -> None:
+    rows = runs.rows(reference, "val/loss")
+    assert [row["step"] for row in rows] == [0, 4, 6]
+    assert rows[-1]["val/bits_per_byte"] < rows[0]["val/bits_per_byte"]
+    assert rows[0]["val/perplexity"] == pytest.approx(torch.tensor(rows[0]["val/loss"]).exp().item(), rel=1e-4)
+
+
+def test_tensorboard_shows_the_numbers_of_the_metrics_file(runs: Runs, reference: str) -> None:
+    events = EventAccumulator(str(runs.folder(reference) / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(row["step"], pytest.approx(row["train/loss"])) for row in runs.rows(reference)]
+
+
+def test_every_loss_and_digest_differs_from_step_to_step(runs: Runs, reference: str) -> None:
+    rows = runs.rows(reference)
+    assert len({row["data/digest"] for row in rows}) == len({row["train/loss"] for row in rows}) == len(rows)
+
+
+def test_optimizer_state_is_partitioned_over_two_ranks(runs: Runs, reference: str) -> None:
+    checkpoint = find(runs.folder(reference))
+    assert checkpoint
+    files = sorted((checkpoint.path / STATE / "checkpoint").glob("*optim_states.pt"))
+    assert len(files) == 2
+    sizes = [
+        sum(
+            part.numel()
+            for part in torch.load(file, weights_only=False)["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+        )
+        for file in files
+    ]
+    total = sum(tensor.numel() for tensor in weights(runs.folder(reference)).values())
+    assert sizes[0] == sizes[1]
+    assert total <= sum(sizes) < 1.01 * total + 64
+
+
+def test_only_the_newest_checkpoints_are_kept(runs: Runs, reference: str) -> None:
+    assert [path.name for path in checkpoints(runs.folder(reference))] == ["step-00000006", "step-00000004"]
+
+
+def test_the_same_command_on_a_finished_run_says_so(runs: Runs, reference: str) -> None:
+    before = (runs.folder(reference) / "metrics.jsonl").read_bytes()
+    assert "finished, step 6 of 6" in runs.train(reference, "trainer.audit=true").stdout
+    assert (runs.folder(reference) / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_an_interrupted_run_resumes_bit_for_bit(runs: Runs, reference: str, number: signal.Signals) -> None:
+    name = f"stopped-by-{number.name}"
+    process = runs.start(name, "trainer.audit=true")
+    runs.wait_for_step(name, 1, process)
+    assert end(process, number) == 75
+    assert not rank_pids(runs.folder(name))
+    stopped = runs.rows(name)[-1]["step"]
+    assert 1 <= stopped < 6
+    assert open_checkpoint(checkpoints(runs.folder(name))[0]).manifest.step == stopped
+
+    resumed = runs.train(name, "trainer.audit=true")
+    assert f"resuming runs/{name} from step {stopped}" in resumed.stdout
+    assert list(map(trained, runs.rows(name))) == list(map(trained, runs.rows(reference)))
+    assert runs.rows(name, "val/loss") == runs.rows(reference, "val/loss")
+    assert weights_hash(runs.folder(name)) == weights_hash(runs.folder(reference))
+
+
+def test_a_killed_rank_ends_the_run_and_the_run_resumes_bit_for_bit(runs: Runs, reference: str) -> None:
+    process = runs.start("killed", "trainer.audit=true")
+    runs.wait_for_step("killed", 3, process)
+    pids = rank_pids(runs.folder("killed"))
+    os.kill(pids[0], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert not rank_pids(runs.folder("killed"))
+
+    assert "from step" in runs.train("killed", "trainer.audit=true").stdout
+    assert list(map(trained, runs.rows("killed"))) == list(map(trained, runs.rows(reference)))
+    assert weights_hash(runs.folder("killed")) == weights_hash(runs.folder(reference))
+
+
+def test_no_rank_outlives_a_launcher_that_was_killed(runs: Runs) -> None:
+    process = runs.start("orphans", "trainer.max_steps=100000")
+    runs.wait_for_step("orphans", 2, process)
+    assert rank_pids(runs.folder("orphans"))
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while rank_pids(runs.folder("orphans")):
+        assert time.monotonic() < deadline, "ranks still run"
+        time.sleep(0.1)
+
+
+def test_the_order_of_the_data_does_not_depend_on_ranks_strategy_or_loader_processes(
+    runs: Runs, reference: str
+) -> None:
+    layouts = {
+        "single-0": ["strategy=single", "trainer.devices=1", "data.num_workers=0"],
+        "ddp-3": ["strategy=ddp", "trainer.devices=2", "data.num_workers=3", "trainer.micro_batch_size=4"],
+        "zero2-4": ["strategy=zero2", "trainer.devices=4", "data.num_workers=0"],
+    }
+    digests = [row["data/digest"] for row in runs.rows(reference)]
+    for name, layout in layouts.items():
+        runs.train(name, "trainer.audit=true", *layout)
+        assert [row["data/digest"] for row in runs.rows(name)] == digests
+
+
+@pytest.fixture(scope="module")
+def single_fp32(runs: Runs) -> list[float]:
+    runs.train("fp32-single", "trainer.audit=true", "trainer.precision=fp32", "strategy=single", "trainer.devices=1")
+    return losses_and_norms(runs, "fp32-single")
+
+
+def losses_and_norms(runs: Runs, name: str) -> list[float]:
+    return [row[key] for row in runs.rows(name) for key in ("train/loss", "train/grad_norm")]
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "ddp"])
+def test_strategies_agree_on_losses_and_gradient_norms_in_fp32(
+    runs: Runs, single_fp32: list[float], strategy: str
+) -> None:
+    name = f"fp32-{strategy}"
+    runs.train(name, "trainer.audit=true", "trainer.precision=fp32", f"strategy={strategy}")
+    assert losses_and_norms(runs, name) == pytest.approx(single_fp32, rel=1e-5)
+    expected = weights(runs.folder("fp32-single"))
+    for key, tensor in weights(runs.folder(name)).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=2e-5)
+
+
+def test_bf16_under_deepspeed_stays_near_fp32(runs: Runs, reference: str, single_fp32: list[float]) -> None:
+    assert losses_and_norms(runs, reference) == pytest.approx(single_fp32, rel=0.02)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(runs: Runs, reference: str) -> None:
+    folder = runs.folder("damaged")
+    shutil.copytree(runs.folder(reference), folder)
+    newest = checkpoints(folder)[0]
+    state = next((newest / STATE / "checkpoint").glob("*_1_*optim_states.pt"))
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+
+    result = runs.train("damaged", "trainer.audit=true")
+    assert f"{newest.name} is damaged" in result.stderr
+    assert "from step 4" in result.stdout
+    assert list(map(trained, runs.rows("damaged"))) == list(map(trained, runs.rows(reference)))
+    assert weights_hash(folder) == weights_hash(runs.folder(reference))
+
+
+def test_a_run_without_an_intact_checkpoint_never_restarts_silently(runs: Runs, reference: str) -> None:
+    folder = runs.folder("ruined")
+    shutil.copytree(runs.folder(reference), folder)
+    for path in checkpoints(folder):
+        (path / "manifest.json").unlink()
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert "no intact checkpoint" in runs.train("ruined", code=4).stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_refuses_to_continue_on_other_data_or_in_another_layout(runs: Runs, reference: str) -> None:
+    changed = runs.train(reference, "trainer.max_steps=8", "data.seq_len=16", code=4).stderr
+    assert "data.seq_len was 32, is 16" in changed
+    layout = runs.train(reference, "trainer.max_steps=8", "strategy=zero2", code=4).stderr
+    assert "strategy zero1" in layout
+
+
+def test_an_exported_run_loads_and_talks_in_plain_transformers(runs: Runs, reference: str) -> None:
+    out = runs.root / "exported"
+    assert "step 6" in runs.clippy("export", f"run=runs/{reference}", f"out={out}").stdout
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+    for name, tensor in weights(runs.folder(reference)).items():
+        assert torch.equal(model.get_parameter(name), tensor)
+    code = "def f(x):\n\tif x:\n        return  x\r\n"
+    assert tokenizer.decode(tokenizer(code).input_ids, skip_special_tokens=True) == code
+    prompt = "def greet(name):\n"
+    said = runs.clippy("generate", f"model={out}", f"prompt={prompt}", "max_new_tokens=5").stdout
+    assert said.startswith(prompt)
+    assert len(said) > len(prompt) + 1
+
+
+def test_a_sweep_runs_its_trials_one_after_another_in_folders_named_by_their_values(runs: Runs) -> None:
+    result = runs.clippy(
+        "train", "-m", *runs.settings, "run.name=sweep", "trainer.max_steps=2", "strategy=single", "trainer.devices=1",
+        "optim.lr=1e-3,1e-4", "seed=1",
+    )  # fmt: skip
+    names = ["sweep/optim.lr=0.001", "sweep/optim.lr=0.0001"]
+    assert [line for line in result.stdout.splitlines() if line.startswith("starting")] == [
+        f"starting runs/{name}" for name in names
+    ]
+    assert all(len(runs.rows(name)) == 1 for name in names)
+    assert {path.name for path in runs.folder("sweep").iterdir()} == {*map(os.path.basename, names), "multirun.yaml"}
+
+
+def test_the_recipes_own_model_takes_two_optimizer_steps(runs: Runs, tmp_path: Path) -> None:
+    """GPT-Neo-125M's exact shape and block length, random weights, on CPU."""
+    build_corpus(CorpusConfig(src=[str(Path(asyncio.__file__).parent)], out=str(tmp_path / "corpus")))
+    tokenizer = AutoTokenizer.from_pretrained(runs.settings[-1].split("=")[1])
+    tokenizer.add_tokens([f"<unused-{i}>" for i in range(50257 - len(tokenizer) + 4)])  # the four tokens are there
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    runs.clippy(
+        "train", "experiment=code_clippy_125m", "run.name=recipe", "model.base=null",
+        f"tokenizer.base={tmp_path / 'tokenizer'}", f"data.path={tmp_path / 'corpus'}", "data.streams=1",
+        "trainer.accelerator=cpu", "trainer.devices=1", "trainer.global_batch_size=1", "trainer.micro_batch_size=1",
+        "trainer.eval_micro_batch_size=1", "trainer.val_samples=1", "trainer.max_steps=2", "trainer.log_every_steps=1",
+        "optim.warmup_steps=1",
+    )  # fmt: skip
+    first, second = runs.rows("recipe")
+    assert first["tokens"] == 2048
+    assert first["train/lr"] == 0
+    assert second["train/lr"] == 1e-4
+    assert abs(first["train/loss"] - torch.tensor(50261.0).log().item()) < 0.3
+    assert sum(tensor.numel() for tensor in weights(runs.folder("recipe")).values()) == 125_201_664
