@@ -315,3 +315,14 @@ def test_epochs_without_a_document_are_no_error_while_others_have_some() -> None
     with case.opened() as streams:
         assert any(not case.reading(0, epoch) and not case.reading(0, epoch + 1) for epoch in range(EMPTY_EPOCHS))
         assert len(take(streams[0], 10)) == 10
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_restarted_stream_gives_up_when_an_uninterrupted_one_does(seed) -> None:
+    with Case([[4, 4], *[[BAD]] * 7], streams=8, seed=seed).opened() as streams:
+        blocks = {stream.index: take(stream, 12) for stream in streams}
+        assert any(blocks.values())
+        for stream in streams:
+            for number, block in enumerate(blocks[stream.index][:7]):
+                following = blocks[stream.index][number + 1 : number + 6]
+                assert comparable(take(stream, 5, block.cursor)) == comparable(following)

@@ -61,6 +61,11 @@ class DataModule(pl.LightningDataModule):
             self._val_batches = val_batches(rows, self.rank, self.config.world_size, trainer.eval_micro_batch_size)
         return DataLoader(self._val_batches, batch_size=None)  # type: ignore[arg-type]
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Cursors and counts stay on the host: only callbacks read them."""
+        stay = ("cursor", "counts")
+        return {name: each if name in stay else each.to(device, non_blocking=True) for name, each in batch.items()}
+
     def _stream(self, corpus: Corpus, shuffle: bool, index: int = 0) -> Stream:
         data = self.config.data
         return Stream(

@@ -65,8 +65,3 @@ class CodeLM(pl.LightningModule):
         if isinstance(strategy, DeepSpeedStrategy):
             return float(strategy.deepspeed_engine.get_global_grad_norm())
         return float(self._grad_norm)
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Cursors and counts stay on the host: only callbacks read them."""
-        stay = ("cursor", "counts")
-        return {name: each if name in stay else each.to(device, non_blocking=True) for name, each in batch.items()}
