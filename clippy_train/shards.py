@@ -10,9 +10,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import zstandard
@@ -23,6 +25,8 @@ SPLITS = ("train", "validation", "test")
 SUFFIX = ".jsonl.zst"
 READ_BYTES = 1 << 12  # small: zstd can make 32,000 times as much of it, and a damaged block takes its whole read along
 MAX_LINE_BYTES = 1 << 27  # 128 MiB: longer lines are skipped as `too_long` without being held in memory
+
+PROBED_LINES = 1000
 
 # Why a line, or the rest of a shard, was not used.
 REASONS = ("not_json", "no_text", "not_utf8", "too_long", "damaged_shard")
@@ -55,6 +59,24 @@ def open_corpus(root: Path, split: str) -> Corpus:
     if manifest.is_file():
         digest.update(manifest.read_bytes())
     return Corpus(shards, digest.hexdigest())
+
+
+def require_text(corpus: Corpus, column: str) -> None:
+    """Look at the first lines of a split, so that a corpus of another format is refused before anything starts.
+
+    Raises:
+        DataError: none of them can be used; the message says why and names the keys.
+    """
+    reasons: Counter[str] = Counter()
+    lines = chain.from_iterable(documents(shard, column) for shard in corpus.shards)
+    for _, text, reason in islice(lines, PROBED_LINES):
+        if text is not None:
+            return
+        reasons[reason] += 1
+    raise DataError(
+        f"data.path: no document can be read from {corpus.shards[0].parent} (first lines: {dict(reasons)}); "
+        f"each line must be a JSON object with its text under data.text_column={column}"
+    )
 
 
 class ShardWriter:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,7 +132,9 @@ def test_a_missing_corpus_names_the_key_and_how_to_make_one(capsys, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "content", [[], [("train", b"")], [("train", b"x")]], ids=["no split", "empty", "no validation"]
+    "content",
+    [[], [("train", b"")], [("train", zstandard.compress(b'{"text": "x"}'))]],
+    ids=["no split", "empty", "no validation"],
 )
 def test_an_empty_corpus_is_refused_before_anything_starts(content: list, capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -142,6 +145,24 @@ def test_an_empty_corpus_is_refused_before_anything_starts(content: list, capsys
         (corpus / split / "0.jsonl.zst").write_bytes(data)
     message = fails(capsys, 3, *DEMO, f"data.path={corpus}", "tokenizer.base=org/name")
     assert "no *.jsonl.zst shard with content" in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "expected"),
+    [(b'{"text": "x"}', "code", "no_text"), (b"no json", "text", "not_json"), (None, "text", "damaged_shard")],
+)
+def test_a_corpus_of_another_format_is_refused_before_anything_starts(
+    line: bytes | None, column: str, expected: str, capsys, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "validation"):
+        (tmp_path / "corpus" / split).mkdir(parents=True)
+        content = b"junk" if line is None else zstandard.compress(line)
+        (tmp_path / "corpus" / split / "0.jsonl.zst").write_bytes(content)
+    message = fails(capsys, 3, *DEMO, "data.path=corpus", "tokenizer.base=org/name", f"data.text_column={column}")
+    assert expected in message
+    assert f"data.text_column={column}" in message
     assert not (tmp_path / "runs").exists()
 
 

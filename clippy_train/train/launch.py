@@ -24,7 +24,7 @@ from clippy_train import __version__
 from clippy_train.config import TrainConfig, save
 from clippy_train.data.identity import data_identity
 from clippy_train.errors import CheckpointError, ConfigError, DataError, Interrupted
-from clippy_train.shards import open_corpus
+from clippy_train.shards import open_corpus, require_text
 from clippy_train.train.checkpoint import Checkpoint, checkpoints, find, open_checkpoint
 
 CONFIG = "config.yaml"
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> int:
 
 
 def obstacles(config: TrainConfig) -> list[ConfigError | DataError]:
-    """What this machine lacks for the run: devices, corpus, base model. Reads folder listings only."""
+    """What this machine lacks for the run: devices, corpus, base model. Reads listings and first lines only."""
     found: list[ConfigError | DataError] = []
     if config.trainer.accelerator == "cuda":
         import torch
@@ -73,7 +73,7 @@ def obstacles(config: TrainConfig) -> list[ConfigError | DataError]:
             )
     for split in ("train", "validation"):
         try:
-            open_corpus(Path(config.data.path), split)
+            require_text(open_corpus(Path(config.data.path), split), config.data.text_column)
         except DataError as error:
             found.append(error)
             break
