@@ -211,6 +211,12 @@ def test_a_file_name_that_is_not_utf8_is_made_readable(packages, tmp_path) -> No
     assert {"code/na\ufffdve.py", "code/caf\ufffd/na\ufffdve.py"} < names
 
 
+def test_a_file_of_overlapping_folders_is_taken_once(packages) -> None:
+    files = source_files([packages, *(folder for folder in packages.iterdir() if folder.is_dir()), packages])
+    assert len(files) == len({file.path for file in files})
+    assert files == source_files([packages])
+
+
 def test_a_source_folder_that_does_not_exist_is_named(tmp_path) -> None:
     with pytest.raises(DataError, match=r"src: no such folder: .*nowhere"):
         build(tmp_path / "nowhere", tmp_path / "out")

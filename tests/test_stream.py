@@ -326,3 +326,14 @@ def test_a_restarted_stream_gives_up_when_an_uninterrupted_one_does(seed) -> Non
             for number, block in enumerate(blocks[stream.index][:7]):
                 following = blocks[stream.index][number + 1 : number + 6]
                 assert comparable(take(stream, 5, block.cursor)) == comparable(following)
+
+
+def test_a_shard_is_opened_once_in_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows follow each other in one pass: starting each at the shard's first line would be quadratic."""
+    opened: list[Path] = []
+    lines = shards._lines
+    monkeypatch.setattr(shards, "_lines", lambda shard: opened.append(shard) or lines(shard))
+    with Case([[4] * 20, [4] * 20], window=3).opened() as (stream,):
+        list(islice(stream.blocks(), 40))
+    assert sorted(opened) == sorted(set(opened))
+    assert len(opened) == 2

@@ -41,7 +41,7 @@ def source_files(folders: list[Path]) -> list[SourceFile]:
     Raises:
         DataError: a folder does not exist.
     """
-    found = []
+    found: dict[Path, SourceFile] = {}  # by path: folders may overlap
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"src: no such folder: {folder}")
@@ -50,8 +50,8 @@ def source_files(folders: list[Path]) -> list[SourceFile]:
             inside = Path(_readable(path.relative_to(root)))
             name = _readable(Path(root.name))
             repository = name if len(folders) > 1 and (root / ".git").exists() else Path(inside.parts[0]).stem
-            found.append(SourceFile(path, repository, f"{name}/{inside.as_posix()}"))
-    return sorted(found, key=lambda file: file.name)
+            found.setdefault(path, SourceFile(path, repository, f"{name}/{inside.as_posix()}"))
+    return sorted(found.values(), key=lambda file: file.name)
 
 
 def _walk(root: Path) -> Iterator[Path]:

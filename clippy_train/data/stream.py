@@ -46,6 +46,15 @@ class Block(NamedTuple):
     counts: np.ndarray  # [len(COUNTS)] int64, what was begun for this block
 
 
+class Entry(NamedTuple):
+    """A line of a shard, and where the line after it is."""
+
+    text: str | None
+    reason: str  # why there is no text
+    part: int
+    line: int
+
+
 class Window(NamedTuple):
     texts: list[str]  # in training order
     counts: np.ndarray  # lines rejected while reading it
@@ -99,9 +108,10 @@ class Stream:
         empty_epochs = 0 if cursor == Cursor(cursor.epoch) else -1  # a restart may stand behind its last document
         while True:
             order = self._parts(cursor.epoch)
+            entries = self._entries(order, cursor)
             empty_epochs += 1
             while cursor.part < len(order):
-                window = self._window(order, cursor)
+                window = self._window(entries, order, cursor)
                 consumed = window.counts if cursor.document == cursor.offset == 0 else np.zeros_like(window.counts)
                 for index, text, ids in self._encoded(window.texts, cursor.document):
                     position = cursor._replace(document=index, offset=cursor.offset if index == cursor.document else 0)
@@ -125,32 +135,38 @@ class Stream:
             return parts(len(self.corpus.shards), self.streams, self.index, self.seed, epoch)
         return [Part(shard, self.streams, self.index) for shard in range(len(self.corpus.shards))]
 
-    def _window(self, order: list[Part], cursor: Cursor) -> Window:
+    def _entries(self, order: list[Part], cursor: Cursor) -> Iterator[Entry]:
+        """Every line of the epoch from the cursor's window on; each shard is opened once."""
+        line = cursor.line
+        for number in range(cursor.part, len(order)):
+            part = order[number]
+            shard = self.corpus.shards[part.shard]
+            for index, text, reason in documents(shard, self.text_column, line, part.stride, part.residue):
+                if text is None:
+                    level = logging.WARNING if reason == "damaged_shard" else logging.INFO
+                    log.log(level, "%s line %d is skipped: %s", shard, index + 1, reason)
+                yield Entry(text, reason, number, index + 1)
+            line = 0
+
+    def _window(self, entries: Iterator[Entry], order: list[Part], cursor: Cursor) -> Window:
         """Read the window that starts at the cursor's line and put its documents in training order."""
         texts: list[str] = []
         size = 0
         counts = _counts()
-        part, line = cursor.part, cursor.line
-        while part < len(order) and len(texts) < self.window and size < WINDOW_BYTES:
-            piece = order[part]
-            shard = self.corpus.shards[piece.shard]
-            for number, text, reason in documents(shard, self.text_column, line, piece.stride, piece.residue):
-                line = number + 1
-                if text is None:
-                    level = logging.WARNING if reason == "damaged_shard" else logging.INFO
-                    log.log(level, "%s line %d is skipped: %s", shard, number + 1, reason)
-                    counts += _counts(**{f"rejected/{reason}": 1})
-                    continue
-                texts.append(text)
-                size += len(text)
-                if len(texts) == self.window or size >= WINDOW_BYTES:
-                    break
-            else:
-                part, line = part + 1, 0
+        behind = (len(order), 0)
+        for entry in entries:
+            if entry.text is None:
+                counts += _counts(**{f"rejected/{entry.reason}": 1})
+                continue
+            texts.append(entry.text)
+            size += len(entry.text)
+            if len(texts) == self.window or size >= WINDOW_BYTES:
+                behind = (entry.part, entry.line)
+                break
         if self.shuffle:
             key = (self.seed, cursor.epoch, self.index + 1, cursor.part, cursor.line)
             texts = [texts[i] for i in shuffled(len(texts), *key)]
-        return Window(texts, counts, part, line)
+        return Window(texts, counts, *behind)
 
     def _encoded(self, texts: list[str], start: int) -> Iterator[tuple[int, str, np.ndarray]]:
         """(index, text, ids) of the documents of a window from `start` on, tokenised a few at a time."""
