@@ -150,11 +150,11 @@ def test_decay_shrinks_weights_by_the_learning_rate_and_nothing_else() -> None:
 
 
 def test_the_optimizer_takes_its_settings_from_the_configuration() -> None:
-    optimizer = build_optimizer(gpt_neo(), settings(eps=1e-6, weight_decay=0.3))
+    optimizer = build_optimizer(gpt_neo(), settings(eps=1e-5, weight_decay=0.3))
     assert type(optimizer) is torch.optim.AdamW
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     assert [(group["betas"], group["eps"], group["amsgrad"]) for group in optimizer.param_groups] == [
-        ((0.9, 0.95), 1e-6, False)
+        ((0.9, 0.95), 1e-5, False)
     ] * 2
 
 
