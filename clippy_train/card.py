@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from clippy_train.config import TrainConfig
+from clippy_train.config import OptimConfig, TrainConfig
 
 TEMPLATE = """---
 library_name: transformers
@@ -23,7 +23,7 @@ A GPT-Neo causal language model of source code, trained with clippy_train {versi
 | sequence length | {seq_len} |
 | sequences in a step | {batch} |
 | learning rate | {lr:g}, warm-up {warmup}, cosine decay {decay}, then {floor:g} of it |
-| optimizer | {optimizer}, betas {betas}, eps {eps:g}, weight decay {weight_decay}, clipping {clip} |
+| optimizer | {optimizer}, clipping {clip} |
 | precision, strategy | {precision}, {strategy} on {ranks} ranks |
 | corpus fingerprint | `{fingerprint}` |
 | versions | {versions} |
@@ -53,6 +53,12 @@ licences may bind what is done with them. The model was not evaluated beyond the
 """
 
 
+def optimizer(optim: OptimConfig) -> str:
+    """Its name and the settings that only it has."""
+    own = {"betas": optim.betas, "eps": optim.eps, "weight decay": optim.weight_decay}
+    return ", ".join([optim.name, *(f"{name} {value}" for name, value in own.items() if value is not None)])
+
+
 def model_card(config: TrainConfig, environment: dict, manifest: Any, rows: list[dict]) -> str:
     """The card as Markdown. `rows` are the rows of the run's metrics up to any step."""
     optim, trainer, base = config.optim, config.trainer, config.model.base
@@ -77,10 +83,7 @@ def model_card(config: TrainConfig, environment: dict, manifest: Any, rows: list
         warmup=optim.warmup_steps,
         decay=optim.decay_steps,
         floor=optim.min_lr_ratio,
-        optimizer=optim.name,
-        betas=tuple(optim.betas),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
+        optimizer=optimizer(optim),
         clip=optim.grad_clip,
         precision=trainer.precision,
         strategy=f"{config.strategy.name}{config.strategy.stage or ''}",

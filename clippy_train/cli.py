@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,14 @@ def run_extend(settings: config.ExtendConfig) -> int:
 
     quiet_transformers()
     print(extend_folder(settings))
+    return 0
+
+
+def run_import(settings: config.ImportConfig) -> int:
+    from clippy_train.import_flax import import_flax
+
+    quiet_transformers()
+    print(import_flax(settings))
     return 0
 
 
@@ -79,6 +88,7 @@ class Verb:
 VERBS = {
     "corpus": Verb(config.CorpusConfig, run_corpus, "SRC... out=DIR  folders of source code -> shards"),
     "extend": Verb(config.ExtendConfig, run_extend, "base=NAME out=DIR  add white-space tokens to a model"),
+    "import": Verb(config.ImportConfig, run_import, "flax=DIR out=DIR  original checkpoint -> Hugging Face folder"),
     "train": Verb(config.TrainConfig, run_train, "experiment=NAME data.path=DIR  train, or continue training"),
     "export": Verb(config.ExportConfig, run_export, "run=DIR out=DIR  checkpoint -> Hugging Face folder"),
     "generate": Verb(config.GenerateConfig, run_generate, "model=DIR prompt=TEXT  complete a prompt"),
@@ -102,6 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `clippy ... | head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,7 +179,8 @@ def _explain(verb: Verb, overrides: list[str]) -> int:
     console = Console(highlight=False)
     console.print(table)
     if verb.schema is config.TrainConfig:
-        console.print(f"Groups: experiment ({', '.join(compose.experiments())}), model, optim, strategy, tokenizer.")
+        console.print(f"Groups: experiment ({', '.join(compose.experiments())}),")
+        console.print("recipe (original), model, optim, strategy, tokenizer.")
         console.print("Values are those of the experiment given: clippy train experiment=NAME --help")
     return 0
 

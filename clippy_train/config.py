@@ -42,6 +42,12 @@ class RunConfig:
 @dataclass
 class ModelConfig:
     base: str | None = key("folder or hub name of the model to start from; null starts from random weights", text=True)
+    base_optimizer: str = key(
+        "whether a new run goes on with the base's step and Adam moments (optimizer.safetensors, from clippy import); "
+        "data start at the beginning all the same",
+        "ignore",
+        choices=("ignore", "continue"),
+    )
     num_layers: int = key("transformer blocks, alternating global and local attention", minimum=1)
     hidden_size: int = key("width of the residual stream", minimum=1)
     num_heads: int = key("attention heads", minimum=1)
@@ -49,6 +55,11 @@ class ModelConfig:
     max_position_embeddings: int = key("longest sequence in tokens", minimum=2)
     vocab_size: int = key("vocabulary before new tokens; with base=null the tokenizer decides", minimum=1)
     attention: str = key("how attention is computed; auto is sdpa", "auto", choices=("auto", "sdpa", "eager"))
+    loss_dtype: str = key(
+        "precision of the log-softmax over the vocabulary; bf16, as in the original, rounds every token's loss",
+        "fp32",
+        choices=("fp32", "bf16"),
+    )
 
 
 @dataclass
@@ -85,11 +96,13 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = key("optimizer", choices=("adamw",))
-    lr: float = key("peak learning rate", minimum=0.0)
-    betas: list[float] = key("AdamW's decay rates of the first and second moment")
-    eps: float = key("AdamW's epsilon, outside the square root", minimum=0.0)
-    weight_decay: float = key("decoupled weight decay on everything but biases and LayerNorm scales", minimum=0.0)
+    name: str = key("optimizer", choices=("adamw", "adafactor"))
+    lr: float = key("peak learning rate; adafactor multiplies it by each tensor's root mean square", minimum=0.0)
+    betas: list[float] | None = key("AdamW's decay rates of the first and second moment", None)
+    eps: float | None = key("AdamW's epsilon, outside the square root", None, minimum=0.0)
+    weight_decay: float | None = key(
+        "AdamW's decoupled weight decay on everything but biases and LayerNorm scales", None, minimum=0.0
+    )
     warmup_steps: int = key("steps of linear warm-up from 0", minimum=0)
     decay_steps: int = key("steps of cosine decay after the warm-up", minimum=0)
     min_lr_ratio: float = key("learning rate after the decay as a share of the peak", minimum=0.0)
@@ -165,6 +178,11 @@ class TrainConfig:
         return self.trainer.num_nodes * self.trainer.devices
 
     @property
+    def deepspeed(self) -> bool:
+        """Whether ranks run under DeepSpeed. Its ZeRO flattens parameters into one vector: Adafactor needs shapes."""
+        return self.strategy.name == "zero" and self.optim.name != "adafactor"
+
+    @property
     def micro_steps(self) -> int:
         """Gradient accumulation: forward and backward passes of a rank in one optimizer step."""
         return self.trainer.global_batch_size // (self.trainer.micro_batch_size * self.world_size)
@@ -198,6 +216,14 @@ class ExtendConfig:
     whitespace_tokens: list[str] = key("tokens to add", ["\t\t", "  ", "    ", "        "])
     matching: str = key("see tokenizer.matching of train", "longest", choices=("longest", "first_listed"))
     new_row_init: str = key("see tokenizer.new_row_init of train", "tab", choices=("tab", "mean_of_pieces"))
+
+
+@dataclass
+class ImportConfig:
+    """`clippy import`."""
+
+    flax: str = key("checkpoint folder of the original Flax script: config.json, flax_model.msgpack, ...", text=True)
+    out: str = key("new folder for the Hugging Face model", text=True)
 
 
 @dataclass
@@ -288,6 +314,11 @@ def problems(config: TrainConfig) -> list[str]:
         if not holds:
             found.append(message)
 
+    need(
+        model.loss_dtype == "fp32" or trainer.precision == "bf16",
+        f"model.loss_dtype={model.loss_dtype} rounds what trainer.precision={trainer.precision} keeps: set "
+        "model.loss_dtype=fp32",
+    )
     name = config.run.name
     need(
         bool(name) and name == Path(name).name and name not in (".", ".."),
@@ -318,11 +349,29 @@ def problems(config: TrainConfig) -> list[str]:
         f"data.streams={data.streams} is not a multiple of the {config.world_size} ranks "
         "(trainer.num_nodes x trainer.devices): every rank owns the same number of streams",
     )
+    betas = config.optim.betas
     need(
-        len(config.optim.betas) == 2 and all(0 <= beta < 1 for beta in config.optim.betas),
-        f"optim.betas={config.optim.betas}: must be two numbers in [0, 1)",
+        betas is None or (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
+        f"optim.betas={betas}: must be two numbers in [0, 1)",
+    )
+    for adamw_key in ("betas", "eps", "weight_decay"):
+        is_set = getattr(config.optim, adamw_key) is not None
+        need(
+            is_set == (config.optim.name == "adamw"),
+            f"optim.{adamw_key} is {'set' if is_set else 'not set'}, but only AdamW has it and optim.name is "
+            f"{config.optim.name}: choose optim=adamw or optim=adafactor, which sets all of an optimizer's keys",
+        )
+    need(
+        model.base_optimizer == "ignore" or (model.base is not None and config.optim.name == "adamw"),
+        f"model.base_optimizer={model.base_optimizer} needs a model.base and optim=adamw, but model.base={model.base} "
+        f"and optim.name={config.optim.name}",
     )
     need(config.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={config.optim.min_lr_ratio}: must be at most 1")
+    need(
+        config.optim.name != "adafactor" or strategy.stage <= 1,
+        f"strategy=zero{strategy.stage} cuts weights or gradients anywhere, but optim=adafactor needs whole tensors: "
+        "choose strategy=zero1 or ddp",
+    )
     need(
         (strategy.name == "zero") == (strategy.stage in (1, 2, 3)),
         f"strategy.stage={strategy.stage} does not fit strategy.name={strategy.name}: choose strategy=zero1, zero2, "

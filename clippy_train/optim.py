@@ -1,13 +1,30 @@
-"""The recipe's optimizer: learning-rate schedule, parameter groups, gradient clipping. Pure torch."""
+"""The recipe's optimizers: learning-rate schedule, AdamW and Adafactor, gradient clipping."""
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from transformers.optimization import Adafactor
 
 from clippy_train.config import OptimConfig
+
+# The defaults of `optax.adafactor` (0.0.9 to 0.2.8 agree), which the original's --adafactor took, in the words of
+# transformers' class: beta2 of update t (from 1) is 1 - t**-0.8, 1e-30 is added to squared gradients, a tensor's update
+# is clipped to a root mean square of 1, then scaled by that of the tensor, at least 1e-3. No momentum, no decay.
+# optax factors a matrix only if both sides are at least 128, transformers always: the same for GPT-Neo's own matrices.
+ADAFACTOR: dict[str, Any] = {
+    "decay_rate": -0.8,
+    "eps": (1e-30, 1e-3),
+    "clip_threshold": 1.0,
+    "scale_parameter": True,
+    "beta1": None,
+    "weight_decay": 0.0,
+    "relative_step": False,
+    "warmup_init": False,
+}
 
 
 def lr_at(step: int, settings: OptimConfig) -> float:
@@ -33,14 +50,29 @@ class Schedule(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         return [lr_at(self.last_epoch, self.settings) for _ in self.optimizer.param_groups]
 
+    def start_at(self, step: int) -> None:
+        """Go on as if `step` updates had been made."""
+        self.last_epoch = step
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = lr
+
     def state_dict(self) -> dict:
         return {"last_epoch": self.last_epoch}  # the settings come from the configuration, not from a checkpoint
 
 
 def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer `settings.name` over all parameters of the model."""
+    if settings.name == "adafactor":
+        return Adafactor(model.parameters(), lr=settings.lr, **ADAFACTOR)
+    return adamw(model, settings)
+
+
+def adamw(model: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
     """AdamW with the original's mask: everything decays (embeddings too) but biases and LayerNorm scales."""
+    assert settings.betas is not None  # as are eps and weight_decay: `config.problems`
+    assert settings.eps is not None
     decayed, plain = parameter_groups(model)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]

@@ -15,11 +15,13 @@ def state_bytes(num_parameters: int, config: TrainConfig) -> dict[str, int]:
     """Bytes on each device and in a checkpoint for weights, gradients and optimizer state.
 
     Under ZeRO in bf16: bf16 weights, fp32 accumulated gradients, fp32 master weights and two Adam moments; each is
-    divided by the ranks from its stage on. Otherwise all of them in fp32, on every rank.
+    divided by the ranks from its stage on. Otherwise all of them in fp32, on every rank. Adafactor's state, a row and a
+    column for each matrix, is a few thousandths of the weights and left out.
     """
-    ranks, stage = config.world_size, config.strategy.stage
+    ranks, stage = config.world_size, config.strategy.stage if config.deepspeed else 0
     low = 2 if config.trainer.precision == "bf16" and stage else 4
-    master = 12 if stage else 8  # fp32 copy of the weights (ZeRO only) and two moments
+    moments = 8 if config.optim.name == "adamw" else 0
+    master = moments + 4 if stage else moments  # ZeRO adds an fp32 copy of the weights
     weights = low * num_parameters // (ranks if stage >= 3 else 1)
     gradients = 4 * num_parameters // (ranks if stage >= 2 else 1)
     optimizer = master * num_parameters // (ranks if stage >= 1 else 1)
@@ -37,6 +39,7 @@ def plan(config: TrainConfig) -> list[tuple[str, str]]:
         ("run folder", str(config.run_dir)),
         ("start from", model.base or "random weights"),
         ("tokenizer", f"{config.tokenizer.base or model.base}, {vocab_size:,} tokens"),
+        ("recipe", rules(config)),
         ("model", f"GPT-Neo, {model.num_layers} layers of {model.hidden_size}, {count / 1e6:,.1f} M parameters"),
         (
             "ranks",
@@ -54,7 +57,11 @@ def plan(config: TrainConfig) -> list[tuple[str, str]]:
             f"0 -> {optim.lr:g} in {optim.warmup_steps} steps, cosine to "
             f"{lr_at(optim.warmup_steps + optim.decay_steps, optim):g} in {optim.decay_steps}, then constant",
         ),
-        ("validation", f"{trainer.val_samples} sequences every {trainer.val_every_steps} steps"),
+        (
+            "validation",
+            f"{trainer.val_samples:,} sequences = {trainer.val_samples * config.data.seq_len / 1e6:,.4g} M tokens "
+            f"(or the whole split) every {trainer.val_every_steps} steps",
+        ),
         ("states on a device", f"{sizes['device'] / 1e9:,.3g} GB (activations come on top)"),
         (
             "checkpoints",
@@ -62,3 +69,9 @@ def plan(config: TrainConfig) -> list[tuple[str, str]]:
             f"one being written: {sizes['checkpoint'] * (kept + 1) / 1e9:,.3g} GB",
         ),
     ]
+
+
+def rules(config: TrainConfig) -> str:
+    """How text becomes tokens and tokens a loss, in words: what `recipe` chooses."""
+    end = "end-of-text after each document" if config.data.eos_between_documents else "nothing between documents"
+    return f"{config.tokenizer.matching} white space, {end}, loss in {config.model.loss_dtype}"

@@ -4,6 +4,7 @@ Promise: decode(encode(x)) == x byte for byte on any text, with and without `ski
 registered the white-space tokens as *special*, so decoding deleted all indentation; here they are plain added tokens.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,15 @@ def add_whitespace_tokens(tokenizer: Any, tokens: list[str], matching: str) -> d
 
     Args:
         matching: `longest` is how today's tokenizers library matches. In `first_listed`, as the library matched in
-            2021, a token behind one of its own prefixes could never be produced; such tokens are left out, and only
-            their ids stay reserved.
+            2021, a token behind one of its own prefixes could never be produced; such tokens are left out (and taken
+            out, where the tokenizer has them), and only their ids stay reserved.
 
     Returns:
         For each token that is new, the ids that its text had before.
 
     Raises:
-        ConfigError: a token is empty, or a left-out token is followed by one that is not.
+        ConfigError: a token is empty, a left-out token is followed by one that is not, or it cannot be taken out; or
+            the tokenizer has one as a *special* token, as the released tokenizers do.
     """
     if not all(tokens):
         raise ConfigError("tokenizer.whitespace_tokens: an empty token cannot be added")
@@ -76,6 +78,13 @@ def add_whitespace_tokens(tokenizer: Any, tokens: list[str], matching: str) -> d
             "tokenizer.whitespace_tokens: with tokenizer.matching=first_listed, tokens that begin with an earlier one "
             "are never produced and must come last"
         )
+    special = [each.content for each in tokenizer.added_tokens_decoder.values() if each.special]
+    if set(special) & set(tokens):
+        raise ConfigError(
+            "the tokenizer registers white-space tokens as special, so decoding would delete all indentation: take one "
+            "without them (tokenizer.base=EleutherAI/gpt-neo-125m); the model keeps its rows for them"
+        )
+    take_out(tokenizer, {token for token, left_out in zip(tokens, shadowed, strict=True) if left_out})
     vocabulary = tokenizer.get_vocab()
     new = [token for token, left_out in zip(tokens, shadowed, strict=True) if not left_out and token not in vocabulary]
     pieces = {token: tokenizer(token, add_special_tokens=False)["input_ids"] for token in new}
@@ -83,6 +92,26 @@ def add_whitespace_tokens(tokenizer: Any, tokens: list[str], matching: str) -> d
         [AddedToken(t, special=False, normalized=False, lstrip=False, rstrip=False, single_word=False) for t in new]
     )
     return pieces
+
+
+def take_out(tokenizer: Any, tokens: set[str]) -> None:
+    """Remove added tokens from a fast tokenizer in place; every other token keeps its id.
+
+    Raises:
+        ConfigError: a token that stays would get another id.
+    """
+    before = tokenizer.get_vocab()
+    if not tokens & before.keys():
+        return
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["content"] not in tokens]
+    without = Tokenizer.from_str(json.dumps(core))
+    if without.get_vocab() != {token: index for token, index in before.items() if token not in tokens}:
+        raise ConfigError(
+            "tokenizer.matching=first_listed: the tokenizer has tokens behind the white-space tokens that are never "
+            "produced; start from the tokenizer without them (tokenizer.base)"
+        )
+    tokenizer._tokenizer = without  # the library can add tokens to a tokenizer, but not remove one
 
 
 def token_bytes(tokenizer: Any, vocab_size: int) -> np.ndarray:

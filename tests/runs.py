@@ -1,5 +1,6 @@
 """Real training runs for tests: the `clippy` command in child processes, two DeepSpeed ranks, small models."""
 
+import hashlib
 import json
 import os
 import signal
@@ -7,6 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
+
+from clippy_train.export import load_checkpoint_model
+from clippy_train.train.checkpoint import find
 
 # A model and a batch that train in seconds. `{corpus}` and `{tokenizer}` are filled in by `Runs`.
 SMALL = [
@@ -112,3 +118,29 @@ def end(process: subprocess.Popen, number: signal.Signals) -> int:
     process.send_signal(number)
     process.communicate(timeout=90)
     return process.returncode
+
+
+def trained(row: dict) -> dict:
+    """What a step computed, without what was measured about it."""
+    return {name: value for name, value in row.items() if not name.startswith(("throughput/", "system/"))}
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a run's newest checkpoint."""
+    checkpoint = find(run_dir)
+    assert checkpoint
+    return {
+        name: parameter.detach()
+        for name, parameter in load_checkpoint_model(run_dir / "hf", checkpoint).named_parameters()
+    }
+
+
+def weights_hash(run_dir: Path) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights(run_dir).items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def losses_and_norms(runs: Runs, name: str) -> list[float]:
+    return [row[key] for row in runs.rows(name) for key in ("train/loss", "train/grad_norm")]

@@ -273,7 +273,7 @@ def test_a_value_has_one_home() -> None:
     }
     for path in CONF.rglob("*.yaml"):
         content = OmegaConf.load(path)
-        prefix = "" if path.parent.name in ("experiment", CONF.name) else f"{path.parent.name}."
+        prefix = "" if path.parent.name in ("experiment", "recipe", CONF.name) else f"{path.parent.name}."
         for name, default in defaults.items():
             if name.startswith(prefix):
                 value = OmegaConf.select(content, name.removeprefix(prefix))

@@ -110,12 +110,23 @@ def test_ids_of_tokens_that_are_never_produced_stay_reserved() -> None:
     assert model.config.vocab_size == 334
 
 
-def test_spare_rows_of_a_padded_model_are_used_first() -> None:
-    model, tokenizer = gpt_neo(vocab_size=340), small_bpe()
+def test_first_listed_on_an_extended_model_leaves_its_rows_alone() -> None:
+    model, tokenizer, _ = extended(matching="longest")
+    with torch.no_grad():
+        embedding(model).add_(1)  # as if trained since
+    before = embedding(model).clone()
+    extend(model, tokenizer, settings(matching="first_listed"))
+    assert torch.equal(embedding(model), before)
+    assert model.config.vocab_size == 334
+
+
+@pytest.mark.parametrize("rows", [334, 340], ids=["extended", "padded"])
+def test_rows_that_a_model_has_are_kept_when_its_tokenizer_lacks_their_tokens(rows: int) -> None:
+    model, tokenizer = gpt_neo(vocab_size=rows), small_bpe()
     before = embedding(model).clone()
     extend(model, tokenizer, settings())
-    tab = before[tokenizer.convert_tokens_to_ids("ĉ")]
-    assert torch.equal(embedding(model), torch.cat([before[:330], tab.expand(4, -1), before[334:]]))
+    assert len(tokenizer) == 334
+    assert torch.equal(embedding(model), before)
 
 
 def test_end_of_text_is_named_in_both_configurations() -> None:

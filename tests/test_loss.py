@@ -62,6 +62,40 @@ def test_a_bf16_model_has_an_fp32_loss(attention: str) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_a_bf16_loss_is_rounded_also_under_autocast_and_the_default_is_not(attention: str, autocast: bool) -> None:
+    model, ids = gpt_neo(), token_ids(3, 57)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rounded, default = token_losses(model, ids, attention, "bf16"), token_losses(model, ids, attention)
+    assert rounded.dtype == default.dtype == torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert not torch.equal(default, default.bfloat16().float())
+    assert (rounded - default).abs().max() < 0.1
+
+
+def test_a_bf16_loss_has_gradients_near_those_of_fp32() -> None:
+    model, ids = gpt_neo(), token_ids(3, 57)
+    exact, rounded = (gradients(model, token_losses(model, ids, "sdpa", kind).mean()) for kind in ("fp32", "bf16"))
+    for name, gradient in exact.items():
+        torch.testing.assert_close(rounded[name], gradient, atol=0.05 * gradient.abs().max().item(), rtol=0)
+
+
+def test_targets_are_never_one_hot() -> None:
+    """The original held one-hot rows of the vocabulary beside the log-softmax; nothing of that size is held twice."""
+    model, ids, kept = gpt_neo(), token_ids(3, 57), set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.numel() == 3 * 56 * 97:
+            kept.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        token_losses(model, ids, "sdpa").mean()
+    assert len(kept) <= 1
+
+
+@BOTH
 def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(attention: str) -> None:
     model, ids = gpt_neo(), token_ids(8, 57)
     whole = gradients(model, token_losses(model, ids, attention).mean())

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CODE, WHITESPACE_TOKENS, gpt2_bpe, small_bpe
+from tokenizers import AddedToken
 
 from clippy_train.errors import ConfigError
 from clippy_train.tokenizer import END_OF_TEXT, add_whitespace_tokens, load_tokenizer, token_bytes
@@ -130,6 +131,28 @@ def test_adding_twice_changes_nothing(make: Callable, matching: str) -> None:
     assert tokenizer.get_vocab() == before
 
 
+def test_first_listed_takes_out_what_an_extended_tokenizer_would_match(make: Callable, tmp_path: Path) -> None:
+    fresh, extended = make(), make()
+    add_whitespace_tokens(fresh, WHITESPACE_TOKENS, "first_listed")
+    add_whitespace_tokens(extended, WHITESPACE_TOKENS, "longest")
+    assert add_whitespace_tokens(extended, WHITESPACE_TOKENS, "first_listed") == {}
+    extended.save_pretrained(tmp_path)
+    for each in (extended, load_tokenizer(tmp_path)):
+        assert each.get_vocab() == fresh.get_vocab()
+        assert all(encode(each, text) == encode(fresh, text) for text in CODE)
+        assert each.eos_token_id == fresh.eos_token_id
+
+
+def test_tokens_behind_those_taken_out_would_move_and_are_refused() -> None:
+    tokenizer = small_bpe()
+    add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")
+    tokenizer.add_tokens(["<mask>"])
+    before = tokenizer.get_vocab()
+    with pytest.raises(ConfigError, match="first_listed"):
+        add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "first_listed")
+    assert tokenizer.get_vocab() == before
+
+
 @pytest.mark.parametrize(
     ("tokens", "matching"),
     [(["  ", "    ", "\t\t"], "first_listed"), (["  ", ""], "longest"), (["  ", ""], "first_listed")],
@@ -164,3 +187,11 @@ def test_a_tokenizer_without_end_of_text_is_a_configuration_error(tmp_path: Path
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="end-of-text"):
         load_tokenizer(tmp_path)
+
+
+def test_whitespace_tokens_that_are_special_are_refused() -> None:
+    """As in the released tokenizers, whose decoding deletes indentation."""
+    tokenizer = small_bpe()
+    tokenizer.add_tokens([AddedToken("    ", special=True)])
+    with pytest.raises(ConfigError, match="delete all indentation"):
+        add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")

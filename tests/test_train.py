@@ -1,7 +1,6 @@
 """Training as a user runs it: the command line, two DeepSpeed ZeRO ranks, real files and signals."""
 
 import asyncio
-import hashlib
 import json
 import os
 import shutil
@@ -11,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Runs, end, rank_pids
+from runs import Runs, end, losses_and_norms, rank_pids, trained, weights, weights_hash
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clippy_train.config import CorpusConfig
 from clippy_train.corpus.build import build_corpus
-from clippy_train.export import load_checkpoint_model
 from clippy_train.train.checkpoint import STATE, checkpoints, find, open_checkpoint
 
 
@@ -31,28 +29,6 @@ def reference(runs: Runs) -> str:
     """An uninterrupted run: two ranks, ZeRO-1, bf16, two loader processes."""
     runs.train("reference", "trainer.audit=true")
     return "reference"
-
-
-def trained(row: dict) -> dict:
-    """What a step computed, without what was measured about it."""
-    return {name: value for name, value in row.items() if not name.startswith(("throughput/", "system/"))}
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The fp32 weights of a run's newest checkpoint."""
-    checkpoint = find(run_dir)
-    assert checkpoint
-    return {
-        name: parameter.detach()
-        for name, parameter in load_checkpoint_model(run_dir / "hf", checkpoint).named_parameters()
-    }
-
-
-def weights_hash(run_dir: Path) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights(run_dir).items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def test_a_run_leaves_what_its_contract_names(runs: Runs, reference: str) -> None:
@@ -181,10 +157,6 @@ def test_the_order_of_the_data_does_not_depend_on_ranks_strategy_or_loader_proce
 def single_fp32(runs: Runs) -> list[float]:
     runs.train("fp32-single", "trainer.audit=true", "trainer.precision=fp32", "strategy=single", "trainer.devices=1")
     return losses_and_norms(runs, "fp32-single")
-
-
-def losses_and_norms(runs: Runs, name: str) -> list[float]:
-    return [row[key] for row in runs.rows(name) for key in ("train/loss", "train/grad_norm")]
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "ddp"])

@@ -16,5 +16,7 @@ def data_identity(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
         "data.window": data.window,
         "data.text_column": data.text_column,
         "data.eos_between_documents": data.eos_between_documents,
+        "tokenizer.whitespace_tokens": config.tokenizer.whitespace_tokens,
+        "tokenizer.matching": config.tokenizer.matching,
         "trainer.global_batch_size": config.trainer.global_batch_size,
     }

@@ -13,7 +13,10 @@ from clippy_train.errors import ConfigError
 
 @torch.no_grad()
 def grow_embeddings(model: Any, tokenizer: Any, pieces: dict[str, list[int]], num_rows: int, init: str) -> None:
-    """Give `model` at least `num_rows` embedding rows and initialise those of the new tokens, in place.
+    """Give `model` at least `num_rows` embedding rows and initialise those that it did not have, in place.
+
+    A row that the model already has is never written, even where the tokenizer is only now given the token for it:
+    a released model with the base tokenizer keeps what it has learnt.
 
     Args:
         pieces: for each new token, the ids that its text had before it was added.
@@ -32,5 +35,5 @@ def grow_embeddings(model: Any, tokenizer: Any, pieces: dict[str, list[int]], nu
         raise ConfigError("new_row_init=tab: the tokenizer has no token for a single tab; use mean_of_pieces")
 
     new_ids = {tokenizer.convert_tokens_to_ids(token): ids for token, ids in pieces.items()}
-    for row in sorted(new_ids.keys() | set(range(old_rows, num_rows))):
+    for row in range(old_rows, num_rows):
         weight[row] = weight[tab[0]] if init == "tab" or row not in new_ids else weight[new_ids[row]].mean(dim=0)

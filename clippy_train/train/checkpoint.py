@@ -36,6 +36,7 @@ class Manifest:
     data: dict[str, Any]
     world_size: int
     strategy: dict[str, Any]
+    optimizer: str
     files: dict[str, list[Any]]
     version: int = VERSION
 

@@ -25,6 +25,7 @@ from clippy_train.config import TrainConfig, save
 from clippy_train.data.identity import data_identity
 from clippy_train.errors import CheckpointError, ConfigError, DataError, Interrupted
 from clippy_train.shards import open_corpus, require_text
+from clippy_train.train.base_state import BaseState, open_base_state
 from clippy_train.train.checkpoint import Checkpoint, checkpoints, find, open_checkpoint
 
 CONFIG = "config.yaml"
@@ -50,8 +51,15 @@ def train(config: TrainConfig) -> int:
         print(f"{config.run_dir}: finished, step {checkpoint.manifest.step} of {config.trainer.max_steps}")
         return 0
     prepare_run_folder(config)
+    base = None if checkpoint else base_state(config)
     if checkpoint:
         print(f"resuming {config.run_dir} from step {checkpoint.manifest.step} ({checkpoint.path})", flush=True)
+    elif base:
+        print(
+            f"starting {config.run_dir} at step {base.step} with the moments in {base.path}; "
+            "where in its data the base stopped is not recorded, so data start at the beginning",
+            flush=True,
+        )
     else:
         print(f"starting {config.run_dir}", flush=True)
     return run_ranks(config, checkpoint)
@@ -80,9 +88,30 @@ def obstacles(config: TrainConfig) -> list[ConfigError | DataError]:
     for key, name in (("model.base", config.model.base), ("tokenizer.base", config.tokenizer.base)):
         if name and looks_local(name) and not Path(name).is_dir():
             found.append(ConfigError(f"{key}={name}: no such folder"))
+    try:
+        base_state(config)
+    except ConfigError as error:
+        found.append(error)
     if not (config.model.base or config.tokenizer.base):
         found.append(ConfigError("tokenizer.base: needed when model.base=null (folder or hub name of a tokenizer)"))
     return found
+
+
+def base_state(config: TrainConfig) -> BaseState | None:
+    """The state that a new run goes on from, or None where `model.base_optimizer` is `ignore`.
+
+    Raises:
+        ConfigError: there is none beside the base model, or it is past the run's last step.
+    """
+    if config.model.base_optimizer == "ignore":
+        return None
+    state = open_base_state(Path(str(config.model.base)))
+    if state.step >= config.trainer.max_steps:
+        raise ConfigError(
+            f"model.base_optimizer=continue: {config.model.base} has made {state.step} steps, so there is nothing left "
+            f"to do with trainer.max_steps={config.trainer.max_steps}: raise it"
+        )
+    return state
 
 
 def looks_local(name: str) -> bool:
@@ -122,14 +151,15 @@ def require_same_data(checkpoint: Checkpoint, config: TrainConfig) -> None:
 
 
 def require_same_layout(checkpoint: Checkpoint, config: TrainConfig) -> None:
-    """Raises CheckpointError if the optimizer state is laid out for another number of ranks or another strategy."""
+    """Raises CheckpointError if the state is another optimizer's, or laid out for other ranks or another strategy."""
     then = checkpoint.manifest
-    was = (then.world_size, then.strategy["name"], then.strategy["stage"])
-    now = (config.world_size, config.strategy.name, config.strategy.stage)
+    was = (then.world_size, then.strategy["name"], then.strategy["stage"], then.optimizer)
+    now = (config.world_size, config.strategy.name, config.strategy.stage, config.optim.name)
     if was != now:
         raise CheckpointError(
-            f"{checkpoint.path} was written by {was[0]} ranks with strategy {was[1]}{was[2] or ''}; this run has "
-            f"{now[0]} with {now[1]}{now[2] or ''}. Use the same trainer.devices, trainer.num_nodes and strategy"
+            f"{checkpoint.path} was written by {was[0]} ranks with strategy {was[1]}{was[2] or ''} and {was[3]}; this "
+            f"run has {now[0]} with {now[1]}{now[2] or ''} and {now[3]}. Use the same trainer.devices, "
+            "trainer.num_nodes, strategy and optim"
         )
 
 

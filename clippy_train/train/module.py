@@ -12,6 +12,7 @@ from clippy_train.config import TrainConfig
 from clippy_train.data.module import Batch
 from clippy_train.model.loss import token_losses
 from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm
+from clippy_train.train.strategy import partitioned
 
 
 class CodeLM(pl.LightningModule):
@@ -34,7 +35,7 @@ class CodeLM(pl.LightningModule):
         self.val_sums = torch.zeros(3, dtype=torch.float64)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = token_losses(self.model, batch["input_ids"], self.config.model.attention).mean()
+        loss = self._losses(batch).mean()
         self.micro_losses.append(loss.detach())
         return loss
 
@@ -42,15 +43,21 @@ class CodeLM(pl.LightningModule):
         self.val_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        losses = token_losses(self.model, batch["input_ids"], self.config.model.attention)  # [batch, seq - 1]
+        losses = self._losses(batch)  # [batch, seq - 1]
         weight = batch["weight"][:, None].expand_as(losses)
         num_bytes = self.token_bytes[batch["input_ids"][:, 1:]] * weight  # type: ignore[index]
         self.val_sums += torch.stack(
             [(losses * weight).double().sum(), weight.sum().double(), num_bytes.sum().double()]
         )
 
+    def _losses(self, batch: Batch) -> Tensor:
+        settings = self.config.model
+        return token_losses(self.model, batch["input_ids"], settings.attention, settings.loss_dtype)
+
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optim)
+        if self.config.strategy.stage and not self.config.deepspeed:
+            optimizer = partitioned(optimizer)
         schedule = Schedule(optimizer, self.config.optim)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

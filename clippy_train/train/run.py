@@ -29,7 +29,8 @@ from clippy_train.report import quiet_transformers
 from clippy_train.shards import open_corpus
 from clippy_train.tokenizer import token_bytes
 from clippy_train.train.checkpoint import STATE, Checkpoint, open_checkpoint
-from clippy_train.train.launch import CONFIG, HF_FOLDER
+from clippy_train.train.continuation import Continuation
+from clippy_train.train.launch import CONFIG, HF_FOLDER, base_state
 from clippy_train.train.module import CodeLM
 from clippy_train.train.monitor import METRICS, EventLogger, JsonlLogger, Monitor
 from clippy_train.train.preempt import Flag, Preemption
@@ -51,18 +52,25 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, flag: Flag) -
         save_description(config.run_dir / HF_FOLDER, model, tokenizer)
 
     manifest = checkpoint.manifest if checkpoint else None
-    step = manifest.step if manifest else 0
+    base = None if manifest else base_state(config)
+    step = manifest.step if manifest else base.step if base else 0
     cursors = np.array(manifest.cursors) if manifest else fresh_cursors(config.data.streams)
     counts = np.array([manifest.counts[name] if manifest else 0 for name in COUNTS])
     identity = data_identity(config, open_corpus(Path(config.data.path), "train").fingerprint)
     # A run validates before its first step, and again at a step whose validation an interruption may have cut off.
-    validates_first = step % config.trainer.val_every_steps == 0
+    validates_first = not manifest or step % config.trainer.val_every_steps == 0
 
     progress = Progress(config, cursors, counts)
     checkpointer = Checkpointer(config, progress, identity, resumed=checkpoint)
     trainer = build_trainer(
         config,
-        callbacks=[progress, Monitor(config, progress), checkpointer, Preemption(flag, checkpointer)],
+        callbacks=[
+            progress,
+            Monitor(config, progress),
+            checkpointer,
+            Preemption(flag, checkpointer),
+            *([Continuation(config, base)] if base else []),
+        ],
         logger=build_loggers(config, step, validates_first) if rank == 0 else False,
         num_sanity_val_steps=-1 if validates_first else 0,
     )

@@ -71,6 +71,7 @@ class Checkpointer(pl.Callback):
                 data=self.data,
                 world_size=self.config.world_size,
                 strategy=asdict(self.config.strategy),
+                optimizer=self.config.optim.name,
                 files=seal(aside),
             )
             publish(aside, final, manifest)

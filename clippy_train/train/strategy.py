@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from clippy_train.config import TrainConfig
 
@@ -84,10 +85,19 @@ def build_strategy(config: TrainConfig) -> Strategy:
     if config.strategy.name == "single":
         return SingleDeviceStrategy("cpu" if cpu else "cuda:0")
     backend = "gloo" if cpu else "nccl"
-    if config.strategy.name == "ddp":
+    if not config.deepspeed:
         return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
     kind = CPUDeepSpeedStrategy if cpu else ExactDeepSpeedStrategy
     return kind(config=deepspeed_config(config), process_group_backend=backend)
+
+
+def partitioned(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """ZeRO-1 in whole tensors: the same optimizer, but each rank updates its share of the tensors and sends them round.
+
+    For Adafactor, whose update of a weight depends on its row, its column and its tensor. DeepSpeed would hand it a
+    slice of one flat vector instead, and train on with other updates.
+    """
+    return ZeroRedundancyOptimizer(optimizer.param_groups, type(optimizer), **optimizer.defaults)
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:

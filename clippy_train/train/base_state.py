@@ -1,0 +1,72 @@
+"""Adam's state beside a base model: one file that `clippy import` writes and a run continues from.
+
+`optimizer.safetensors` holds `exp_avg.NAME` and `exp_avg_sq.NAME` in fp32 for every parameter, by its Hugging Face name
+and in its shape, and in its metadata `step`, the updates made so far. It is bound to no number of ranks or strategy.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clippy_train.errors import ConfigError
+
+OPTIMIZER = "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
+
+
+@dataclass(frozen=True)
+class BaseState:
+    """The state in `path` after `step` updates; tensors are read when they are asked for."""
+
+    path: Path
+    step: int
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of every tensor in the file, by its name there."""
+        with safe_open(self.path, "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """The two moments of a parameter."""
+        with safe_open(self.path, "pt") as file:
+            return {moment: file.get_tensor(f"{moment}.{name}") for moment in MOMENTS}
+
+    def require_fit(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises ConfigError unless the file holds both moments of exactly these parameters."""
+        expected = {f"{moment}.{name}": list(each.shape) for name, each in parameters for moment in MOMENTS}
+        found = self.shapes()
+        wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+        if wrong:
+            first = wrong[0]
+            raise ConfigError(
+                f"model.base_optimizer=continue: {self.path} is not of the model in training, {len(wrong)} tensors "
+                f"differ: {first} is {found.get(first, 'missing')} there, {expected.get(first, 'missing')} here. "
+                "A tokenizer that adds tokens to the base makes its embedding grow; use the base's own"
+            )
+
+
+def save_base_state(folder: Path, step: int, moments: dict[str, dict[str, Tensor]]) -> None:
+    """Write the state of a model to its folder. `moments` maps each of `MOMENTS` to a tensor for each parameter."""
+    tensors = {f"{moment}.{name}": tensor for moment in MOMENTS for name, tensor in moments[moment].items()}
+    save_file(tensors, folder / OPTIMIZER, metadata={"step": str(step)})
+
+
+def open_base_state(folder: Path) -> BaseState:
+    """The state beside a base model.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    path = folder / OPTIMIZER
+    try:
+        with safe_open(path, "pt") as file:
+            return BaseState(path, int(file.metadata()["step"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.base_optimizer=continue: no optimizer state could be read from {path} ({type(error).__name__}); "
+            "`clippy import` writes one, or set model.base_optimizer=ignore"
+        ) from error
