@@ -1,0 +1,373 @@
+"""The recipe is the model card's, its deviations are switches, and `docs/recipe.md` tells both as they are."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flax_trace import FlaxTrace
+from models import gpt_neo, token_ids
+from omegaconf import OmegaConf
+from runs import Runs
+
+from clippy_train.compose import CONF, compose
+from clippy_train.config import TrainConfig, keys
+from clippy_train.data.stream import Stream
+from clippy_train.errors import ConfigError
+from clippy_train.model.loss import token_losses
+from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm
+from clippy_train.shards import open_corpus
+from clippy_train.train.module import CodeLM
+from clippy_train.train.monitor import Clock
+
+HERE = Path(__file__).parent
+COMMAND = HERE / "data" / "card_command.txt"  # the flags of the model card's command line
+DOCUMENT = HERE.parent / "docs" / "recipe.md"
+CARD = ["experiment=code_clippy_125m"]
+
+# What a flag of the card says of a configuration of ours, as text. Flags that are missing here have no such value.
+CARD_SAYS: dict[str, Callable[[TrainConfig], Any]] = {
+    "text_column_name": lambda c: c.data.text_column,
+    "block_size": lambda c: c.data.seq_len,
+    "per_device_train_batch_size": lambda c: c.trainer.micro_batch_size,
+    "per_device_eval_batch_size": lambda c: c.trainer.eval_micro_batch_size,
+    "preprocessing_num_workers": lambda c: c.data.num_workers * c.trainer.devices,
+    "learning_rate": lambda c: c.optim.lr,
+    "max_steps": lambda c: c.trainer.max_steps,
+    "warmup_steps": lambda c: c.optim.warmup_steps,
+    "decay_steps": lambda c: c.optim.decay_steps,
+    "adam_beta1": lambda c: c.optim.betas[0],
+    "adam_beta2": lambda c: c.optim.betas[1],
+    "weight_decay": lambda c: c.optim.weight_decay,
+    "logging_steps": lambda c: c.trainer.log_every_steps,
+    "eval_steps": lambda c: c.trainer.val_every_steps,
+    "dtype": lambda c: {"bf16": "bfloat16"}[c.trainer.precision],
+    "save_steps": lambda c: c.checkpoint.every_steps,
+    "save_total_limit": lambda c: c.checkpoint.keep_last,
+    "gradient_accumulation_steps": lambda c: c.micro_steps,
+    "run_name": lambda c: f"125m_{round(c.optim.lr * 1e4)}e-4lr_{c.trainer.global_batch_size}bs",
+    "max_eval_samples": lambda c: c.trainer.val_samples,
+}
+
+
+def card_flags() -> list[tuple[str, str]]:
+    """(flag, value) of the card's command; a flag without a value has the value ''."""
+    words = shlex.split(COMMAND.read_text())
+    found: list[tuple[str, str]] = []
+    for word in words:
+        if word.startswith("--"):
+            flag, _, value = word.removeprefix("--").partition("=")
+            found.append((flag, value))
+        else:
+            found[-1] = (found[-1][0], word)
+    return found
+
+
+def number_or_text(value: Any) -> Any:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading of the document, cells without their back-quotes."""
+    section = DOCUMENT.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip().replace("`", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+def values(overrides: list[str]) -> dict[str, Any]:
+    """Every key of a composed configuration."""
+    composed = OmegaConf.structured(compose(TrainConfig, overrides))
+    return {name: OmegaConf.select(composed, name) for name, _ in keys(TrainConfig)}
+
+
+def differences(left: list[str], right: list[str]) -> dict[str, Any]:
+    """The keys whose values differ, with the value on the right."""
+    before = values(left)
+    return {name: value for name, value in values(right).items() if value != before[name]}
+
+
+def set_in(path: Path) -> dict[str, Any]:
+    """The keys that a configuration file sets itself."""
+    content = OmegaConf.load(path)
+    found = {name: OmegaConf.select(content, name) for name, _ in keys(TrainConfig)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+# The card
+
+
+@pytest.mark.parametrize(("flag", "value"), [each for each in card_flags() if each[0] in CARD_SAYS], ids=str)
+def test_the_experiment_holds_the_value_of_the_card(flag: str, value: str) -> None:
+    assert number_or_text(CARD_SAYS[flag](compose(TrainConfig, CARD))) == number_or_text(value)
+
+
+def test_the_flags_without_a_value_of_ours_are_these() -> None:
+    assert {flag for flag, _ in card_flags()} - CARD_SAYS.keys() == {
+        "output_dir",
+        "model_name_or_path",
+        "dataset_name",
+        "data_dir",
+        "do_train",
+        "do_eval",
+        "overwrite_output_dir",
+        "push_to_hub",
+        "report_to",
+        "skip_memory_metrics",
+        "save_optimizer",
+    }
+
+
+def test_every_flag_of_the_card_has_its_row_in_the_order_of_the_command() -> None:
+    assert [(row[0], row[1]) for row in table("The card's command")] == card_flags()
+
+
+@pytest.mark.parametrize(
+    "row", [*table("The card's command"), *table("What the script fixes without a flag")], ids=lambda row: row[0]
+)
+def test_a_row_that_names_a_key_tells_its_value(row: list[str]) -> None:
+    composed = values(CARD)
+    for pair in filter(None, row[2].split(", ")):
+        name, _, told = pair.partition("=")
+        assert OmegaConf.create({"told": composed[name]}) == OmegaConf.from_dotlist([f"told={told}"]), pair
+    assert row[3] in ("same", "different", "none")
+    assert row[3] == "same" or row[4], "a difference needs a reason"
+
+
+def test_a_row_is_the_same_where_the_card_and_our_key_are() -> None:
+    composed = compose(TrainConfig, CARD)
+    for flag, value, _, verdict, _ in table("The card's command"):
+        if verdict == "same" and flag in CARD_SAYS:
+            assert number_or_text(CARD_SAYS[flag](composed)) == number_or_text(value)
+
+
+def test_the_value_that_the_script_hard_codes_is_ours_too() -> None:
+    optim = compose(TrainConfig, CARD).optim
+    assert (optim.min_lr_ratio, optim.grad_clip, optim.eps, optim.name) == (0.1, 1.0, 1e-8, "adamw")
+
+
+# The other recipes
+
+
+@pytest.mark.parametrize(
+    ("experiment", "expected"),
+    [
+        (
+            "code_clippy_dedup_125m",
+            {
+                "run.name": "code_clippy_dedup_125m",
+                "data.path": "data/code_clippy_dedup",
+                "optim.warmup_steps": 2000,
+                "optim.decay_steps": 30000,
+                "trainer.global_batch_size": 2048,
+                "trainer.log_every_steps": 25,
+            },
+        ),
+        (
+            "code_clippy_readme_125m",
+            {
+                "run.name": "code_clippy_readme_125m",
+                "optim.lr": 5e-5,
+                "optim.warmup_steps": 4000,
+                "optim.decay_steps": 50000,
+            },
+        ),
+        (
+            "code_clippy_1_3b",
+            {
+                "run.name": "code_clippy_1_3b",
+                "model.base": "EleutherAI/gpt-neo-1.3B",
+                "model.num_layers": 24,
+                "model.hidden_size": 2048,
+                "model.num_heads": 16,
+                "trainer.micro_batch_size": 2,
+                "trainer.eval_micro_batch_size": 4,
+            },
+        ),
+    ],
+)
+def test_another_published_recipe_is_a_change_of_the_cards(experiment: str, expected: dict[str, Any]) -> None:
+    assert differences(CARD, [f"experiment={experiment}"]) == expected
+    composed = compose(TrainConfig, [f"experiment={experiment}"])
+    accumulated = {"code_clippy_dedup_125m": 32, "code_clippy_readme_125m": 16, "code_clippy_1_3b": 64}
+    assert composed.micro_steps == accumulated[experiment]
+
+
+def test_a_changed_recipe_repeats_nothing_of_the_one_that_it_changes() -> None:
+    for path in (CONF / "experiment").glob("*.yaml"):
+        if "code_clippy_125m" in OmegaConf.load(path).get("defaults", []):
+            assert set_in(path).items() <= differences(CARD, [f"experiment={path.stem}"]).items(), path
+
+
+def test_the_document_names_every_recipe() -> None:
+    told = {row[0] for row in table("Recipes")}
+    assert told == {path.stem for path in (CONF / "experiment").glob("*.yaml")} - {"demo"}
+
+
+# recipe=original
+
+
+def test_the_original_is_put_back_by_one_word() -> None:
+    changed = differences(CARD, [*CARD, "recipe=original"])
+    assert changed == {
+        "model.loss_dtype": "bf16",
+        "tokenizer.matching": "first_listed",
+        "data.eos_between_documents": False,
+        "trainer.val_samples": 2000 * 16 * 8,
+    }
+    assert changed == set_in(CONF / "recipe" / "original.yaml")
+
+
+def test_every_key_of_the_original_has_a_row_that_tells_both_values() -> None:
+    ours, original = values(CARD), set_in(CONF / "recipe" / "original.yaml")
+    rows = {row[0]: (row[1], row[2]) for row in table("Deviations that are switches") if row[2]}
+    assert rows == {name: (shown(ours[name]), shown(value)) for name, value in original.items()}
+
+
+def shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def test_the_command_line_has_the_last_word_over_recipe() -> None:
+    assert compose(TrainConfig, ["recipe=original", *CARD, "model.loss_dtype=fp32"]).model.loss_dtype == "fp32"
+
+
+def test_a_rounded_loss_in_an_exact_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.loss_dtype=bf16.*set model\.loss_dtype=fp32"):
+        compose(TrainConfig, [*CARD, "recipe=original", "trainer.precision=fp32"])
+
+
+def test_the_plan_tells_which_rules_hold(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    from clippy_train.cli import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["train", *CARD, "recipe=original", "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "first_listed white space, nothing between documents, loss in bf16" in plan
+    assert "256,000 sequences = 524.3 M tokens" in plan
+
+
+@pytest.mark.parametrize("loss_dtype", ["fp32", "bf16"])
+def test_the_choice_of_the_loss_reaches_training_and_validation(train_config, loss_dtype: str) -> None:
+    model, ids = gpt_neo(), token_ids(3, 57)
+    module = CodeLM(train_config(f"model.loss_dtype={loss_dtype}"), model, np.ones(97, dtype=np.int32))
+    expected = token_losses(model, ids, "sdpa", loss_dtype)
+    assert module.training_step({"input_ids": ids}, 0).item() == expected.mean().item()
+    with torch.no_grad():
+        module.validation_step({"input_ids": ids, "weight": torch.ones(3, dtype=torch.long)}, 0)
+    assert module.val_sums[0].item() == expected.double().sum().item()
+
+
+def test_a_bf16_loss_follows_the_recorded_bf16_run_closer_than_an_fp32_loss() -> None:
+    """The original's bf16 losses differ from ours mainly by their log-softmax."""
+    recorded = json.loads((HERE / "data" / "flax_micro" / "losses_bf16.json").read_text())
+    rounded, exact = (bf16_losses(loss_dtype, updates=15) for loss_dtype in ("bf16", "fp32"))
+    assert distance(rounded, recorded) < 1.5e-3
+    assert distance(exact, recorded) > 2.5e-3
+
+
+def bf16_losses(loss_dtype: str, updates: int) -> list[float]:
+    """Losses of the recording's micro-batches, trained in bf16."""
+    trace = FlaxTrace(HERE / "data" / "flax_micro")
+    model, settings, losses = trace.initial_model(), trace.optim_config(), []
+    optimizer = build_optimizer(model, settings)
+    schedule = Schedule(optimizer, settings)
+    for update in range(updates):
+        for ids in trace.micro_batches(update):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = token_losses(model, ids, "sdpa", loss_dtype).mean()
+            (loss / trace.accumulation).backward()
+            losses.append(loss.item())
+        clip_grad_norm(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def distance(losses: list[float], recorded: list[float]) -> float:
+    return max(abs(ours - theirs) for ours, theirs in zip(losses, recorded, strict=False))
+
+
+# What the original did wrong
+
+
+def test_a_run_without_a_length_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"not set: trainer\.max_steps"):
+        compose(TrainConfig, [*CARD, "trainer.max_steps=???"])
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        compose(TrainConfig, [*CARD, "trainer.max_steps=0"])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("recipe"), tiny_corpus, tiny_tokenizer)
+
+
+SINGLE = ["strategy=single", "trainer.devices=1"]
+
+
+def test_a_run_without_warm_up_learns(runs: Runs) -> None:
+    runs.train("cold", "optim.warmup_steps=0", "trainer.audit=true", *SINGLE)
+    rows = runs.rows("cold")
+    assert rows[0]["train/lr"] == 1.5e-3
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+
+
+def test_a_run_that_diverges_fails_and_saves_nothing_of_it(runs: Runs) -> None:
+    result = runs.train("diverged", "optim.lr=1e30", "optim.warmup_steps=0", "trainer.audit=true", *SINGLE, code=1)
+    assert "nothing of this step is saved" in result.stderr
+    assert all(row["step"] < 6 for row in runs.rows("diverged"))
+
+
+def test_a_run_as_the_original_trains_and_continues(runs: Runs) -> None:
+    runs.train("original", "recipe=original", "trainer.audit=true")
+    assert runs.rows("original", "val/loss")[-1]["step"] == 6
+    resumed = runs.train("original", "recipe=original", "trainer.audit=true", "trainer.max_steps=8")
+    assert "from step 6" in resumed.stdout
+    assert [row["step"] for row in runs.rows("original")] == list(range(1, 9))
+    changed = runs.train("original", "trainer.max_steps=9", code=4).stderr
+    assert "data.eos_between_documents was False, is True" in changed
+
+
+def test_time_is_all_time_but_that_of_validation_and_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    clock = Clock()
+    clock.run()
+    now = 5.0  # training
+    clock.pause()
+    now = 100.0  # validation
+    clock.run()
+    now = 107.0  # training
+    assert clock.lap() == 12.0
+    now = 110.0
+    assert clock.lap() == 3.0
+
+
+def test_documents_are_tokenised_many_at_a_time(tiny_corpus: Path) -> None:
+    sizes = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        sizes.append(len(texts))
+        return [[0] * len(text) for text in texts]
+
+    blocks = Stream(open_corpus(tiny_corpus, "train"), encode, seq_len=8, window=64).blocks()
+    while sum(sizes) < 30:
+        next(blocks)
+    assert max(sizes) == 16
+
+
+def test_every_test_that_the_document_names_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", DOCUMENT.read_text()))
+    tests = "".join(path.read_text() for path in HERE.glob("test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
+    assert named
+    assert named <= defined, named - defined
