@@ -158,7 +158,7 @@ def coupled_decay(ours: torch.optim.Optimizer, model: Any) -> torch.optim.Optimi
     return ours
 
 
-def targets_across_rows(model: Any, input_ids: torch.Tensor, kind: str) -> torch.Tensor:
+def targets_across_rows(model: Any, input_ids: torch.Tensor, *settings: str) -> torch.Tensor:
     """A row's first token is the target of the row before."""
     logits = model.lm_head(attention.hidden_states(model.transformer, input_ids)).flatten(0, 1)
     return F.cross_entropy(logits[:-1], input_ids.flatten()[1:]).expand_as(input_ids[:, 1:])

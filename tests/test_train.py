@@ -171,6 +171,18 @@ def test_strategies_agree_on_losses_and_gradient_norms_in_fp32(
         torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_a_bf16_run_starts_from_fp32_weights(runs: Runs, strategy: str) -> None:
+    """The first update has learning rate 0, so the weights after it are those that the run started from."""
+    name = f"start-{strategy}"
+    runs.train(name, "trainer.max_steps=1", f"strategy={strategy}")
+    runs.train("start-fp32", "trainer.max_steps=1", "trainer.precision=fp32", "strategy=single", "trainer.devices=1")
+    expected = weights(runs.folder("start-fp32"))
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in expected.values())
+    for key, tensor in weights(runs.folder(name)).items():
+        assert torch.equal(tensor, expected[key])
+
+
 def test_bf16_under_deepspeed_stays_near_fp32(runs: Runs, reference: str, single_fp32: list[float]) -> None:
     assert losses_and_norms(runs, reference) == pytest.approx(single_fp32, rel=0.02)
 

@@ -1,7 +1,7 @@
-"""A new run that goes on where its base model's training stopped: at its step, with its Adam moments.
+"""How a new run starts: from exact fp32 weights, and where asked at its base's step with its base's Adam moments.
 
-The state is set after the strategy has laid out its own, whatever that is: parameter by parameter, or slice by slice of
-DeepSpeed's flat partitions. Leans on private parts of DeepSpeed 0.19 and Lightning 2.6.
+Both are set after the strategy has laid out its own state, whatever that is: parameter by parameter, or slice by slice
+of DeepSpeed's flat partitions. Leans on private parts of DeepSpeed 0.19 and Lightning 2.6.
 """
 
 from collections.abc import Iterable
@@ -24,17 +24,29 @@ from clippy_train.train import collective
 from clippy_train.train.base_state import MOMENTS, BaseState
 
 
-class Continuation(pl.Callback):
-    """Sets weights (in fp32), moments, learning rate and every step counter before the first validation."""
+class ExactWeights(pl.Callback):
+    """Gives DeepSpeed's fp32 weights their exact values: it makes them from the weights that it has rounded to bf16."""
 
-    def __init__(self, config: TrainConfig, base: BaseState) -> None:
-        self.config, self.base = config, base
+    def __init__(self) -> None:
         self._weights: dict[str, Tensor] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._weights = {name: each.detach().clone() for name, each in pl_module.model.named_parameters()}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for name, parameter in pl_module.model.named_parameters():
+            set_own_part(parameter, self._weights[name])
+        self._weights = {}
+
+
+class Continuation(pl.Callback):
+    """Sets moments, learning rate and every step counter before the first validation."""
+
+    def __init__(self, config: TrainConfig, base: BaseState) -> None:
+        self.config, self.base = config, base
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self.base.require_fit(pl_module.model.named_parameters())
-        if self.config.deepspeed:  # which makes its fp32 weights from the bf16 ones
-            self._weights = {name: each.detach().clone() for name, each in pl_module.model.named_parameters()}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         parameters = dict(pl_module.model.named_parameters())
@@ -43,7 +55,6 @@ class Continuation(pl.Callback):
             trainer.strategy.deepspeed_engine.global_steps = self.base.step
         else:
             self._fill(trainer.optimizers[0], parameters)
-        self._weights = {}
         for each in trainer.lr_scheduler_configs:
             each.scheduler.start_at(self.base.step)  # type: ignore[union-attr]
         count_steps(trainer, self.base.step, self.config.micro_steps)
@@ -56,7 +67,7 @@ class Continuation(pl.Callback):
                 optimizer.state[parameter][moment].copy_(value)
 
     def _fill_deepspeed(self, zero: Any, parameters: dict[str, Tensor]) -> None:
-        """Give each rank its part of weights and moments: AdamW holds flat partitions there, not parameters."""
+        """Give each rank its part of the moments: AdamW holds flat partitions there, not parameters."""
         if self.config.strategy.stage == 3:
             fresh(zero.optimizer, zero.fp32_partitioned_groups_flat, self.base.step)
         else:
@@ -64,7 +75,6 @@ class Continuation(pl.Callback):
             fresh(zero.optimizer, flat, self.base.step)
             zero._lazy_init_hp_params_optimizer_state()  # otherwise done after the first step
         for name, parameter in parameters.items():
-            set_own_part(parameter, self._weights[name])
             for moment, value in self.base.moments(name).items():
                 set_own_part(parameter, value, moment)
 

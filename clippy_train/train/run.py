@@ -28,8 +28,9 @@ from clippy_train.model.build import build
 from clippy_train.report import quiet_transformers
 from clippy_train.shards import open_corpus
 from clippy_train.tokenizer import token_bytes
+from clippy_train.train.base_state import BaseState
 from clippy_train.train.checkpoint import STATE, Checkpoint, open_checkpoint
-from clippy_train.train.continuation import Continuation
+from clippy_train.train.continuation import Continuation, ExactWeights
 from clippy_train.train.launch import CONFIG, HF_FOLDER, base_state
 from clippy_train.train.module import CodeLM
 from clippy_train.train.monitor import METRICS, EventLogger, JsonlLogger, Monitor
@@ -69,7 +70,7 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, flag: Flag) -
             Monitor(config, progress),
             checkpointer,
             Preemption(flag, checkpointer),
-            *([Continuation(config, base)] if base else []),
+            *starting(config, checkpoint, base),
         ],
         logger=build_loggers(config, step, validates_first) if rank == 0 else False,
         num_sanity_val_steps=-1 if validates_first else 0,
@@ -77,6 +78,16 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, flag: Flag) -
     module = CodeLM(config, model, token_bytes(tokenizer, model.config.vocab_size))
     data = DataModule(config, tokenizer, rank, cursors)
     trainer.fit(module, data, ckpt_path=checkpoint.path / STATE if checkpoint else None)
+
+
+def starting(config: TrainConfig, checkpoint: Checkpoint | None, base: BaseState | None) -> list[pl.Callback]:
+    """What sets the state of a run that no checkpoint restores."""
+    callbacks: list[pl.Callback] = []
+    if config.deepspeed and config.trainer.precision == "bf16" and checkpoint is None:
+        callbacks.append(ExactWeights())
+    if base:
+        callbacks.append(Continuation(config, base))
+    return callbacks
 
 
 def build_loggers(config: TrainConfig, step: int, validates_first: bool) -> list[Logger]:
