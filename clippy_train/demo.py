@@ -44,7 +44,9 @@ def demo(config: DemoConfig) -> int:
         _announce("export", model)
         export(compose(ExportConfig, [f"run={run.run_dir}", f"out={model}"]))
     prompt = config.prompt
-    completion = generate(GenerateConfig(model=str(model), prompt=prompt, max_new_tokens=64), prompt)[0]
+    completion = generate(GenerateConfig(model=str(model), prompt=prompt, max_new_tokens=64, temperature=0.7), prompt)[
+        0
+    ]
     print_table("clippy demo", [*results(run, corpus), ("seconds (this call)", f"{time.monotonic() - started:.0f}")])
     print(f"{prompt}{completion}")
     return 0
