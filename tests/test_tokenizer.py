@@ -1,5 +1,6 @@
 """The tokenizer gives back every byte of a program, whatever its indentation, before and after a round trip on disk."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,23 @@ def test_whitespace_tokens_that_are_special_are_refused() -> None:
     tokenizer.add_tokens([AddedToken("    ", special=True)])
     with pytest.raises(ConfigError, match="delete all indentation"):
         add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")
+
+
+def test_ids_on_the_gpt2_vocabulary_are_those_of_the_originals_construction() -> None:
+    """The original's files: GPT-2's vocabulary with the four tokens registered as special, in its order."""
+    ours, original = gpt2_bpe(), gpt2_bpe()
+    add_whitespace_tokens(ours, WHITESPACE_TOKENS, "longest")
+    original.add_special_tokens({"additional_special_tokens": WHITESPACE_TOKENS})
+    samples = [*CODE, *(f"{indent}return x{end}" for indent in INDENTATION for end in LINE_ENDS)]
+    assert [ours(text).input_ids for text in samples] == [original(text).input_ids for text in samples]
+
+
+def test_a_folder_that_transformers_4_wrote_gives_the_ids_that_it_gave_there() -> None:
+    """`data/tokenizer_transformers_4`: GPT-2's class with plain white-space tokens, saved by transformers 4.46.3."""
+    folder = Path(__file__).parent / "data" / "tokenizer_transformers_4"
+    tokenizer = load_tokenizer(folder)
+    assert not add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")
+    for recorded in json.loads((folder / "ids.json").read_text()):
+        ids = tokenizer(recorded["text"]).input_ids
+        assert ids == recorded["ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == recorded["text"]
