@@ -8,6 +8,7 @@ wrong with a configuration at once and looks at nothing outside it (files and de
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clippy_train.errors import ConfigError
 
 T = TypeVar("T")
+Check = tuple[bool, str]  # whether it holds, and what to say where it does not
 
 
 def key(
@@ -307,82 +309,90 @@ def limits_broken(config: Any) -> list[str]:
 
 def problems(config: TrainConfig) -> list[str]:
     """What contradicts what in a training configuration: one line each, naming the keys and the fix."""
-    found = []
-    trainer, data, model, strategy = config.trainer, config.data, config.model, config.strategy
+    checks = chain(_model_checks(config), _batch_checks(config), _optimizer_checks(config), _strategy_checks(config))
+    return [message for holds, message in checks if not holds]
 
-    def need(holds: bool, message: str) -> None:
-        if not holds:
-            found.append(message)
 
-    need(
-        model.loss_dtype == "fp32" or trainer.precision == "bf16",
-        f"model.loss_dtype={model.loss_dtype} rounds what trainer.precision={trainer.precision} keeps: set "
-        "model.loss_dtype=fp32",
-    )
-    name = config.run.name
-    need(
+def _model_checks(config: TrainConfig) -> Iterator[Check]:
+    model, data, name = config.model, config.data, config.run.name
+    yield (
         bool(name) and name == Path(name).name and name not in (".", ".."),
         f"run.name={name!r}: must be one folder name, without slashes",
     )
-    need(
+    yield (
         data.seq_len <= model.max_position_embeddings,
         f"data.seq_len={data.seq_len} is longer than model.max_position_embeddings={model.max_position_embeddings}: "
         "lower data.seq_len",
     )
-    need(
+    yield (
         model.hidden_size % max(1, model.num_heads) == 0,
         f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}",
     )
-    per_pass = trainer.micro_batch_size * config.world_size
-    need(
-        trainer.global_batch_size % max(1, per_pass) == 0,
-        f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of trainer.micro_batch_size x ranks "
-        f"= {trainer.micro_batch_size} x {config.world_size} = {per_pass}: change one of them",
+    yield (
+        model.loss_dtype == "fp32" or config.trainer.precision == "bf16",
+        f"model.loss_dtype={model.loss_dtype} rounds what trainer.precision={config.trainer.precision} keeps: set "
+        "model.loss_dtype=fp32",
     )
-    need(
-        trainer.global_batch_size % max(1, data.streams) == 0,
-        f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of data.streams={data.streams}: "
-        "every step takes the same number of blocks from every stream",
-    )
-    need(
-        data.streams % max(1, config.world_size) == 0,
-        f"data.streams={data.streams} is not a multiple of the {config.world_size} ranks "
-        "(trainer.num_nodes x trainer.devices): every rank owns the same number of streams",
-    )
-    betas = config.optim.betas
-    need(
-        betas is None or (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
-        f"optim.betas={betas}: must be two numbers in [0, 1)",
-    )
-    for adamw_key in ("betas", "eps", "weight_decay"):
-        is_set = getattr(config.optim, adamw_key) is not None
-        need(
-            is_set == (config.optim.name == "adamw"),
-            f"optim.{adamw_key} is {'set' if is_set else 'not set'}, but only AdamW has it and optim.name is "
-            f"{config.optim.name}: choose optim=adamw or optim=adafactor, which sets all of an optimizer's keys",
-        )
-    need(
+    yield (
         model.base_optimizer == "ignore" or (model.base is not None and config.optim.name == "adamw"),
         f"model.base_optimizer={model.base_optimizer} needs a model.base and optim=adamw, but model.base={model.base} "
         f"and optim.name={config.optim.name}",
     )
-    need(config.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={config.optim.min_lr_ratio}: must be at most 1")
-    need(
-        config.optim.name != "adafactor" or strategy.stage <= 1,
-        f"strategy=zero{strategy.stage} cuts weights or gradients anywhere, but optim=adafactor needs whole tensors: "
-        "choose strategy=zero1 or ddp",
+
+
+def _batch_checks(config: TrainConfig) -> Iterator[Check]:
+    trainer, streams = config.trainer, config.data.streams
+    per_pass = trainer.micro_batch_size * config.world_size
+    yield (
+        trainer.global_batch_size % max(1, per_pass) == 0,
+        f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of trainer.micro_batch_size x ranks "
+        f"= {trainer.micro_batch_size} x {config.world_size} = {per_pass}: change one of them",
     )
-    need(
+    yield (
+        trainer.global_batch_size % max(1, streams) == 0,
+        f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of data.streams={streams}: "
+        "every step takes the same number of blocks from every stream",
+    )
+    yield (
+        streams % max(1, config.world_size) == 0,
+        f"data.streams={streams} is not a multiple of the {config.world_size} ranks "
+        "(trainer.num_nodes x trainer.devices): every rank owns the same number of streams",
+    )
+
+
+def _optimizer_checks(config: TrainConfig) -> Iterator[Check]:
+    optim = config.optim
+    yield (
+        optim.betas is None or (len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)),
+        f"optim.betas={optim.betas}: must be two numbers in [0, 1)",
+    )
+    for adamw_key in ("betas", "eps", "weight_decay"):
+        is_set = getattr(optim, adamw_key) is not None
+        yield (
+            is_set == (optim.name == "adamw"),
+            f"optim.{adamw_key} is {'set' if is_set else 'not set'}, but only AdamW has it and optim.name is "
+            f"{optim.name}: choose optim=adamw or optim=adafactor, which sets all of an optimizer's keys",
+        )
+    yield optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={optim.min_lr_ratio}: must be at most 1"
+
+
+def _strategy_checks(config: TrainConfig) -> Iterator[Check]:
+    strategy = config.strategy
+    yield (
         (strategy.name == "zero") == (strategy.stage in (1, 2, 3)),
         f"strategy.stage={strategy.stage} does not fit strategy.name={strategy.name}: choose strategy=zero1, zero2, "
         "zero3, ddp or single",
     )
-    need(
+    yield (
+        config.optim.name != "adafactor" or strategy.stage <= 1,
+        f"strategy=zero{strategy.stage} cuts weights or gradients anywhere, but optim=adafactor needs whole tensors: "
+        "choose strategy=zero1 or ddp",
+    )
+    yield (
         strategy.name != "single" or config.world_size == 1,
         f"strategy=single runs one rank, but trainer.num_nodes x trainer.devices is {config.world_size}: "
         "choose strategy=ddp or a zero stage, or trainer.devices=1",
     )
-    return found
 
 
 def save(config: TrainConfig, path: Path) -> None:

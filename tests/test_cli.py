@@ -177,6 +177,13 @@ def test_a_cuda_run_without_cuda_is_refused(capsys, tiny_corpus: Path, tmp_path:
     assert "trainer.accelerator=cpu" in message
 
 
+def test_several_nodes_are_planned_but_not_started(capsys, tiny_corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["experiment=demo", f"data.path={tiny_corpus}", "trainer.num_nodes=2", "tokenizer.base=org/name"]
+    assert "trainer.num_nodes=2" in fails(capsys, 2, "train", *settings)
+    assert main(["train", *settings, "--dry-run"]) == 0
+
+
 def test_a_tokenizer_folder_that_is_not_there_is_named(capsys, tiny_corpus: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     message = fails(capsys, 2, *DEMO, f"data.path={tiny_corpus}", "tokenizer.base=./none")

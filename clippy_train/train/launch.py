@@ -68,6 +68,13 @@ def train(config: TrainConfig) -> int:
 def obstacles(config: TrainConfig) -> list[ConfigError | DataError]:
     """What this machine lacks for the run: devices, corpus, base model. Reads listings and first lines only."""
     found: list[ConfigError | DataError] = []
+    if config.trainer.num_nodes > 1:
+        found.append(
+            ConfigError(
+                f"trainer.num_nodes={config.trainer.num_nodes}: this command starts the ranks of one node only; set "
+                "trainer.num_nodes=1"
+            )
+        )
     if config.trainer.accelerator == "cuda":
         import torch
 
