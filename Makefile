@@ -22,7 +22,7 @@ demo: $(READY) ## corpus, tokenizer, training, export, generation on this Python
 	$(BIN)/clippy demo
 
 test: $(READY) ## the whole test suite
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## style, types, and which room may import which
 	$(BIN)/ruff check .

@@ -17,6 +17,13 @@ WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]
 NAMES = ["value", "total", "index", "name", "path", "line", "count", "node", "item", "text", "left", "right", "size"]
 
 
+SLOWEST = ("test_parity.py", "test_train.py", "test_import_flax.py")  # minutes each: started first, one on each worker
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
+
 @pytest.fixture(scope="session")
 def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 packages of a few Python files each; do not write to it."""
