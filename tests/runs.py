@@ -77,9 +77,9 @@ class Runs:
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [row for row in rows if key in row]
 
-    def wait_for_step(self, name: str, step: int, process: subprocess.Popen) -> None:
+    def wait_for_step(self, name: str, step: int, process: subprocess.Popen, key: str = "train/loss") -> None:
         deadline = time.monotonic() + 100
-        while not any(row["step"] >= step for row in self.rows(name)):
+        while not any(row["step"] >= step for row in self.rows(name, key)):
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, f"no step {step} in time"
             time.sleep(0.02)
