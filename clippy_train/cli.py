@@ -172,9 +172,12 @@ def _explain(verb: Verb, overrides: list[str]) -> int:
     values = compose.composed_values(verb.schema, overrides)
     table = Table("key", "value", "meaning", title=f"clippy {verb.summary}", title_justify="left", pad_edge=False)
     for name, field in config.keys(verb.schema):
-        meaning, choices, minimum = (field.metadata[part] for part in ("meaning", "choices", "minimum"))
+        meaning, choices, minimum, maximum = (
+            field.metadata[part] for part in ("meaning", "choices", "minimum", "maximum")
+        )
         meaning += f" [one of {', '.join(choices)}]" if choices else ""
         meaning += f" [at least {minimum:g}]" if minimum is not None else ""
+        meaning += f" [at most {maximum:g}]" if maximum is not None else ""
         table.add_row(escape(name), escape(str(values[name])) or "(required)", escape(meaning))
     console = Console(highlight=False)
     console.print(table)

@@ -27,9 +27,10 @@ def key(
     choices: tuple[str, ...] = (),
     minimum: float | None = None,
     text: bool = False,
+    maximum: float | None = None,
 ) -> Any:
-    """Declare a key. `minimum` is inclusive; `text` marks free text, which the command line takes as it is typed."""
-    metadata = {"meaning": meaning, "choices": choices, "minimum": minimum, "text": text}
+    """Declare a key. Limits are inclusive; `text` marks free text, which the command line takes as it is typed."""
+    metadata = {"meaning": meaning, "choices": choices, "minimum": minimum, "maximum": maximum, "text": text}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -77,6 +78,27 @@ class TokenizerConfig:
         "initial embedding of a new token: a copy of the tab token's row, or the mean of the token's former pieces",
         "tab",
         choices=("tab", "mean_of_pieces"),
+    )
+
+
+@dataclass
+class FilterConfig:
+    """Which documents are kept. Every rule is off unless set; what a document does not say counts as not fitting."""
+
+    extensions: list[str] = key("file endings to keep: [.py,.c]; none keeps all", [])
+    languages: list[str] = key(
+        "programming languages to keep, as Pygments names them: [Python,C++]; none keeps all", []
+    )
+    licences: list[str] = key("licences to keep, as SPDX ids: [MIT,Apache-2.0]; none keeps all", [])
+    min_stars: int | None = key("fewest stars of a document's repository", None, minimum=0)
+    min_bytes: int | None = key("smallest document, in bytes of UTF-8", None, minimum=0)
+    max_bytes: int | None = key("largest document, in bytes of UTF-8", None, minimum=1)
+    max_line_length: int | None = key("longest line, in characters (usual: 1000)", None, minimum=1)
+    max_mean_line_length: float | None = key(
+        "largest mean length of lines, in characters (usual: 100)", None, minimum=0
+    )
+    min_alphanumeric: float | None = key(
+        "smallest share of letters and digits (usual: 0.25)", None, minimum=0, maximum=1
     )
 
 
@@ -200,9 +222,7 @@ class CorpusConfig:
 
     src: list[str] = key("folders of source code (SRC... on the command line); none takes the code of this Python", [])
     out: str = key("new folder for the shards", text=True)
-    extensions: list[str] = key("file endings to keep; none keeps every language that Pygments knows", [])
-    min_bytes: int = key("smallest file kept, in bytes", 64, minimum=1)
-    max_bytes: int = key("largest file kept, in bytes", 1_000_000, minimum=1)
+    filter: FilterConfig = field(default_factory=lambda: FilterConfig(min_bytes=64, max_bytes=1_000_000))
     validation_fraction: float = key("share of repositories (or packages) held out for validation", 0.05, minimum=0.0)
     test_fraction: float = key("share of repositories (or packages) held out for testing", 0.05, minimum=0.0)
     shard_bytes: int = key("text bytes in a shard, before compression", 8_000_000, minimum=1)
@@ -293,17 +313,19 @@ def typed(composed: DictConfig, schema: type[T]) -> T:
 
 
 def limits_broken(config: Any) -> list[str]:
-    """Values outside the `choices` or below the `minimum` that their key declares."""
+    """Values outside the `choices` or the limits that their key declares."""
     found = []
     for name, item in keys(type(config)):
         value = config
         for part in name.split("."):
             value = getattr(value, part)
-        choices, minimum = item.metadata["choices"], item.metadata["minimum"]
+        choices, minimum, maximum = (item.metadata[part] for part in ("choices", "minimum", "maximum"))
         if choices and value not in choices:
             found.append(f"{name}={value}: choose one of {', '.join(choices)}")
         if minimum is not None and value is not None and value < minimum:
             found.append(f"{name}={value}: must be at least {minimum}")
+        if maximum is not None and value is not None and value > maximum:
+            found.append(f"{name}={value}: must be at most {maximum}")
     return found
 
 

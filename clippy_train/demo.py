@@ -31,7 +31,7 @@ def demo(config: DemoConfig) -> int:
     if not corpus.exists():
         _announce("corpus", corpus)
         extensions = "[" + ",".join(EXTENSIONS) + "]"
-        build_corpus(compose(CorpusConfig, [f"out={corpus}", f"extensions={extensions}"]))
+        build_corpus(compose(CorpusConfig, [f"out={corpus}", f"filter.extensions={extensions}"]))
     if not tokenizer.exists():
         _announce("tokenizer", tokenizer)
         make_tokenizer(corpus, tokenizer, config.vocab_size, run.tokenizer, run.model.max_position_embeddings)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from clippy_train.config import CorpusConfig
+from clippy_train.config import CorpusConfig, FilterConfig
 from clippy_train.corpus.build import build_corpus, read, split_repositories
 from clippy_train.corpus.collect import SourceFile, source_files
 from clippy_train.errors import ConfigError, DataError
@@ -116,8 +116,8 @@ def test_text_is_kept_byte_for_byte(packages, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "rule"),
     [
-        ("x.unknown", CODE.encode(), "extension"),
-        ("Makefile.in", CODE.encode(), "extension"),
+        ("x.unknown", CODE.encode(), "no_language"),
+        ("Makefile.in", CODE.encode(), "no_language"),
         ("x.py", b"a" * 63, "too_small"),
         ("x.py", b"a" * 201, "too_large"),
         ("x.py", CODE.encode() + "café".encode("latin-1"), "not_utf8"),
@@ -127,7 +127,7 @@ def test_text_is_kept_byte_for_byte(packages, tmp_path) -> None:
 )
 def test_a_file_is_left_out_and_counted_by_the_rule_that_it_breaks(packages, tmp_path, name, data, rule) -> None:
     (packages / "one" / name).write_bytes(data)
-    manifest = build(packages, tmp_path / "out", max_bytes=200)
+    manifest = build(packages, tmp_path / "out", filter=FilterConfig(min_bytes=64, max_bytes=200))
     assert manifest["rejected"] == {rule: 1}
     assert manifest["documents"] == len(everything(tmp_path / "out")) == 3
 
@@ -135,12 +135,12 @@ def test_a_file_is_left_out_and_counted_by_the_rule_that_it_breaks(packages, tmp
 @pytest.mark.parametrize("size", [64, 200])
 def test_files_of_the_smallest_and_the_largest_size_are_kept(packages, tmp_path, size) -> None:
     (packages / "one" / "x.py").write_bytes(b"a" * size)
-    assert build(packages, tmp_path / "out", max_bytes=200)["rejected"] == {}
+    assert build(packages, tmp_path / "out", filter=FilterConfig(min_bytes=64, max_bytes=200))["rejected"] == {}
 
 
 def test_a_file_that_cannot_be_read_is_left_out(tmp_path) -> None:
     (tmp_path / "folder.py").mkdir()
-    settings = CorpusConfig(out="", min_bytes=1)
+    settings = CorpusConfig(out="")
     for name in ("folder.py", "vanished.py"):
         assert read(SourceFile(tmp_path / name, "", ""), settings) == (None, "unreadable")
 
@@ -149,7 +149,7 @@ def test_only_the_named_extensions_are_kept(packages, tmp_path) -> None:
     for package in packages.iterdir():
         (package / "x.c").write_text(CODE)
         (package / "x.unknown").write_text(CODE)
-    manifest = build(packages, tmp_path / "out", extensions=[".c", ".unknown"])
+    manifest = build(packages, tmp_path / "out", filter=FilterConfig(extensions=[".c", ".unknown"]))
     assert manifest["languages"] == {"C": 3, "Text": 3}
     assert manifest["rejected"] == {"extension": 3}
 

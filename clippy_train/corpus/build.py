@@ -15,6 +15,7 @@ from tqdm import tqdm
 from clippy_train.config import CorpusConfig
 from clippy_train.corpus.collect import SourceFile, language, mime_type, python_sources, source_files
 from clippy_train.errors import ConfigError, DataError
+from clippy_train.filters import broken_meta_rule, broken_rule
 from clippy_train.shards import SPLITS, ShardWriter, new_folder
 
 MANIFEST_VERSION = 1
@@ -93,20 +94,19 @@ def split_repositories(repositories: list[str], config: CorpusConfig) -> dict[st
 
 def read(file: SourceFile, config: CorpusConfig) -> tuple[str | None, str]:
     """The text of a file that passes every rule, or None and the rule that it breaks."""
-    suffix = file.path.suffix
-    if suffix not in config.extensions if config.extensions else language(suffix) is None:
-        return None, "extension"
+    if not config.filter.extensions and language(file.path.suffix) is None:
+        return None, "no_language"
+    document = describe(file, "")
+    if rule := broken_meta_rule(document["meta"] | {"license": None}, config.filter):
+        return None, rule
     try:
-        size = file.path.stat().st_size
-        if size < config.min_bytes:
-            return None, "too_small"
-        if size > config.max_bytes:
-            return None, "too_large"
-        return file.path.read_bytes().decode(), ""
+        text = file.path.read_bytes().decode()
     except UnicodeDecodeError:
         return None, "not_utf8"
     except OSError:
         return None, "unreadable"
+    rule = broken_rule(document, text, config.filter)
+    return (None, rule) if rule else (text, "")
 
 
 def describe(file: SourceFile, text: str) -> dict[str, Any]:

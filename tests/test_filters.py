@@ -1,0 +1,129 @@
+"""The rules on documents: each against an independent definition, and what becomes of a document that says nothing."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clippy_train.compose import compose
+from clippy_train.config import CorpusConfig, FilterConfig
+from clippy_train.errors import ConfigError
+from clippy_train.filters import META_COLUMNS, RULES, broken_rule, code_clippy_meta
+
+TEXT = "def f(a):\n    return a\n"
+META = {
+    "repo_name": "octo/cat",
+    "stars": 12,
+    "repo_language": "Python",
+    "file_name": "src/f.py",
+    "mime_type": "text/x-python",
+    "license": "MIT",
+}
+# One rule at a time: the strictest value that keeps the document above, and the loosest that does not.
+RULE_SETTINGS: dict[str, tuple[str, Any, Any]] = {
+    "extension": ("extensions", [".c", "py"], [".c", ".PY", "f.py.in"]),
+    "language": ("languages", ["C++", "python"], ["C++"]),
+    "licence": ("licences", ["mit"], ["Apache-2.0"]),
+    "few_stars": ("min_stars", 12, 13),
+    "too_small": ("min_bytes", len(TEXT), len(TEXT) + 1),
+    "too_large": ("max_bytes", len(TEXT), len(TEXT) - 1),
+    "long_line": ("max_line_length", 12, 11),
+    "long_mean_line": ("max_mean_line_length", 10.5, 10.4),
+    "low_alphanumeric": ("min_alphanumeric", sum(map(str.isalnum, TEXT)) / len(TEXT), 0.6),
+}
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text("ab_ \n\r\u2028é", max_size=60)
+
+
+def broken(rules: FilterConfig, text: str = TEXT, **meta: Any) -> str | None:
+    return broken_rule({"text": text, "meta": {**META, **meta}}, text, rules)
+
+
+def test_every_rule_is_listed_and_off_by_default() -> None:
+    assert tuple(RULE_SETTINGS) == RULES
+    assert broken_rule({}, "", FilterConfig()) is None
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_keeps_what_fits_and_names_itself_where_it_does_not(rule: str) -> None:
+    key, fits, does_not = RULE_SETTINGS[rule]
+    assert broken(FilterConfig(**{key: fits})) is None
+    assert broken(FilterConfig(**{key: does_not})) == rule
+
+
+def test_the_first_broken_rule_is_the_one_that_counts() -> None:
+    strict = {key: does_not for key, _, does_not in RULE_SETTINGS.values()}
+    for rule in RULES:
+        assert broken(FilterConfig(**strict)) == rule
+        del strict[RULE_SETTINGS[rule][0]]
+    assert broken(FilterConfig(**strict)) is None
+
+
+@pytest.mark.parametrize("document", [{}, {"meta": None}, {"meta": 3}, {"meta": dict.fromkeys(META)}], ids=str)
+@pytest.mark.parametrize("rule", RULES[:4])
+def test_a_rule_on_meta_leaves_out_what_says_nothing_of_it(rule: str, document: dict) -> None:
+    key, fits, _ = RULE_SETTINGS[rule]
+    assert broken_rule(document, TEXT, FilterConfig(**{key: fits})) == rule
+
+
+@pytest.mark.parametrize(
+    ("stars", "kept"), [("12", True), ("9", False), (12.0, True), ("many", False), (float("nan"), False)]
+)
+def test_stars_may_be_digits_or_a_float(stars: Any, kept: bool) -> None:
+    assert (broken(FilterConfig(min_stars=10), stars=stars) is None) == kept
+
+
+@pytest.mark.parametrize(
+    ("licence", "kept"), [(["mit"], True), (["MIT", "BSD-2-Clause"], True), (["MIT", "GPL-3.0"], False), ([], False)]
+)
+def test_every_licence_of_a_document_must_be_accepted(licence: list, kept: bool) -> None:
+    assert (broken(FilterConfig(licences=["MIT", "bsd-2-clause"]), license=licence) is None) == kept
+
+
+def test_fields_are_found_under_the_names_of_other_datasets() -> None:
+    row = {
+        "content": TEXT,
+        "max_stars_repo_name": "octo/cat",
+        "max_stars_count": 12.0,
+        "lang": "Python",
+        "path": "src/f.py",
+        "mime_type": "text/x-python",
+        "max_stars_repo_licenses": ["MIT"],
+    }
+    assert code_clippy_meta(row) == META == code_clippy_meta({"meta": META})
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+COLUMNS = sorted({name for names in META_COLUMNS.values() for name in names})
+FIELDS = st.dictionaries(st.sampled_from(COLUMNS), SCALARS | st.lists(SCALARS, max_size=2), max_size=5)
+
+
+@given(FIELDS | st.fixed_dictionaries({"meta": FIELDS}))
+def test_any_document_gets_a_verdict(document: dict) -> None:
+    rules = FilterConfig(**{key: fits for key, fits, _ in RULE_SETTINGS.values()})
+    assert broken_rule(document, TEXT, rules) in (None, *RULES)
+
+
+@given(TEXTS, st.integers(1, 40))
+def test_size_is_counted_in_bytes_of_utf8(text: str, limit: int) -> None:
+    assert (broken(FilterConfig(min_bytes=limit), text) is None) == (len(text.encode()) >= limit)
+    assert (broken(FilterConfig(max_bytes=limit), text) is None) == (len(text.encode()) <= limit)
+
+
+@given(TEXTS, st.integers(1, 10))
+def test_lines_are_measured_in_characters(text: str, limit: int) -> None:
+    lengths = [len(line) for line in text.splitlines()]
+    assert (broken(FilterConfig(max_line_length=limit), text) is None) == (max(lengths, default=0) <= limit)
+    mean = sum(lengths) / len(lengths) if lengths else 0
+    assert (broken(FilterConfig(max_mean_line_length=limit), text) is None) == (mean <= limit)
+
+
+@given(TEXTS, st.floats(0, 1))
+def test_letters_and_digits_are_those_of_unicode(text: str, share: float) -> None:
+    kept = sum(character.isalnum() for character in text) >= share * len(text)
+    assert (broken(FilterConfig(min_alphanumeric=share), text) is None) == kept
+
+
+def test_a_share_above_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"filter.min_alphanumeric=25.0: must be at most 1"):
+        compose(CorpusConfig, ["out=x", "filter.min_alphanumeric=25"])
