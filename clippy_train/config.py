@@ -157,7 +157,10 @@ class TrainerConfig:
     log_every_steps: int = key("steps between two logged rows", minimum=1)
     val_every_steps: int = key("steps between two validations", minimum=1)
     val_samples: int = key("sequences of the validation split that a validation uses", minimum=1)
-    audit: bool = key("log every step, with a digest of its token ids (data/digest)", False)
+    audit: bool = key(
+        "log every step, with a digest of its token ids (data/digest), and write to ledger.jsonl what it was cut from",
+        False,
+    )
     deterministic: bool = key("refuse operations whose result varies from run to run", True)
 
 

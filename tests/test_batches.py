@@ -1,14 +1,22 @@
-"""Batches of ranks: the rows of a step depend on neither ranks, loader processes nor restarts."""
+"""Batches of ranks: the rows of a step depend on neither ranks, loader processes nor restarts, and no token of an epoch
+is lost or repeated by kills and resumes."""
 
+import json
+import tempfile
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
-from hypothesis import given, settings
+import zstandard
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.module import DataModule, encoder, first_blocks, val_batches
@@ -75,6 +83,15 @@ def test_loader_processes_do_not_change_the_sequence(config, tokenizer, workers)
     assert steps(config(1, 2, workers), tokenizer, 3) == steps(config(1, 2, 0), tokenizer, 3)
 
 
+@pytest.mark.parametrize("layout", [(2, 4, 0), (4, 2, 1), (1, 8, 3)], ids=str)
+def test_the_sequence_stays_the_same_over_epochs(config, tokenizer, layout) -> None:
+    whole = steps(config(1, 2, 0, "data.seq_len=256"), tokenizer, 40)
+    assert min(row[1] for row in whole[-1]) >= 2
+    assert [sorted(step) for step in steps(config(*layout, "data.seq_len=256"), tokenizer, 40)] == [
+        sorted(step) for step in whole
+    ]
+
+
 @pytest.mark.parametrize("micro_batch", [1, 4, 8])
 def test_the_micro_batch_does_not_change_the_sequence(config, tokenizer, micro_batch) -> None:
     assert steps(config(1, micro_batch), tokenizer, 3) == steps(config(1, 2), tokenizer, 3)
@@ -88,10 +105,13 @@ def test_a_step_takes_as_many_blocks_from_every_stream(config, tokenizer) -> Non
 def test_a_training_batch_holds_integers_only(config, tokenizer) -> None:
     batch = next(iter(DataModule(config(1, 2), tokenizer, 0, START).train_dataloader()))
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()}
+    num_spans = len(batch["spans"])
+    assert num_spans >= 2
     assert shapes == {
         "input_ids": (torch.int64, (2, 32)),
         "cursor": (torch.int64, (2, 6)),
         "counts": (torch.int64, (2, len(COUNTS))),
+        "spans": (torch.int64, (num_spans, 6)),
     }
 
 
@@ -100,6 +120,136 @@ def test_committed_cursors_resume_with_the_rows_that_follow(config, tokenizer, r
     whole = steps(config(), tokenizer, 6)
     following = steps(config(*resumed), tokenizer, 4, committed(whole[:2]))
     assert [sorted(step) for step in following] == [sorted(step) for step in whole[2:]]
+
+
+WORDS = 50  # in the vocabulary of the histories below; the next id is the end-of-text
+
+
+@dataclass(frozen=True)
+class History:
+    """A small corpus and the lives of a run on it.
+
+    Attributes:
+        lengths: for each shard, the number of tokens of each document.
+        lives: (ranks, micro-batch, steps trained, how many of these were lost when it was killed).
+    """
+
+    lengths: list[list[int]]
+    seq_len: int
+    streams: int
+    window: int
+    eos: bool
+    seed: int
+    lives: list[tuple[int, int, int, int]]
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir()
+        for shard, lengths in enumerate(self.lengths):
+            texts = [words(shard + 7 * line, length) for line, length in enumerate(lengths)]
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            (folder / f"{shard:05d}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+
+    def config(self, config: TrainConfig, path: Path, ranks: int, micro_batch: int) -> TrainConfig:
+        data = replace(
+            config.data,
+            path=str(path),
+            seq_len=self.seq_len,
+            streams=self.streams,
+            window=self.window,
+            eos_between_documents=self.eos,
+            num_workers=0,
+        )
+        trainer = replace(
+            config.trainer, devices=ranks, micro_batch_size=micro_batch, global_batch_size=2 * self.streams
+        )
+        return replace(config, data=data, trainer=trainer, seed=self.seed)
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word[1:]) for word in text.split()] + [WORDS] * self.eos
+
+
+def words(start: int, length: int) -> str:
+    return " ".join(f"w{(start + i) % WORDS}" for i in range(length)) or " "
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<eos>": WORDS}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> History:
+    length = st.integers(0, 2) | st.integers(3, 20) | st.integers(60, 90)
+    streams = draw(st.sampled_from([1, 2, 3, 4, 6]))
+    ranks = st.sampled_from([size for size in range(1, streams + 1) if streams % size == 0])
+    life = ranks.flatmap(
+        lambda size: st.tuples(
+            st.just(size),
+            st.sampled_from([n for n in range(1, 13) if 2 * streams // size % n == 0]),
+            st.integers(1, 12),
+            st.integers(0, 4),
+        )
+    )
+    return History(
+        lengths=draw(st.lists(st.lists(length, max_size=8), min_size=1, max_size=8)),
+        seq_len=draw(st.integers(1, 12)),
+        streams=streams,
+        window=draw(st.integers(1, 5) | st.just(100)),
+        eos=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**40)),
+        lives=draw(st.lists(life, min_size=1, max_size=6)),
+    )
+
+
+def live(config: TrainConfig, tokenizer: Any, cursors: np.ndarray, count: int) -> list[tuple[list, list, np.ndarray]]:
+    """(tokens, spans, cursors behind it) of the next steps."""
+    ranks = [iter(DataModule(config, tokenizer, rank, cursors).train_dataloader()) for rank in range(config.world_size)]
+    done = []
+    for _ in range(count):
+        ids: list[int] = []
+        spans: list[list[int]] = []
+        cursors = cursors.copy()
+        for batches in ranks:
+            for batch in islice(batches, config.micro_steps):
+                ids += batch["input_ids"].flatten().tolist()
+                spans += batch["spans"].tolist()
+                for stream, *cursor in batch["cursor"].tolist():
+                    cursors[stream] = cursor
+        done.append((ids, spans, cursors))
+    return done
+
+
+@settings(deadline=None, max_examples=60)
+@given(histories())
+def test_no_token_is_lost_or_repeated_whatever_happens(train_config, history) -> None:
+    tokenizer = word_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        history.write(Path(folder, "train"))
+        documents = oracle.read_documents(Path(folder, "train"), history.encode)
+        assume(any(documents.values()))
+        base = train_config()
+        trained: list[tuple[list, list, np.ndarray]] = []  # the steps that survive
+        lives = iter(history.lives)
+        while not trained or oracle.whole_epochs([span for _, spans, _ in trained for span in spans]) < 2:
+            ranks, micro_batch, count, lost = next(lives, (1, 1, 20, 0))
+            cursors = trained[-1][2] if trained else np.zeros((history.streams, len(Cursor._fields)), dtype=np.int64)
+            config = history.config(base, Path(folder), ranks, micro_batch)
+            try:
+                trained += live(config, tokenizer, cursors, count)
+            except DataError:
+                event("a stream without documents")
+                return
+            del trained[max(0, len(trained) - lost) :]
+    event(f"{len(history.lives)} lives")
+    every = [span for _, spans, _ in trained for span in spans]
+    for ids, spans, _ in trained:
+        assert oracle.tokens(documents, spans) == ids
+    for epoch in range(max(span[1] for span in every) + 1):
+        lost_tokens, repeated = oracle.lost_and_repeated(documents, every, epoch)
+        assert repeated == 0
+        assert lost_tokens == 0 or epoch >= oracle.whole_epochs(every)
 
 
 def test_rows_show_the_text_of_the_corpus(config, tokenizer) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +130,7 @@ def joined(blocks: list[Block]) -> list[int]:
 
 
 def comparable(blocks: list[Block]) -> list[tuple]:
-    return [(block.tokens.tolist(), block.cursor, block.counts.tolist()) for block in blocks]
+    return [(block.tokens.tolist(), block.cursor, block.counts.tolist(), block.spans) for block in blocks]
 
 
 def total(blocks: list[Block]) -> dict[str, int]:
@@ -231,6 +231,18 @@ def test_a_document_is_counted_with_the_block_of_its_first_token(case) -> None:
                 assert (counts["documents"], counts["characters"]) == (len(begun), sum(map(len, begun)))
 
 
+@settings(deadline=None, max_examples=60)
+@given(cases())
+def test_spans_say_what_a_block_was_cut_from(case) -> None:
+    with case.opened() as streams:
+        lines = case.lines()
+        for stream in streams:
+            for block in take(stream, 20):
+                cut = [case.tokens([lines[span.shard][span.line]])[span.first : span.end] for span in block.spans]
+                assert [token for tokens in cut for token in tokens] == block.tokens.tolist()
+                assert all(cut)
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_a_rejected_line_is_counted_once_in_an_epoch(window, restarted) -> None:
@@ -285,6 +297,17 @@ def test_every_seed_and_epoch_has_an_order_of_its_own() -> None:
         with Case([[1] * 10] * 4, seq_len=40, window=8, seed=seed).opened() as (stream,):
             orders |= {tuple(block.tokens.tolist()) for block in take(stream, 3)}
     assert len(orders) == 9
+
+
+def test_documents_of_a_repository_do_not_travel_together() -> None:
+    """Shards that lie repository by repository: the worst case."""
+    files, window = 8, 32
+    case = Case([[1] * 128] * 8, seq_len=1, window=window, streams=2)
+    with case.opened() as streams:
+        places = [[(span.shard, span.line // files) for block in take(s, 512) for span in block.spans] for s in streams]
+    neighbours = [first == second for place in places for first, second in pairwise(place)]
+    assert len(neighbours) == 2 * 511
+    assert np.mean(neighbours) < 1.25 * (files - 1) / (window - 1)  # as they lie: (files - 1) / files
 
 
 def test_the_order_of_a_seed_never_changes() -> None:

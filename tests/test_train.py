@@ -37,6 +37,7 @@ def test_a_run_leaves_what_its_contract_names(runs: Runs, reference: str) -> Non
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
+        "ledger.jsonl",
         "checkpoints",
         "tensorboard",
         "hf",

@@ -31,8 +31,9 @@ Batch = dict[str, Tensor]
 class DataModule(pl.LightningDataModule):
     """Batches of one rank.
 
-    Training batches: `input_ids` `[micro_batch, seq]`, `cursor` `[micro_batch, 1 + 5]` (stream, then `Cursor`) and
-    `counts` `[micro_batch, len(COUNTS)]`, all int64. Validation batches: `input_ids` and `weight` `[eval_micro_batch]`
+    Training batches: `input_ids` `[micro_batch, seq]`, `cursor` `[micro_batch, 1 + 5]` (stream, then `Cursor`),
+    `counts` `[micro_batch, len(COUNTS)]` and `spans` `[spans of all rows in turn, 1 + 5]` (stream, then `Span`), all
+    int64. Validation batches: `input_ids` and `weight` `[eval_micro_batch]`
     (0 for a row that only fills up the last batch).
 
     Args:
@@ -62,8 +63,8 @@ class DataModule(pl.LightningDataModule):
         return DataLoader(self._val_batches, batch_size=None)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Cursors and counts stay on the host: only callbacks read them."""
-        stay = ("cursor", "counts")
+        """What only callbacks read stays on the host."""
+        stay = ("cursor", "counts", "spans")
         return {name: each if name in stay else each.to(device, non_blocking=True) for name, each in batch.items()}
 
     def _stream(self, corpus: Corpus, shuffle: bool, index: int = 0) -> Stream:
@@ -148,6 +149,7 @@ def collate(rows: list[Row]) -> Batch:
         "input_ids": torch.from_numpy(np.stack([block.tokens for _, block in rows]).astype(np.int64)),
         "cursor": torch.tensor([[stream, *block.cursor] for stream, block in rows]),
         "counts": torch.from_numpy(np.stack([block.counts for _, block in rows])),
+        "spans": torch.tensor([[stream, *span] for stream, block in rows for span in block.spans]),
     }
 
 

@@ -40,10 +40,21 @@ class Cursor(NamedTuple):
 START = Cursor()
 
 
+class Span(NamedTuple):
+    """Tokens `first` to `end`, without `end`, of the document in a line of a shard; its end-of-text is one of them."""
+
+    epoch: int
+    shard: int  # its place in `Corpus.shards`
+    line: int  # counted from 0
+    first: int
+    end: int
+
+
 class Block(NamedTuple):
     tokens: np.ndarray  # [seq_len] int32
     cursor: Cursor  # where the stream continues after this block
     counts: np.ndarray  # [len(COUNTS)] int64, what was begun for this block
+    spans: list[Span]  # what the tokens were cut from, in their order
 
 
 class Entry(NamedTuple):
@@ -55,11 +66,27 @@ class Entry(NamedTuple):
     line: int
 
 
+class Document(NamedTuple):
+    text: str
+    shard: int
+    line: int
+
+
 class Window(NamedTuple):
-    texts: list[str]  # in training order
+    documents: list[Document]  # in training order
     counts: np.ndarray  # lines rejected while reading it
     part: int  # where the next window starts
     line: int
+
+
+class Piece(NamedTuple):
+    """What is left of a document, and what was read to get there."""
+
+    ids: np.ndarray  # int32; none where only lines without a document were read
+    position: Cursor  # of the first of them
+    shard: int
+    line: int
+    consumed: np.ndarray  # as `Block.counts`
 
 
 @dataclass(frozen=True)
@@ -91,20 +118,23 @@ class Stream:
         """
         buffer = np.empty(self.seq_len, dtype=np.int32)
         filled = 0
-        counts = np.zeros(len(COUNTS), dtype=np.int64)
-        for ids, position, consumed in self._tokens(cursor):
+        counts = _counts()
+        spans: list[Span] = []
+        for ids, position, shard, line, consumed in self._pieces(cursor):
             counts += consumed
             taken = 0
             while taken < len(ids):
                 room = min(self.seq_len - filled, len(ids) - taken)
                 buffer[filled : filled + room] = ids[taken : taken + room]
+                first = position.offset + taken
+                spans.append(Span(position.epoch, shard, line, first, first + room))
                 filled, taken = filled + room, taken + room
                 if filled == self.seq_len:
-                    yield Block(buffer.copy(), _after(position, taken, len(ids)), counts)
-                    filled, counts = 0, np.zeros_like(counts)
+                    yield Block(buffer.copy(), _after(position, taken, len(ids)), counts, spans)
+                    filled, counts, spans = 0, _counts(), []
 
-    def _tokens(self, cursor: Cursor) -> Iterator[tuple[np.ndarray, Cursor, np.ndarray]]:
-        """Remaining ids of each document from `cursor` on, the cursor of the first of them, and what they consumed."""
+    def _pieces(self, cursor: Cursor) -> Iterator[Piece]:
+        """The documents from `cursor` on, the first without the tokens before it."""
         empty_epochs = 0 if cursor == Cursor(cursor.epoch) else -1  # a restart may stand behind its last document
         while True:
             order = self._parts(cursor.epoch)
@@ -112,16 +142,16 @@ class Stream:
             empty_epochs += 1
             while cursor.part < len(order):
                 window = self._window(entries, order, cursor)
-                consumed = window.counts if cursor.document == cursor.offset == 0 else np.zeros_like(window.counts)
-                for index, text, ids in self._encoded(window.texts, cursor.document):
-                    position = cursor._replace(document=index, offset=cursor.offset if index == cursor.document else 0)
+                consumed = window.counts if cursor.document == cursor.offset == 0 else _counts()
+                for index, (document, ids) in enumerate(self._encoded(window.documents[cursor.document :])):
+                    position = cursor if index == 0 else cursor._replace(document=cursor.document + index, offset=0)
                     if position.offset == 0:
-                        consumed = consumed + _counts(documents=1, characters=len(text))
+                        consumed = consumed + _counts(documents=1, characters=len(document.text))
                     empty_epochs = 0 if len(ids) else empty_epochs
-                    yield ids[position.offset :], position, consumed
-                    consumed = np.zeros_like(window.counts)
+                    yield Piece(ids[position.offset :], position, document.shard, document.line, consumed)
+                    consumed = _counts()
                 if consumed.any():
-                    yield np.empty(0, dtype=np.int32), cursor, consumed
+                    yield Piece(np.empty(0, dtype=np.int32), cursor, 0, 0, consumed)
                 cursor = Cursor(cursor.epoch, window.part, window.line)
             if empty_epochs >= EMPTY_EPOCHS:
                 raise DataError(
@@ -150,7 +180,7 @@ class Stream:
 
     def _window(self, entries: Iterator[Entry], order: list[Part], cursor: Cursor) -> Window:
         """Read the window that starts at the cursor's line and put its documents in training order."""
-        texts: list[str] = []
+        documents: list[Document] = []
         size = 0
         counts = _counts()
         behind = (len(order), 0)
@@ -158,23 +188,23 @@ class Stream:
             if entry.text is None:
                 counts += _counts(**{f"rejected/{entry.reason}": 1})
                 continue
-            texts.append(entry.text)
+            documents.append(Document(entry.text, order[entry.part].shard, entry.line - 1))
             size += len(entry.text)
-            if len(texts) == self.window or size >= WINDOW_BYTES:
+            if len(documents) == self.window or size >= WINDOW_BYTES:
                 behind = (entry.part, entry.line)
                 break
         if self.shuffle:
             key = (self.seed, cursor.epoch, self.index + 1, cursor.part, cursor.line)
-            texts = [texts[i] for i in shuffled(len(texts), *key)]
-        return Window(texts, counts, *behind)
+            documents = [documents[i] for i in shuffled(len(documents), *key)]
+        return Window(documents, counts, *behind)
 
-    def _encoded(self, texts: list[str], start: int) -> Iterator[tuple[int, str, np.ndarray]]:
-        """(index, text, ids) of the documents of a window from `start` on, tokenised a few at a time."""
-        for begin in range(start, len(texts), ENCODE_DOCUMENTS):
-            some = texts[begin : begin + ENCODE_DOCUMENTS]
-            for index, (text, ids) in enumerate(zip(some, self.encode(some), strict=True), begin):
-                end = [] if self.eos is None else [self.eos]
-                yield index, text, np.array([*ids, *end], dtype=np.int32)
+    def _encoded(self, documents: list[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        """Documents with their ids, tokenised a few at a time."""
+        end = [] if self.eos is None else [self.eos]
+        for begin in range(0, len(documents), ENCODE_DOCUMENTS):
+            some = documents[begin : begin + ENCODE_DOCUMENTS]
+            for document, ids in zip(some, self.encode([each.text for each in some]), strict=True):
+                yield document, np.array([*ids, *end], dtype=np.int32)
 
 
 def _after(position: Cursor, taken: int, length: int) -> Cursor:

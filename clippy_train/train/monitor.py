@@ -1,4 +1,5 @@
-"""What a run reports: `metrics.jsonl` (the source of truth), TensorBoard with the same names, and a progress line.
+"""What a run reports: `metrics.jsonl` (the source of truth), TensorBoard with the same names, and a progress line; in
+an audit also `ledger.jsonl`, which documents each step was trained on.
 
 Losses stay on the device until a step is logged. x axis: optimizer step.
 """
@@ -8,7 +9,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from clippy_train.train.module import CodeLM
 from clippy_train.train.progress import Progress, step_ended
 
 METRICS = "metrics.jsonl"
+LEDGER = "ledger.jsonl"
 TENSORBOARD = "tensorboard"
 
 log = logging.getLogger(__name__)
@@ -161,21 +163,55 @@ class Clock:
         return seconds
 
 
+class Ledger(pl.Callback):
+    """Writes `ledger.jsonl` (`trainer.audit`): for each step, what its blocks were cut from.
+
+    `spans` is a list of [stream, epoch, shard, line, first, end] (`data.stream.Span`), block after block: the
+    lengths of a block's spans add up to `data.seq_len`. About 30 bytes a span.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, rank: int) -> None:
+        self._rows = RowFile(path, lambda row: row["step"] <= resumed_step) if rank == 0 else None
+        self._spans: list[list[int]] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._spans += batch["spans"].tolist()
+        if step_ended(trainer, batch_idx):
+            spans = [span for rank in collective.gather(self._spans) for span in rank]
+            self._spans = []
+            if self._rows:
+                self._rows.append({"step": trainer.global_step, "spans": spans})
+
+
+class RowFile:
+    """One JSON object a line. Rows of another life of the run that `keep` refuses, since they come again, go first."""
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+        self.path = path
+        aside = path.with_suffix(".writing")
+        with aside.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in read_rows(path) if keep(row))
+        aside.replace(path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 class JsonlLogger(Logger):
-    """One JSON object per logged row. A row of another life of the run that is being repeated is dropped first."""
+    """One JSON object per logged row."""
 
     def __init__(self, path: Path, resumed_step: int, validates_again: bool) -> None:
         super().__init__()
-        self.path = path
-        kept = [
-            row
-            for row in read_rows(path)
-            if row["step"] <= resumed_step
-            and not (validates_again and row["step"] == resumed_step and "val/loss" in row)
-        ]
-        aside = path.with_suffix(".writing")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        aside.replace(path)
+        self._rows = RowFile(
+            path,
+            lambda row: (
+                row["step"] <= resumed_step
+                and not (validates_again and row["step"] == resumed_step and "val/loss" in row)
+            ),
+        )
 
     @property
     def name(self) -> str:
@@ -186,8 +222,7 @@ class JsonlLogger(Logger):
         return ""
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._rows.append({"step": step, **metrics})
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The resolved configuration lies beside this file."""
@@ -204,14 +239,15 @@ class EventLogger(TensorBoardLogger):
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics file; one that a crash cut short is left out."""
+    """The rows of a file of JSON objects; one that a crash cut short is left out."""
     if not path.exists():
         return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            log.warning("%s: a line that was cut short is dropped", path)
+    with path.open() as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                log.warning("%s: a line that was cut short is dropped", path)
 
 
 def row_digest(tokens: np.ndarray) -> int:

@@ -33,7 +33,7 @@ from clippy_train.train.checkpoint import STATE, Checkpoint, open_checkpoint
 from clippy_train.train.continuation import Continuation, ExactWeights
 from clippy_train.train.launch import CONFIG, HF_FOLDER, base_state
 from clippy_train.train.module import CodeLM
-from clippy_train.train.monitor import METRICS, EventLogger, JsonlLogger, Monitor
+from clippy_train.train.monitor import LEDGER, METRICS, EventLogger, JsonlLogger, Ledger, Monitor
 from clippy_train.train.preempt import Flag, Preemption
 from clippy_train.train.progress import Progress, fresh_cursors
 from clippy_train.train.saving import Checkpointer
@@ -68,6 +68,7 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, flag: Flag) -
         callbacks=[
             progress,
             Monitor(config, progress),
+            *([Ledger(config.run_dir / LEDGER, step, rank)] if config.trainer.audit else []),
             checkpointer,
             Preemption(flag, checkpointer),
             *starting(config, checkpoint, base),

@@ -1,0 +1,64 @@
+"""The ledger of a real run that was killed: every token of an epoch once, and exactly what the digests say."""
+
+import os
+import signal
+from pathlib import Path
+
+import oracle
+import pytest
+from runs import Runs, rank_pids
+
+from clippy_train.tokenizer import load_tokenizer
+from clippy_train.train.monitor import LEDGER, RowFile, read_rows
+
+SETTINGS = [
+    "trainer.audit=true",
+    "data.seq_len=64",
+    "data.streams=8",
+    "trainer.global_batch_size=32",
+    "trainer.max_steps=64",
+    "trainer.val_every_steps=64",
+    "checkpoint.every_steps=7",
+    "strategy=zero1",
+]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
+    """A run of two ranks that was killed in the middle of whatever it did, and then went on to its end."""
+    runs = Runs(tmp_path_factory.mktemp("ledger"), tiny_corpus, tiny_tokenizer)
+    process = runs.start("killed", *SETTINGS)
+    runs.wait_for_step("killed", 10, process)
+    os.kill(rank_pids(runs.folder("killed"))[0], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert len(runs.rows("killed")) < 64
+    assert "from step" in runs.train("killed", *SETTINGS).stdout
+    return runs
+
+
+def test_after_kills_every_token_of_every_epoch_was_trained_once(
+    killed: Runs, tiny_corpus: Path, tiny_tokenizer: Path
+) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    documents = oracle.read_documents(
+        tiny_corpus / "train", lambda text: [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    )
+    rows = list(read_rows(killed.folder("killed") / LEDGER))
+    assert [row["step"] for row in rows] == list(range(1, 65))
+    every = [span for row in rows for span in row["spans"]]
+    epochs = oracle.whole_epochs(every)
+    assert epochs >= 1
+    for epoch in range(epochs):
+        assert oracle.lost_and_repeated(documents, every, epoch) == (0, 0)
+    assert oracle.lost_and_repeated(documents, every, epochs)[1] == 0
+
+    digests = [row["data/digest"] for row in killed.rows("killed")]
+    assert [oracle.digest(oracle.tokens(documents, row["spans"]), seq_len=64) for row in rows] == digests
+
+
+def test_rows_that_are_repeated_or_cut_short_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    RowFile(path, lambda row: row["step"] <= 2).append({"step": 3, "again": True})
+    assert list(read_rows(path)) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
