@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from transformers import GPT2Tokenizer
 
+from clippy_train.config import DataConfig
 from clippy_train.data.module import encoder
-from clippy_train.shards import documents, open_corpus
+from clippy_train.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, take_out
 from clippy_train.train.monitor import read_rows
 
@@ -69,8 +70,7 @@ def count(tokenizer: Any, texts: list[str]) -> Counts:
 
 
 def read(corpus: str, split: str) -> list[str]:
-    shards = open_corpus(Path(corpus), split).shards
-    return [text for shard in shards for _, text, _ in documents(shard, "text") if text is not None]
+    return list(open_corpus(DataConfig(path=corpus), split).texts())
 
 
 def plain_demo_tokenizer(folder: str) -> Any:

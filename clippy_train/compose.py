@@ -96,10 +96,19 @@ def checked(schema: type, overrides: list[str]) -> list[Override]:
             raise ConfigError(f"unknown key {name}{hint}")
         if name in known and known[name].metadata["text"] and schema is not TrainConfig:
             text = f"{name}={quoted(value)}" if value != "null" else text
-        try:
-            parsed += OverridesParser.create().parse_overrides([text])
-        except HydraException as error:
+        is_text = name in known and known[name].metadata["text"]
+        parsed.append(_parsed(text, f"{name}={quoted(value)}" if is_text else None))
+    return parsed
+
+
+def _parsed(text: str, as_text: str | None) -> Override:
+    """An override; free text that is no value of Hydra's (a path with `{split}`) is taken as it is typed."""
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([text])
+    except HydraException as error:
+        if as_text is None:
             raise ConfigError(f"{text}: {_first_line(error)}") from error
+        (parsed,) = OverridesParser.create().parse_overrides([as_text])
     return parsed
 
 

@@ -104,7 +104,16 @@ class FilterConfig:
 
 @dataclass
 class DataConfig:
-    path: str = key("corpus folder with train/, validation/ and test/ shards *.jsonl.zst", text=True)
+    path: str | None = key(
+        "where the corpus lies: a folder with train/ and validation/, or a pattern such as /data/{split}/*.parquet; a "
+        "path, or a URL that fsspec knows (https://, s3://, hf://datasets/...)",
+        None,
+        text=True,
+    )
+    hub: str | None = key("dataset of the hub instead of data.path: NAME or NAME@REVISION", None, text=True)
+    hub_config: str | None = key("configuration of the hub dataset; null takes its default", None, text=True)
+    validation_split: str = key("name of the split that is validated on", "validation", text=True)
+    filter: FilterConfig = field(default_factory=FilterConfig)
     seq_len: int = key("tokens in a block", minimum=2)
     text_column: str = key("name of the text field of a document", "text", text=True)
     streams: int = key(
@@ -334,7 +343,8 @@ def limits_broken(config: Any) -> list[str]:
 
 def problems(config: TrainConfig) -> list[str]:
     """What contradicts what in a training configuration: one line each, naming the keys and the fix."""
-    checks = chain(_model_checks(config), _batch_checks(config), _optimizer_checks(config), _strategy_checks(config))
+    groups = (_model_checks, _data_checks, _batch_checks, _optimizer_checks, _strategy_checks)
+    checks = chain.from_iterable(group(config) for group in groups)
     return [message for holds, message in checks if not holds]
 
 
@@ -362,6 +372,18 @@ def _model_checks(config: TrainConfig) -> Iterator[Check]:
         model.base_optimizer == "ignore" or (model.base is not None and config.optim.name == "adamw"),
         f"model.base_optimizer={model.base_optimizer} needs a model.base and optim=adamw, but model.base={model.base} "
         f"and optim.name={config.optim.name}",
+    )
+
+
+def _data_checks(config: TrainConfig) -> Iterator[Check]:
+    data = config.data
+    yield (
+        bool(data.path) != bool(data.hub),
+        f"data.path={data.path} and data.hub={data.hub}: set one of them, and the other to null",
+    )
+    yield (
+        bool(data.hub) or data.hub_config is None,
+        f"data.hub_config={data.hub_config} is a configuration of data.hub, which is not set",
     )
 
 

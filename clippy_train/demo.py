@@ -8,13 +8,22 @@ import time
 from pathlib import Path
 
 from clippy_train.compose import compose
-from clippy_train.config import CorpusConfig, DemoConfig, ExportConfig, GenerateConfig, TokenizerConfig, TrainConfig
+from clippy_train.config import (
+    CorpusConfig,
+    DataConfig,
+    DemoConfig,
+    ExportConfig,
+    GenerateConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from clippy_train.corpus.build import build_corpus
 from clippy_train.export import export
 from clippy_train.generate import generate
 from clippy_train.plan import parameters
 from clippy_train.report import print_table
-from clippy_train.shards import documents, new_folder, open_corpus
+from clippy_train.shards import new_folder
+from clippy_train.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, train_bpe
 from clippy_train.train.launch import HF_FOLDER, train
 from clippy_train.train.monitor import METRICS, TENSORBOARD, read_rows
@@ -54,12 +63,7 @@ def demo(config: DemoConfig) -> int:
 
 def make_tokenizer(corpus: Path, out: Path, vocab_size: int, settings: TokenizerConfig, max_length: int) -> None:
     """Train a byte-level BPE on the training split and add the white-space tokens, as `clippy extend` does."""
-    texts = (
-        text
-        for shard in open_corpus(corpus, "train").shards
-        for _, text, _ in documents(shard, "text")
-        if text is not None
-    )
+    texts = open_corpus(DataConfig(path=str(corpus)), "train").texts()
     with new_folder(out, "root") as folder:
         tokenizer = train_bpe(texts, vocab_size, max_length)
         add_whitespace_tokens(tokenizer, settings.whitespace_tokens, settings.matching)

@@ -1,8 +1,9 @@
-"""Shards on disk: `*.jsonl.zst`, one document a line, `{"text": ..., "meta": {...}}`; written by corpus, read by data.
+"""One shard of a corpus (`.jsonl.zst`, `.jsonl.gz`, `.jsonl`, `.parquet`): bytes -> documents; and how we write one.
 
-Promises: a line that cannot be used is counted by reason and skipped; a damaged or cut shard is told from a complete
-one (a cut zstd stream looks like a normal end of file to most readers); rejected content is never shown. Memory is
-bounded by the longest line. Reading costs about 1/100 of tokenising.
+A document is a JSON object on a line, or a row: `{"text": ..., "meta": {...}}`. Promises: what cannot be used is
+counted by reason and skipped; a damaged or cut shard is told from a complete one (a cut zstd stream looks like a normal
+end of file to most readers); rejected content is never shown. Memory is bounded by the longest line, or by what 16 rows
+of parquet hold. Reading costs about 1/100 of tokenising; passing over lines costs their decompression.
 """
 
 import hashlib
@@ -10,73 +11,216 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any, Protocol
 
 import zstandard
 
-from clippy_train.errors import ConfigError, DataError
+from clippy_train.config import FilterConfig
+from clippy_train.errors import ConfigError
+from clippy_train.filters import META_COLUMNS, RULES, broken_rule
 
 SPLITS = ("train", "validation", "test")
-SUFFIX = ".jsonl.zst"
-READ_BYTES = 1 << 12  # small: zstd can make 32,000 times as much of it, and a damaged block takes its whole read along
+SUFFIX = ".jsonl.zst"  # what is written
+SUFFIXES = (SUFFIX, ".jsonl.gz", ".jsonl", ".parquet")  # what is read
+READ_BYTES = 1 << 20  # read at once: one request, where a shard lies on a network
+FEED_BYTES = 1 << 12  # decompressed at once: zstd can make 32,000 times as much, and damage takes its whole feed along
 MAX_LINE_BYTES = 1 << 27  # 128 MiB: longer lines are skipped as `too_long` without being held in memory
-
-PROBED_LINES = 1000
+PARQUET_ROWS = 16  # decoded at once
 
 # Why a line, or the rest of a shard, was not used.
 REASONS = ("not_json", "no_text", "not_utf8", "too_long", "damaged_shard")
 
+# Why a document was left out on purpose: the rule of data.filter that it breaks.
+FILTERED = tuple(f"filtered/{rule}" for rule in RULES)
+
+Entry = tuple[int, str | None, str]  # number of the line or row, its text or None, why there is none
+
+
+class ByteFile(Protocol):
+    """A file open for reading bytes; parquet also needs `seek` and `tell`."""
+
+    def read(self, size: int) -> bytes: ...
+
 
 @dataclass(frozen=True)
-class Corpus:
-    """One split of a corpus: its shards in a fixed order and a fingerprint that changes when they do."""
+class Fields:
+    """Which field of a document is its text, and the rules that choose among documents; None keeps all."""
 
-    shards: tuple[Path, ...]
-    fingerprint: str
+    text: str = "text"
+    rules: FilterConfig | None = None
+
+    def columns(self, names: list[str]) -> list[str]:
+        """Those of a table's columns that are needed."""
+        needed = {self.text}
+        if self.rules:
+            needed |= {"meta", *chain.from_iterable(META_COLUMNS.values())}
+        return [name for name in names if name in needed]
 
 
-def open_corpus(root: Path, split: str) -> Corpus:
-    """Find the shards of a split.
+@dataclass(frozen=True)
+class Selection:
+    """What is wanted of a shard: the lines from `start` on whose number is `residue` modulo `stride`."""
 
-    Raises:
-        DataError: no such folder, or no shard in it; the message names the key and the fix.
+    start: int = 0
+    stride: int = 1
+    residue: int = 0
+
+    @property
+    def first(self) -> int:
+        return self.start + (self.residue - self.start) % self.stride
+
+    def includes(self, number: int) -> bool:
+        return number >= self.start and number % self.stride == self.residue
+
+
+ALL = Selection()
+
+
+def documents(file: ByteFile, name: str, fields: Fields, wanted: Selection = ALL) -> Iterator[Entry]:
+    """The wanted lines of an open shard as (line number, text or None, reason), where a good line has no reason.
+
+    `name` tells the format by its suffix. Blank lines have a number, but are never returned. A damaged or cut shard
+    ends with one `damaged_shard` entry, after every line that could be read.
     """
-    folder = root / split
-    if not root.is_dir():
-        raise DataError(f"data.path={root}: no such folder. Make one with `clippy corpus SRC... out={root}`")
-    shards = tuple(sorted(folder.glob(f"*{SUFFIX}")))
-    if not any(shard.stat().st_size for shard in shards):
-        raise DataError(f"data.path={root}: no *{SUFFIX} shard with content in {folder}")
-    digest = hashlib.sha256()
-    for shard in shards:
-        digest.update(f"{split}/{shard.name}\0{shard.stat().st_size}\n".encode())
-    manifest = root / "manifest.json"
-    if manifest.is_file():
-        digest.update(manifest.read_bytes())
-    return Corpus(shards, digest.hexdigest())
+    if name.endswith(".parquet"):
+        yield from _rows(file, fields, wanted)
+        return
+    for number, line in _lines(_chunks(file, name), wanted):
+        if isinstance(line, str):
+            yield number, None, line
+        elif line and not line.isspace():
+            yield number, *parse(line, fields)
 
 
-def require_text(corpus: Corpus, column: str) -> None:
-    """Look at the first lines of a split, so that a corpus of another format is refused before anything starts.
+def parse(line: bytes, fields: Fields) -> tuple[str | None, str]:
+    """The text of a document line and an empty reason, or None and the reason why it cannot be used."""
+    try:
+        document = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return None, "not_utf8"
+    except (ValueError, RecursionError):
+        return None, "not_json"
+    return usable(document, fields)
 
-    Raises:
-        DataError: none of them can be used; the message says why and names the keys.
+
+def usable(document: Any, fields: Fields) -> tuple[str | None, str]:
+    """The text of a document and an empty reason, or None and the reason why it cannot be used."""
+    text = document.get(fields.text) if isinstance(document, dict) else None
+    if not isinstance(text, str) or not text:
+        return None, "no_text"
+    if len(text) > MAX_LINE_BYTES:
+        return None, "too_long"
+    try:
+        text.encode()  # a lone surrogate is valid JSON, but no tokenizer takes it
+    except UnicodeEncodeError:
+        return None, "not_utf8"
+    broken = broken_rule(document, text, fields.rules) if fields.rules else None
+    return (None, f"filtered/{broken}") if broken else (text, "")
+
+
+def _lines(chunks: Iterator[bytes | None], wanted: Selection) -> Iterator[tuple[int, bytes | str]]:
+    """Wanted lines without their end; a `str` is the reason why what stood there is lost.
+
+    Lines that are not wanted are counted, not made.
     """
-    reasons: Counter[str] = Counter()
-    lines = chain.from_iterable(documents(shard, column) for shard in corpus.shards)
-    for _, text, reason in islice(lines, PROBED_LINES):
-        if text is not None:
+    number, next_wanted = 0, wanted.first  # number of the line that the next byte belongs to
+    pending: list[bytes] = []  # pieces of a wanted line
+    size = 0
+    for chunk in chunks:
+        if chunk is None:
+            if number == next_wanted:
+                yield number, "damaged_shard"  # whatever is pending is the first part of a line
             return
-        reasons[reason] += 1
-    raise DataError(
-        f"data.path: no document can be read from {corpus.shards[0].parent} (first lines: {dict(reasons)}); "
-        f"each line must be a JSON object with its text under data.text_column={column}"
-    )
+        ends = chunk.count(b"\n")
+        if number + ends < next_wanted:
+            number += ends
+            continue
+        begin = 0
+        for _ in range(ends):
+            end = chunk.index(b"\n", begin)
+            if number == next_wanted:
+                size += end - begin
+                yield number, "too_long" if size > MAX_LINE_BYTES else b"".join((*pending, chunk[begin:end]))
+                next_wanted += wanted.stride
+                pending, size = [], 0
+            number, begin = number + 1, end + 1
+        if number == next_wanted:
+            size += len(chunk) - begin
+            if size <= MAX_LINE_BYTES:
+                pending.append(chunk[begin:])
+    if size:
+        yield number, "too_long" if size > MAX_LINE_BYTES else b"".join(pending)
+
+
+def _chunks(file: ByteFile, name: str) -> Iterator[bytes | None]:
+    """Plain bytes of a shard; a last None says that its compressed stream was damaged or cut."""
+    blocks = iter(partial(file.read, READ_BYTES), b"")
+    if name.endswith(".jsonl"):
+        return blocks
+    if name.endswith(".gz"):
+        return _decompressed(blocks, partial(zlib.decompressobj, zlib.MAX_WBITS | 16))
+    return _decompressed(blocks, zstandard.ZstdDecompressor().decompressobj)
+
+
+def _decompressed(blocks: Iterator[bytes], new_decoder: Callable[[], Any]) -> Iterator[bytes | None]:
+    """Decompressed chunks over all frames (or members) of a file; a last None says that it was damaged or cut."""
+    decoder = new_decoder()
+    fresh = True  # at the start of a frame: the only place where a file may end
+    for block in blocks:
+        for begin in range(0, len(block), FEED_BYTES):
+            data = block[begin : begin + FEED_BYTES]
+            while data:
+                try:
+                    chunk = decoder.decompress(data)
+                except (zstandard.ZstdError, zlib.error):
+                    yield None
+                    return
+                if chunk:
+                    yield chunk
+                fresh, data = False, b""
+                if decoder.eof:
+                    data, fresh = decoder.unused_data, True
+                    decoder = new_decoder()
+    if not fresh:
+        yield None
+
+
+def _rows(file: ByteFile, fields: Fields, wanted: Selection) -> Iterator[Entry]:
+    """Wanted rows of a parquet file; row groups before the first are not read, nor are other columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        parquet = pq.ParquetFile(file, buffer_size=READ_BYTES, page_checksum_verification=True)
+        columns = fields.columns(parquet.schema_arrow.names)
+        for group in range(parquet.num_row_groups):
+            rows = parquet.metadata.row_group(group).num_rows
+            if number + rows <= wanted.first:
+                number += rows
+                continue
+            for batch in parquet.iter_batches(PARQUET_ROWS, [group], columns):
+                for row in range(batch.num_rows):
+                    if wanted.includes(number):
+                        yield number, *_row(batch, row, fields)
+                    number += 1
+    except (pa.ArrowException, OSError):
+        if wanted.includes(number):
+            yield number, None, "damaged_shard"
+
+
+def _row(batch: Any, row: int, fields: Fields) -> tuple[str | None, str]:
+    try:
+        return usable({name: batch[name][row].as_py() for name in batch.schema.names}, fields)
+    except UnicodeDecodeError:
+        return None, "not_utf8"
 
 
 class ShardWriter:
@@ -114,86 +258,6 @@ class ShardWriter:
             }
         )
         self._lines, self._size = [], 0
-
-
-def documents(
-    shard: Path, column: str, start: int = 0, stride: int = 1, residue: int = 0
-) -> Iterator[tuple[int, str | None, str]]:
-    """Lines of a shard as (line number, text or None, reason), where the reason is empty for a good line.
-
-    Only lines from `start` on whose number is `residue` modulo `stride` are parsed and returned; blank lines never.
-    A damaged or cut shard ends with one `damaged_shard` entry, after every line that could be read.
-    """
-    for number, line in enumerate(_lines(shard)):
-        if number < start or number % stride != residue:
-            continue
-        if isinstance(line, str):
-            yield number, None, line
-        elif line.strip():
-            yield number, *parse(line, column)
-
-
-def parse(line: bytes, column: str) -> tuple[str | None, str]:
-    """The text of a document line and an empty reason, or None and the reason why it cannot be used."""
-    try:
-        document = json.loads(line)
-    except UnicodeDecodeError:
-        return None, "not_utf8"
-    except (ValueError, RecursionError):
-        return None, "not_json"
-    text = document.get(column) if isinstance(document, dict) else None
-    if not isinstance(text, str) or not text:
-        return None, "no_text"
-    try:
-        text.encode()  # a lone surrogate is valid JSON, but no tokenizer takes it
-    except UnicodeEncodeError:
-        return None, "not_utf8"
-    return text, ""
-
-
-def _lines(shard: Path) -> Iterator[bytes | str]:
-    """Lines without their end; a `str` is the reason why what stood there is lost."""
-    pending: list[bytes] = []  # pieces of the current line
-    size = 0
-    damaged = False
-    for chunk in _decompressed(shard):
-        if chunk is None:
-            damaged = True
-            break
-        first, *others = chunk.split(b"\n")
-        for index, piece in enumerate((first, *others)):
-            if index:
-                yield "too_long" if size > MAX_LINE_BYTES else b"".join(pending)
-                pending, size = [], 0
-            size += len(piece)
-            if size <= MAX_LINE_BYTES:
-                pending.append(piece)
-    if damaged:
-        yield "damaged_shard"  # whatever is pending is the first part of a line
-    elif size:
-        yield "too_long" if size > MAX_LINE_BYTES else b"".join(pending)
-
-
-def _decompressed(shard: Path) -> Iterator[bytes | None]:
-    """Decompressed chunks over all frames of a file; a last None says that the stream was damaged or cut."""
-    decoder = zstandard.ZstdDecompressor().decompressobj()
-    fresh = True  # at the start of a frame: the only place where a file may end
-    with shard.open("rb") as file:
-        while data := file.read(READ_BYTES):
-            while data:
-                try:
-                    chunk = decoder.decompress(data)
-                except zstandard.ZstdError:
-                    yield None
-                    return
-                if chunk:
-                    yield chunk
-                fresh, data = False, b""
-                if decoder.eof:
-                    data, fresh = decoder.unused_data, True
-                    decoder = zstandard.ZstdDecompressor().decompressobj()
-    if not fresh:
-        yield None
 
 
 @contextmanager

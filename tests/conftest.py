@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from clippy_train.compose import compose
-from clippy_train.config import CorpusConfig, TrainConfig
+from clippy_train.config import CorpusConfig, DataConfig, TrainConfig
 from clippy_train.corpus.build import build_corpus
-from clippy_train.shards import documents, open_corpus
+from clippy_train.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, train_bpe
 
 WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]
@@ -49,8 +49,7 @@ def tiny_corpus(source_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a byte-level BPE with 512 tokens and the four white-space tokens."""
-    shards = open_corpus(tiny_corpus, "train").shards
-    texts = [text for shard in shards for _, text, _ in documents(shard, "text") if text is not None]
+    texts = open_corpus(DataConfig(path=str(tiny_corpus)), "train").texts()
     tokenizer = train_bpe(texts, vocab_size=512, model_max_length=256)
     add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")
     folder = tmp_path_factory.mktemp("tokenizer")

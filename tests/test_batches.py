@@ -22,7 +22,7 @@ from clippy_train.config import TrainConfig
 from clippy_train.data.module import DataModule, encoder, first_blocks, val_batches
 from clippy_train.data.stream import COUNTS, Cursor, Stream
 from clippy_train.errors import DataError
-from clippy_train.shards import documents, open_corpus
+from clippy_train.sources import open_corpus
 from clippy_train.tokenizer import load_tokenizer
 
 SETTINGS = ["data.seq_len=32", "data.streams=4", "data.window=8", "data.num_workers=0", "trainer.global_batch_size=8"]
@@ -257,9 +257,8 @@ def test_rows_show_the_text_of_the_corpus(config, tokenizer) -> None:
     batches = DataModule(settings, tokenizer, 0, START[:1]).train_dataloader()
     ids = torch.cat([batch["input_ids"].flatten() for batch in islice(batches, 40)])
     shown = tokenizer.decode(ids.tolist()).split(tokenizer.eos_token)[:-1]
-    shards = open_corpus(Path(settings.data.path), "train").shards
     assert len(shown) > 2
-    assert set(shown) <= {text for shard in shards for _, text, _ in documents(shard, "text")}
+    assert set(shown) <= set(open_corpus(settings.data, "train").texts())
 
 
 def test_documents_run_on_without_the_end_of_text_where_it_is_off(config, tokenizer) -> None:
@@ -302,10 +301,8 @@ def test_validation_rows_are_spread_evenly_and_each_counts_once(num_rows, world_
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_validation_is_the_start_of_the_split_as_it_lies(config, tokenizer, world_size) -> None:
     settings = config(world_size, 1, 0, "trainer.val_samples=5", "trainer.eval_micro_batch_size=2")
-    shard, *_ = open_corpus(Path(settings.data.path), "validation").shards
-    ids = [
-        i for _, text, _ in documents(shard, "text") for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    ]
+    texts = open_corpus(settings.data, "validation").texts()
+    ids = [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     modules = [DataModule(settings, tokenizer, rank, START) for rank in range(world_size)]
     batches = [batch for module in modules for batch in module.val_dataloader()]
     shown = [row.tolist() for batch in batches for row in batch["input_ids"][batch["weight"] == 1]]
@@ -318,15 +315,14 @@ def test_every_validation_has_the_same_batches(config, tokenizer) -> None:
     assert torch.equal(first, second)
 
 
-def test_a_small_split_is_validated_once_and_not_again(tiny_corpus, tokenizer) -> None:
-    stream = Stream(open_corpus(tiny_corpus, "validation"), encoder(tokenizer), seq_len=32, shuffle=False)
+def test_a_small_split_is_validated_once_and_not_again(config, tokenizer) -> None:
+    stream = Stream(open_corpus(config().data, "validation"), encoder(tokenizer), seq_len=32, shuffle=False)
     blocks = first_blocks(stream, 10**6)
-    texts = [text for shard in stream.corpus.shards for _, text, _ in documents(shard, "text")]
-    ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    ids = [token for text in stream.corpus.texts() for token in tokenizer(text)["input_ids"]]
     assert [block.tokens.tolist() for block in blocks] == [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
 
 
-def test_a_split_smaller_than_a_block_is_an_error(tiny_corpus, tokenizer) -> None:
-    stream = Stream(open_corpus(tiny_corpus, "validation"), encoder(tokenizer), seq_len=10**6, shuffle=False)
-    with pytest.raises(DataError, match=r"data\.path: .*validation has less than one block"):
+def test_a_split_smaller_than_a_block_is_an_error(config, tokenizer) -> None:
+    stream = Stream(open_corpus(config().data, "validation"), encoder(tokenizer), seq_len=10**6, shuffle=False)
+    with pytest.raises(DataError, match=r"data\.path=.*validation has less than one block"):
         first_blocks(stream, 1)

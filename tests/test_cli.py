@@ -119,7 +119,7 @@ def test_all_problems_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -
 
 def test_train_without_an_experiment_says_what_to_add(capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, 2, "train")
-    assert "data.path" in message
+    assert "data.seq_len" in message
     assert "experiment=NAME" in message
 
 
@@ -144,7 +144,7 @@ def test_an_empty_corpus_is_refused_before_anything_starts(content: list, capsys
         (corpus / split).mkdir()
         (corpus / split / "0.jsonl.zst").write_bytes(data)
     message = fails(capsys, 3, *DEMO, f"data.path={corpus}", "tokenizer.base=org/name")
-    assert "no *.jsonl.zst shard with content" in message
+    assert "no shard with content" in message
     assert not (tmp_path / "runs").exists()
 
 

@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 from runs import Runs
 
 from clippy_train.compose import CONF, compose
-from clippy_train.config import TrainConfig, keys
+from clippy_train.config import DataConfig, TrainConfig, keys
 from clippy_train.data.stream import Stream
 from clippy_train.errors import ConfigError
 from clippy_train.model.loss import token_losses
 from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm
-from clippy_train.shards import open_corpus
+from clippy_train.sources import open_corpus
 from clippy_train.train.module import CodeLM
 from clippy_train.train.monitor import Clock
 
@@ -359,7 +359,7 @@ def test_documents_are_tokenised_many_at_a_time(tiny_corpus: Path) -> None:
         sizes.append(len(texts))
         return [[0] * len(text) for text in texts]
 
-    blocks = Stream(open_corpus(tiny_corpus, "train"), encode, seq_len=8, window=64).blocks()
+    blocks = Stream(open_corpus(DataConfig(path=str(tiny_corpus)), "train"), encode, seq_len=8, window=64).blocks()
     while sum(sizes) < 30:
         next(blocks)
     assert max(sizes) == 16

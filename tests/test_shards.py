@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import random
-import shutil
 import tracemalloc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clippy_train import shards
-from clippy_train.errors import ConfigError, DataError
-from clippy_train.shards import ShardWriter, documents, new_folder, open_corpus, parse
-
-Entry = tuple[int, str | None, str]
+from clippy_train.errors import ConfigError
+from clippy_train.shards import Entry, Fields, Selection, ShardWriter, new_folder, parse
 
 
 def jsonl(*texts: str) -> bytes:
@@ -33,6 +29,11 @@ def shard(folder: Path, data: bytes) -> Path:
     path = folder / "00000.jsonl.zst"
     path.write_bytes(data)
     return path
+
+
+def documents(path: Path, column: str, start: int = 0, stride: int = 1, residue: int = 0) -> Iterator[Entry]:
+    with path.open("rb") as file:
+        yield from shards.documents(file, path.name, Fields(column), Selection(start, stride, residue))
 
 
 def texts(entries: Iterable[Entry]) -> list[str]:
@@ -142,7 +143,7 @@ def test_a_line_that_cannot_be_used_is_told_by_its_reason(tmp_path, line, reason
     ],
 )
 def test_an_unusual_line_is_still_used(line, text) -> None:
-    assert parse(line, "text") == (text, "")
+    assert parse(line, Fields()) == (text, "")
 
 
 def test_the_text_comes_from_the_named_column(tmp_path) -> None:
@@ -238,7 +239,7 @@ def test_a_skippable_frame_is_passed_over(tmp_path) -> None:
 
 def test_a_shard_larger_than_a_read_is_read_to_its_end(tmp_path, flushed) -> None:
     wanted, _, data = flushed
-    assert len(data) > 10 * shards.READ_BYTES
+    assert len(data) > 10 * shards.FEED_BYTES
     assert list(documents(shard(tmp_path, data), "text")) == [(i, text, "") for i, text in enumerate(wanted)]
 
 
@@ -275,7 +276,7 @@ def test_lines_before_a_changed_byte_are_good(tmp_path, flushed) -> None:
         changed = bytearray(data)
         changed[position] ^= 0xFF
         found = list(documents(shard(tmp_path, bytes(changed)), "text"))
-        before = sum(end + shards.READ_BYTES <= position for end in ends)
+        before = sum(end + shards.FEED_BYTES <= position for end in ends)
         assert texts(found)[:before] == wanted[:before], position
         assert rejects(found)[-1][1] == "damaged_shard", position
 
@@ -320,67 +321,6 @@ def test_damage_is_not_reported_again_behind_it(tmp_path) -> None:
     path = shard(tmp_path, frame(jsonl("a")) + b"garbage")
     assert list(documents(path, "text", start=1)) == [(1, None, "damaged_shard")]
     assert list(documents(path, "text", start=2)) == []
-
-
-@pytest.fixture
-def root(tmp_path) -> Path:
-    root = tmp_path / "corpus"
-    for split in ("train", "validation"):
-        writer = ShardWriter(root / split, shard_bytes=1)
-        for text in ("a", "b", "c"):
-            writer.write({"text": f"{split} {text}"})
-    (root / "manifest.json").write_text("{}")
-    return root
-
-
-def test_shards_of_the_split_come_in_order_of_their_names(root) -> None:
-    (root / "train" / "notes.txt").write_text("no shard")
-    names = [path.relative_to(root).as_posix() for path in open_corpus(root, "train").shards]
-    assert names == [f"train/0000{number}.jsonl.zst" for number in range(3)]
-
-
-def test_a_folder_that_does_not_exist_is_named(tmp_path) -> None:
-    with pytest.raises(DataError, match=r"data\.path=.*nowhere: no such folder"):
-        open_corpus(tmp_path / "nowhere", "train")
-
-
-def test_a_split_without_shards_is_an_error(root) -> None:
-    with pytest.raises(DataError, match=r"no \*\.jsonl\.zst shard with content in .*test"):
-        open_corpus(root, "test")
-
-
-def test_a_split_of_empty_files_is_an_error(root) -> None:
-    for path in (root / "train").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"no .* shard with content"):
-        open_corpus(root, "train")
-
-
-def test_the_fingerprint_belongs_to_the_content_and_not_to_the_place(root, tmp_path) -> None:
-    before = open_corpus(root, "train").fingerprint
-    shutil.copytree(root, tmp_path / "copy")
-    os.utime(root / "train" / "00000.jsonl.zst", (0, 0))
-    assert open_corpus(tmp_path / "copy", "train").fingerprint == open_corpus(root, "train").fingerprint == before
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda root: (root / "train/00001.jsonl.zst").write_bytes(b"another size"),
-        lambda root: (root / "train/00001.jsonl.zst").rename(root / "train/00007.jsonl.zst"),
-        lambda root: (root / "train/00001.jsonl.zst").unlink(),
-        lambda root: (root / "manifest.json").write_text('{"seed": 1}'),
-    ],
-    ids=["size", "name", "number", "manifest"],
-)
-def test_the_fingerprint_changes_with_the_shards(root, change) -> None:
-    before = open_corpus(root, "train").fingerprint
-    change(root)
-    assert open_corpus(root, "train").fingerprint != before
-
-
-def test_splits_have_different_fingerprints(root) -> None:
-    assert open_corpus(root, "train").fingerprint != open_corpus(root, "validation").fingerprint
 
 
 def test_a_new_folder_appears_with_its_content_when_the_block_ends(tmp_path) -> None:

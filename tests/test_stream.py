@@ -20,7 +20,8 @@ from clippy_train.data import stream as stream_module
 from clippy_train.data.order import parts
 from clippy_train.data.stream import COUNTS, EMPTY_EPOCHS, START, Block, Cursor, Stream
 from clippy_train.errors import DataError
-from clippy_train.shards import REASONS, Corpus
+from clippy_train.shards import REASONS, Fields
+from clippy_train.sources import FileCorpus
 
 BAD = -1  # a line that is no document
 EOS = 10**9
@@ -45,9 +46,10 @@ class Case:
         """The streams over real shards of this corpus."""
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             patch.setattr(stream_module, "WINDOW_BYTES", self.window_bytes)
-            corpus = Corpus(tuple(Path(folder, f"{i:05d}.jsonl.zst") for i in range(len(self.lengths))), "")
-            for path, lines in zip(corpus.shards, self.lines(), strict=True):
+            paths = [Path(folder, f"{i:05d}.jsonl.zst") for i in range(len(self.lengths))]
+            for path, lines in zip(paths, self.lines(), strict=True):
                 path.write_bytes(compressed(lines))
+            corpus = FileCorpus("data.path", tuple(map(str, paths)), "", Fields())
             yield [
                 Stream(
                     corpus,
@@ -260,14 +262,14 @@ def test_lines_are_counted_by_the_reason_of_their_rejection(monkeypatch) -> None
     lines = [b'{"text":"0 4"}', b"not json", b'{"text":null}', b'{"text":"\xff"}', b"x" * 51, b'{"text":"1 4"}', b""]
     case = Case([[4]], shuffle=False)
     with case.opened() as (stream,):
-        stream.corpus.shards[0].write_bytes(zstandard.compress(b"\n".join(lines)) + b"garbage")
+        Path(stream.corpus.shards[0]).write_bytes(zstandard.compress(b"\n".join(lines)) + b"garbage")
         assert total(take(stream, 3)) == {"documents": 3, "characters": 9} | {f"rejected/{name}": 1 for name in REASONS}
 
 
 def test_damage_in_a_shared_shard_is_counted_by_one_stream() -> None:
     case = Case([[4] * 7], streams=3)
     with case.opened() as streams:
-        path = streams[0].corpus.shards[0]
+        path = Path(streams[0].corpus.shards[0])
         path.write_bytes(path.read_bytes() + b"garbage")
         epochs = [take(stream, len(case.reading(stream.index, 0))) for stream in streams]
         ends = [take(stream, 1, Cursor(0, part=0, line=7)) for stream in streams]
@@ -280,7 +282,7 @@ def test_a_restart_opens_no_shard_that_is_behind_it() -> None:
         blocks = take(stream, 12)
         assert blocks[6].cursor.part > 0
         for path in stream.corpus.shards[: blocks[6].cursor.part]:
-            path.unlink()
+            Path(path).unlink()
         assert comparable(take(stream, 5, blocks[6].cursor)) == comparable(blocks[7:])
 
 
@@ -353,9 +355,9 @@ def test_a_restarted_stream_gives_up_when_an_uninterrupted_one_does(seed) -> Non
 
 def test_a_shard_is_opened_once_in_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows follow each other in one pass: starting each at the shard's first line would be quadratic."""
-    opened: list[Path] = []
-    lines = shards._lines
-    monkeypatch.setattr(shards, "_lines", lambda shard: opened.append(shard) or lines(shard))
+    opened: list[str] = []
+    entries = FileCorpus._entries
+    monkeypatch.setattr(FileCorpus, "_entries", lambda *call: opened.append(call[1]) or entries(*call))
     with Case([[4] * 20, [4] * 20], window=3).opened() as (stream,):
         list(islice(stream.blocks(), 40))
     assert sorted(opened) == sorted(set(opened))

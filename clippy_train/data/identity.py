@@ -1,5 +1,6 @@
 """What the order of the training data depends on; apart from the loaders, so that a launcher needs no torch for it."""
 
+from dataclasses import asdict
 from typing import Any
 
 from clippy_train.config import TrainConfig
@@ -15,6 +16,7 @@ def data_identity(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
         "data.seq_len": data.seq_len,
         "data.window": data.window,
         "data.text_column": data.text_column,
+        "data.filter": asdict(data.filter),
         "data.eos_between_documents": data.eos_between_documents,
         "tokenizer.whitespace_tokens": config.tokenizer.whitespace_tokens,
         "tokenizer.matching": config.tokenizer.matching,

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from clippy_train.config import TrainConfig
 from clippy_train.data.stream import Block, Cursor, Stream
 from clippy_train.errors import DataError
-from clippy_train.shards import Corpus, open_corpus
+from clippy_train.sources import Corpus, open_corpus
 
 Batch = dict[str, Tensor]
 
@@ -48,7 +47,7 @@ class DataModule(pl.LightningDataModule):
     def train_dataloader(self) -> "TrainBatches":
         share = self.config.data.streams // self.config.world_size
         mine = range(self.rank * share, (self.rank + 1) * share)
-        corpus = open_corpus(Path(self.config.data.path), "train")
+        corpus = open_corpus(self.config.data, "train")
         streams = [self._stream(corpus, index=index, shuffle=True) for index in mine]
         starts = [Cursor(*map(int, self.cursors[index])) for index in mine]
         return TrainBatches(streams, starts, self.config.trainer.micro_batch_size, self.config.data.num_workers)
@@ -56,7 +55,7 @@ class DataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         if self._val_batches is None:
             trainer = self.config.trainer
-            corpus = open_corpus(Path(self.config.data.path), "validation")
+            corpus = open_corpus(self.config.data, "validation")
             blocks = first_blocks(self._stream(corpus, shuffle=False), trainer.val_samples)
             rows = [block.tokens for block in blocks]
             self._val_batches = val_batches(rows, self.rank, self.config.world_size, trainer.eval_micro_batch_size)
@@ -77,7 +76,6 @@ class DataModule(pl.LightningDataModule):
             streams=data.streams if shuffle else 1,
             seed=self.config.seed,
             window=data.window,
-            text_column=data.text_column,
             eos=self.tokenizer.eos_token_id if data.eos_between_documents else None,
             shuffle=shuffle,
         )
@@ -165,10 +163,7 @@ def first_blocks(stream: Stream, count: int) -> list[Block]:
             break
         within.append(block)
     if not within:
-        raise DataError(
-            f"data.path: {stream.corpus.shards[0].parent} has less than one block of data.seq_len={stream.seq_len} "
-            "tokens"
-        )
+        raise DataError(f"{stream.corpus.place} has less than one block of data.seq_len={stream.seq_len} tokens")
     return within
 
 

@@ -5,7 +5,6 @@ document of an epoch appears exactly once, and nothing is dropped between docume
 skipping inside one shard and reading one window of documents, whatever the size of the corpus.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,16 +13,15 @@ import numpy as np
 
 from clippy_train.data.order import Part, parts, shuffled
 from clippy_train.errors import DataError
-from clippy_train.shards import REASONS, Corpus, documents
+from clippy_train.shards import FILTERED, REASONS
+from clippy_train.sources import Corpus
 
 ENCODE_DOCUMENTS = 16  # documents tokenised at once: enough for the tokenizer's batch speed, few to redo on a resume
 EMPTY_EPOCHS = 10  # in a row before a stream gives up: shards without a document may fall to it now and then
 WINDOW_BYTES = 1 << 23  # a window closes early at 8 Mi characters, so that huge documents do not pile up in memory
 
 # What a row consumed since the row before it, in this order.
-COUNTS = ("documents", "characters", *(f"rejected/{reason}" for reason in REASONS))
-
-log = logging.getLogger(__name__)
+COUNTS = ("documents", "characters", *(f"rejected/{reason}" for reason in REASONS), *FILTERED)
 
 
 class Cursor(NamedTuple):
@@ -106,7 +104,6 @@ class Stream:
     streams: int = 1
     seed: int = 0
     window: int = 1
-    text_column: str = "text"
     eos: int | None = None
     shuffle: bool = True
 
@@ -156,7 +153,7 @@ class Stream:
             if empty_epochs >= EMPTY_EPOCHS:
                 raise DataError(
                     f"stream {self.index} of data.streams={self.streams} found no usable document in "
-                    f"{self.corpus.shards[0].parent}: the corpus has too few documents for so many streams"
+                    f"{self.corpus.place}: the corpus has too few documents for so many streams"
                 )
             cursor = Cursor(cursor.epoch + 1)
 
@@ -170,11 +167,7 @@ class Stream:
         line = cursor.line
         for number in range(cursor.part, len(order)):
             part = order[number]
-            shard = self.corpus.shards[part.shard]
-            for index, text, reason in documents(shard, self.text_column, line, part.stride, part.residue):
-                if text is None:
-                    level = logging.WARNING if reason == "damaged_shard" else logging.INFO
-                    log.log(level, "%s line %d is skipped: %s", shard, index + 1, reason)
+            for index, text, reason in self.corpus.documents(part.shard, line, part.stride, part.residue):
                 yield Entry(text, reason, number, index + 1)
             line = 0
 
@@ -186,7 +179,7 @@ class Stream:
         behind = (len(order), 0)
         for entry in entries:
             if entry.text is None:
-                counts += _counts(**{f"rejected/{entry.reason}": 1})
+                counts += _counts(**{entry.reason if entry.reason in FILTERED else f"rejected/{entry.reason}": 1})
                 continue
             documents.append(Document(entry.text, order[entry.part].shard, entry.line - 1))
             size += len(entry.text)

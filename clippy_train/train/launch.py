@@ -24,7 +24,7 @@ from clippy_train import __version__
 from clippy_train.config import TrainConfig, save
 from clippy_train.data.identity import data_identity
 from clippy_train.errors import CheckpointError, ConfigError, DataError, Interrupted
-from clippy_train.shards import open_corpus, require_text
+from clippy_train.sources import open_corpus, require_text
 from clippy_train.train.base_state import BaseState, open_base_state
 from clippy_train.train.checkpoint import Checkpoint, checkpoints, find, open_checkpoint
 
@@ -88,7 +88,7 @@ def obstacles(config: TrainConfig) -> list[ConfigError | DataError]:
             )
     for split in ("train", "validation"):
         try:
-            require_text(open_corpus(Path(config.data.path), split), config.data.text_column)
+            require_text(open_corpus(config.data, split))
         except DataError as error:
             found.append(error)
             break
@@ -147,7 +147,7 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
 
 def require_same_data(checkpoint: Checkpoint, config: TrainConfig) -> None:
     """Raises CheckpointError if the data would not continue where the checkpoint stopped."""
-    now = data_identity(config, open_corpus(Path(config.data.path), "train").fingerprint)
+    now = data_identity(config, open_corpus(config.data, "train").fingerprint)
     then = checkpoint.manifest.data
     changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
     if changed:

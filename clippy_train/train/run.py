@@ -26,7 +26,7 @@ from clippy_train.data.stream import COUNTS
 from clippy_train.errors import ClippyError, Interrupted
 from clippy_train.model.build import build
 from clippy_train.report import quiet_transformers
-from clippy_train.shards import open_corpus
+from clippy_train.sources import open_corpus
 from clippy_train.tokenizer import token_bytes
 from clippy_train.train.base_state import BaseState
 from clippy_train.train.checkpoint import STATE, Checkpoint, open_checkpoint
@@ -57,7 +57,7 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, flag: Flag) -
     step = manifest.step if manifest else base.step if base else 0
     cursors = np.array(manifest.cursors) if manifest else fresh_cursors(config.data.streams)
     counts = np.array([manifest.counts[name] if manifest else 0 for name in COUNTS])
-    identity = data_identity(config, open_corpus(Path(config.data.path), "train").fingerprint)
+    identity = data_identity(config, open_corpus(config.data, "train").fingerprint)
     # A run validates before its first step, and again at a step whose validation an interruption may have cut off.
     validates_first = not manifest or step % config.trainer.val_every_steps == 0
 
