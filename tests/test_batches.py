@@ -2,6 +2,7 @@
 is lost or repeated by kills and resumes."""
 
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,6 +25,7 @@ from clippy_train.data.stream import COUNTS, Cursor, Stream
 from clippy_train.errors import DataError
 from clippy_train.sources import open_corpus
 from clippy_train.tokenizer import load_tokenizer
+from clippy_train.train.progress import Progress
 
 SETTINGS = ["data.seq_len=32", "data.streams=4", "data.window=8", "data.num_workers=0", "trainer.global_batch_size=8"]
 START = np.zeros((4, len(Cursor._fields)), dtype=np.int64)
@@ -111,6 +113,7 @@ def test_a_training_batch_holds_integers_only(config, tokenizer) -> None:
         "input_ids": (torch.int64, (2, 32)),
         "cursor": (torch.int64, (2, 6)),
         "counts": (torch.int64, (2, len(COUNTS))),
+        "rejected": (torch.int64, (0, 2)),
         "spans": (torch.int64, (num_spans, 6)),
     }
 
@@ -275,6 +278,29 @@ def test_a_stream_without_documents_is_told_in_one_line(config, tokenizer, worke
         next(iter(DataModule(settings, tokenizer, 0, cursors).train_dataloader()))
     assert str(caught.value).startswith("stream ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_too_many_bad_lines_stop_the_run_and_name_their_shards(config, tokenizer, tiny_corpus, tmp_path) -> None:
+    shutil.copytree(tiny_corpus, tmp_path / "corpus")
+    good, bad, worse, *_ = sorted((tmp_path / "corpus/train").iterdir())
+    for path, lines in ((bad, 400), (worse, 800)):
+        path.write_bytes(zstandard.compress(b'{"text": 1}\n' * lines) + path.read_bytes())
+    settings = config(1, 2, 0, f"data.path={tmp_path}/corpus", "data.max_bad_fraction=0.5")
+    progress = Progress(
+        settings, START, np.zeros(len(COUNTS), dtype=np.int64), open_corpus(settings.data, "train").shards
+    )
+    for batch in DataModule(settings, tokenizer, 0, START).train_dataloader():
+        progress.on_train_batch_end(None, None, None, batch, 0)
+        if progress.cursors[:, 0].min() == 1:  # every stream has read an epoch
+            break
+    assert progress.rejected[str(worse)] % 800 == progress.rejected[str(bad)] % 400 == 0
+    with pytest.raises(
+        DataError, match=rf"2 shards hold them, most of them {worse} \(\d+\), {bad} \(\d+\)\."
+    ) as caught:
+        progress.all_counts()
+    assert str(good) not in str(caught.value)
+    settings.data.max_bad_fraction = 1.0
+    assert progress.all_counts()["rejected/no_text"] == sum(progress.rejected.values())
 
 
 def test_waiting_for_data_is_measured(config, tokenizer) -> None:

@@ -132,7 +132,9 @@ def joined(blocks: list[Block]) -> list[int]:
 
 
 def comparable(blocks: list[Block]) -> list[tuple]:
-    return [(block.tokens.tolist(), block.cursor, block.counts.tolist(), block.spans) for block in blocks]
+    return [
+        (block.tokens.tolist(), block.cursor, block.counts.tolist(), block.rejected, block.spans) for block in blocks
+    ]
 
 
 def total(blocks: list[Block]) -> dict[str, int]:
@@ -228,6 +230,8 @@ def test_a_document_is_counted_with_the_block_of_its_first_token(case) -> None:
     with case.opened() as streams:
         for stream in streams:
             for block in take(stream, 20):
+                lost = [value for name, value in zip(COUNTS, block.counts, strict=True) if name.startswith("rejected/")]
+                assert sum(block.rejected.values()) == sum(lost)
                 begun = case.documents(block.tokens.tolist())
                 counts = dict(zip(COUNTS, block.counts.tolist(), strict=True))
                 assert (counts["documents"], counts["characters"]) == (len(begun), sum(map(len, begun)))

@@ -31,9 +31,9 @@ class DataModule(pl.LightningDataModule):
     """Batches of one rank.
 
     Training batches: `input_ids` `[micro_batch, seq]`, `cursor` `[micro_batch, 1 + 5]` (stream, then `Cursor`),
-    `counts` `[micro_batch, len(COUNTS)]` and `spans` `[spans of all rows in turn, 1 + 5]` (stream, then `Span`), all
-    int64. Validation batches: `input_ids` and `weight` `[eval_micro_batch]`
-    (0 for a row that only fills up the last batch).
+    `counts` `[micro_batch, len(COUNTS)]`, `rejected` `[any number, 2]` (shard, lines) and `spans` `[spans of all rows
+    in turn, 1 + 5]` (stream, then `Span`), all int64. Validation batches: `input_ids` and `weight`
+    `[eval_micro_batch]` (0 for a row that only fills up the last batch).
 
     Args:
         cursors: `[streams, 5]`, where each stream continues.
@@ -63,7 +63,7 @@ class DataModule(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """What only callbacks read stays on the host."""
-        stay = ("cursor", "counts", "spans")
+        stay = ("cursor", "counts", "rejected", "spans")
         return {name: each if name in stay else each.to(device, non_blocking=True) for name, each in batch.items()}
 
     def _stream(self, corpus: Corpus, shuffle: bool, index: int = 0) -> Stream:
@@ -147,6 +147,7 @@ def collate(rows: list[Row]) -> Batch:
         "input_ids": torch.from_numpy(np.stack([block.tokens for _, block in rows]).astype(np.int64)),
         "cursor": torch.tensor([[stream, *block.cursor] for stream, block in rows]),
         "counts": torch.from_numpy(np.stack([block.counts for _, block in rows])),
+        "rejected": torch.tensor([each for _, block in rows for each in block.rejected.items()]).reshape(-1, 2).long(),
         "spans": torch.tensor([[stream, *span] for stream, block in rows for span in block.spans]),
     }
 

@@ -5,6 +5,7 @@ document of an epoch appears exactly once, and nothing is dropped between docume
 skipping inside one shard and reading one window of documents, whatever the size of the corpus.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,6 +54,7 @@ class Block(NamedTuple):
     cursor: Cursor  # where the stream continues after this block
     counts: np.ndarray  # [len(COUNTS)] int64, what was begun for this block
     spans: list[Span]  # what the tokens were cut from, in their order
+    rejected: Counter[int]  # lines that `counts` has as rejected, by shard
 
 
 class Entry(NamedTuple):
@@ -72,7 +74,8 @@ class Document(NamedTuple):
 
 class Window(NamedTuple):
     documents: list[Document]  # in training order
-    counts: np.ndarray  # lines rejected while reading it
+    counts: np.ndarray  # lines left out while reading it
+    rejected: Counter[int]
     part: int  # where the next window starts
     line: int
 
@@ -85,6 +88,7 @@ class Piece(NamedTuple):
     shard: int
     line: int
     consumed: np.ndarray  # as `Block.counts`
+    rejected: Counter[int]  # as `Block.rejected`
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,10 @@ class Stream:
         filled = 0
         counts = _counts()
         spans: list[Span] = []
-        for ids, position, shard, line, consumed in self._pieces(cursor):
+        rejected: Counter[int] = Counter()
+        for ids, position, shard, line, consumed, lost in self._pieces(cursor):
             counts += consumed
+            rejected.update(lost)
             taken = 0
             while taken < len(ids):
                 room = min(self.seq_len - filled, len(ids) - taken)
@@ -127,8 +133,8 @@ class Stream:
                 spans.append(Span(position.epoch, shard, line, first, first + room))
                 filled, taken = filled + room, taken + room
                 if filled == self.seq_len:
-                    yield Block(buffer.copy(), _after(position, taken, len(ids)), counts, spans)
-                    filled, counts, spans = 0, _counts(), []
+                    yield Block(buffer.copy(), _after(position, taken, len(ids)), counts, spans, rejected)
+                    filled, counts, spans, rejected = 0, _counts(), [], Counter()
 
     def _pieces(self, cursor: Cursor) -> Iterator[Piece]:
         """The documents from `cursor` on, the first without the tokens before it."""
@@ -139,16 +145,17 @@ class Stream:
             empty_epochs += 1
             while cursor.part < len(order):
                 window = self._window(entries, order, cursor)
-                consumed = window.counts if cursor.document == cursor.offset == 0 else _counts()
+                begun = cursor.document == cursor.offset == 0
+                consumed, rejected = (window.counts, window.rejected) if begun else (_counts(), Counter())
                 for index, (document, ids) in enumerate(self._encoded(window.documents[cursor.document :])):
                     position = cursor if index == 0 else cursor._replace(document=cursor.document + index, offset=0)
                     if position.offset == 0:
                         consumed = consumed + _counts(documents=1, characters=len(document.text))
                     empty_epochs = 0 if len(ids) else empty_epochs
-                    yield Piece(ids[position.offset :], position, document.shard, document.line, consumed)
-                    consumed = _counts()
+                    yield Piece(ids[position.offset :], position, document.shard, document.line, consumed, rejected)
+                    consumed, rejected = _counts(), Counter()
                 if consumed.any():
-                    yield Piece(np.empty(0, dtype=np.int32), cursor, 0, 0, consumed)
+                    yield Piece(np.empty(0, dtype=np.int32), cursor, 0, 0, consumed, rejected)
                 cursor = Cursor(cursor.epoch, window.part, window.line)
             if empty_epochs >= EMPTY_EPOCHS:
                 raise DataError(
@@ -176,10 +183,14 @@ class Stream:
         documents: list[Document] = []
         size = 0
         counts = _counts()
+        rejected: Counter[int] = Counter()
         behind = (len(order), 0)
         for entry in entries:
             if entry.text is None:
-                counts += _counts(**{entry.reason if entry.reason in FILTERED else f"rejected/{entry.reason}": 1})
+                filtered = entry.reason in FILTERED
+                counts += _counts(**{entry.reason if filtered else f"rejected/{entry.reason}": 1})
+                if not filtered:
+                    rejected[order[entry.part].shard] += 1
                 continue
             documents.append(Document(entry.text, order[entry.part].shard, entry.line - 1))
             size += len(entry.text)
@@ -189,7 +200,7 @@ class Stream:
         if self.shuffle:
             key = (self.seed, cursor.epoch, self.index + 1, cursor.part, cursor.line)
             documents = [documents[i] for i in shuffled(len(documents), *key)]
-        return Window(documents, counts, *behind)
+        return Window(documents, counts, rejected, *behind)
 
     def _encoded(self, documents: list[Document]) -> Iterator[tuple[Document, np.ndarray]]:
         """Documents with their ids, tokenised a few at a time."""

@@ -57,11 +57,12 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, flag: Flag) -
     step = manifest.step if manifest else base.step if base else 0
     cursors = np.array(manifest.cursors) if manifest else fresh_cursors(config.data.streams)
     counts = np.array([manifest.counts[name] if manifest else 0 for name in COUNTS])
-    identity = data_identity(config, open_corpus(config.data, "train").fingerprint)
+    corpus = open_corpus(config.data, "train")
+    identity = data_identity(config, corpus.fingerprint)
     # A run validates before its first step, and again at a step whose validation an interruption may have cut off.
     validates_first = not manifest or step % config.trainer.val_every_steps == 0
 
-    progress = Progress(config, cursors, counts)
+    progress = Progress(config, cursors, counts, corpus.shards)
     checkpointer = Checkpointer(config, progress, identity, resumed=checkpoint)
     trainer = build_trainer(
         config,
