@@ -3,9 +3,11 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,21 +15,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from clippy_train import __version__, compose, config
-from clippy_train.errors import ClippyError
+from clippy_train.errors import ClippyError, ConfigError
 from clippy_train.report import print_table, quiet_transformers
 
 
 def run_corpus(settings: config.CorpusConfig) -> int:
     from clippy_train.corpus.build import build_corpus
+    from clippy_train.corpus.manifest import statistics
 
-    manifest = build_corpus(settings)
-    rows = [
-        ("documents", f"{manifest['documents']:,}"),
-        ("text", f"{manifest['text_bytes'] / 1e6:,.1f} MB"),
-        ("languages", ", ".join(f"{name} {count:,}" for name, count in manifest["languages"].items())),
-        ("left out", ", ".join(f"{rule} {count:,}" for rule, count in manifest["rejected"].items()) or "none"),
-    ]
-    print_table(f"corpus in {settings.out}", rows)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that nothing half-written stays
+    print_table(f"corpus in {settings.out}", statistics(build_corpus(settings)))
+    return 0
+
+
+def report_corpus(settings: config.CorpusConfig) -> int:
+    from clippy_train.corpus.manifest import read_manifest, statistics
+
+    print_table(f"corpus in {settings.out}", statistics(read_manifest(Path(settings.out))))
     return 0
 
 
@@ -86,7 +90,7 @@ class Verb:
 
 
 VERBS = {
-    "corpus": Verb(config.CorpusConfig, run_corpus, "SRC... out=DIR  folders of source code -> shards"),
+    "corpus": Verb(config.CorpusConfig, run_corpus, "SRC... out=DIR  folders of source code, or hub=NAME -> shards"),
     "extend": Verb(config.ExtendConfig, run_extend, "base=NAME out=DIR  add white-space tokens to a model"),
     "import": Verb(config.ImportConfig, run_import, "flax=DIR out=DIR  original checkpoint -> Hugging Face folder"),
     "train": Verb(config.TrainConfig, run_train, "experiment=NAME data.path=DIR  train, or continue training"),
@@ -131,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-h", "--help", action="store_true", help="explain the verb's keys, with their values")
     parser.add_argument("-m", "--multirun", action="store_true", help="train: sweep over comma-separated values")
     parser.add_argument("--dry-run", action="store_true", help="train: check everything and print the plan only")
+    parser.add_argument(
+        "--report", action="store_true", help="corpus: the statistics of the finished corpus in out=DIR"
+    )
     parser.add_argument("--version", action="version", version=f"clippy_train {__version__}")
     return parser
 
@@ -141,6 +148,10 @@ def _call(verb: Verb, options: argparse.Namespace) -> int:
         overrides = _sources_as_key(overrides)
     if options.help:
         return _explain(verb, overrides)
+    if options.report:
+        if verb.schema is not config.CorpusConfig:
+            raise ConfigError("--report is for clippy corpus")
+        return report_corpus(compose.compose(config.CorpusConfig, overrides))
     if verb.schema is not config.TrainConfig:
         return verb.run(compose.compose(verb.schema, overrides))
     if options.multirun:

@@ -229,15 +229,48 @@ class TrainConfig:
 
 
 @dataclass
+class DedupConfig:
+    """Which documents count as seen before. The first one is kept."""
+
+    exact: bool = key(
+        "leave out a document with the same sequence of words as an earlier one, whatever lies between them, as the "
+        "original did; takes some 100 bytes of memory for each document",
+        True,
+    )
+    near: bool = key(
+        "leave out a document that is similar to an earlier one (MinHash LSH); takes kilobytes of memory for each",
+        False,
+    )
+    threshold: float = key(
+        "dedup.near: Jaccard similarity of two documents' runs of 5 words from which they count as similar",
+        0.7,
+        minimum=0,
+        maximum=1,
+    )
+    permutations: int = key(
+        "dedup.near: hash functions of a MinHash; more tell similarities more exactly", 256, minimum=2
+    )
+
+
+@dataclass
 class CorpusConfig:
     """`clippy corpus`."""
 
-    src: list[str] = key("folders of source code (SRC... on the command line); none takes the code of this Python", [])
+    src: list[str] = key(
+        "folders of git repositories or of packages (SRC... on the command line); without any, and without a hub data "
+        "set, the source code of this Python",
+        [],
+    )
+    hub: str | None = key("data set to read: its name on the hub, or a folder of jsonl, parquet, ...", None, text=True)
+    hub_config: str | None = key("configuration of the data set, where it has several", None, text=True)
+    hub_split: str = key("split of the data set to read", "train", text=True)
+    text_column: str = key("column of the data set that holds the text", "text", text=True)
     out: str = key("new folder for the shards", text=True)
     filter: FilterConfig = field(default_factory=lambda: FilterConfig(min_bytes=64, max_bytes=1_000_000))
+    dedup: DedupConfig = field(default_factory=DedupConfig)
     validation_fraction: float = key("share of repositories (or packages) held out for validation", 0.05, minimum=0.0)
     test_fraction: float = key("share of repositories (or packages) held out for testing", 0.05, minimum=0.0)
-    shard_bytes: int = key("text bytes in a shard, before compression", 8_000_000, minimum=1)
+    shard_bytes: int = key("largest shard, in bytes before compression", 8_000_000, minimum=1)
     seed: int = key("seed of the split and of the order of documents", 42, minimum=0)
 
 

@@ -33,12 +33,17 @@ def broken_rule(document: dict[str, Any], text: str, rules: FilterConfig) -> str
         text: the document's text, valid Unicode.
     """
     meta = code_clippy_meta(document)
-    return broken_meta_rule(meta, rules) or next((name for name, breaks in _TEXT.items() if breaks(text, rules)), None)
+    return broken_meta_rule(meta, rules) or broken_text_rule(text, rules)
 
 
 def broken_meta_rule(meta: dict[str, Any], rules: FilterConfig) -> str | None:
     """As `broken_rule`, by the Code Clippy meta alone: what can be told of a file before it is read."""
     return next((name for name, breaks in _META.items() if breaks(meta, rules)), None)
+
+
+def broken_text_rule(text: str, rules: FilterConfig) -> str | None:
+    """As `broken_rule`, by the text alone."""
+    return next((name for name, breaks in _TEXT.items() if breaks(text, rules)), None)
 
 
 def code_clippy_meta(document: dict[str, Any]) -> dict[str, Any]:

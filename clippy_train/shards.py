@@ -223,8 +223,13 @@ def _row(batch: Any, row: int, fields: Fields) -> tuple[str | None, str]:
         return None, "not_utf8"
 
 
+def encode(document: dict) -> bytes:
+    """The line of a document, without its end."""
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 class ShardWriter:
-    """Writes documents to `folder/00000.jsonl.zst`, ..., a new shard once `shard_bytes` of lines are in one."""
+    """Writes lines to `folder/00000.jsonl.zst`, ...: `shard_bytes` of them in a shard at most, or a single line."""
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         folder.mkdir(parents=True)
@@ -233,10 +238,11 @@ class ShardWriter:
         self._lines: list[bytes] = []
         self._size = 0
 
-    def write(self, document: dict) -> None:
-        line = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        self._lines.append(line)
-        self._size += len(line)
+    def write(self, line: bytes) -> None:
+        if self._size + len(line) + 1 > self.shard_bytes:
+            self.close()
+        self._lines.append(line + b"\n")
+        self._size += len(line) + 1
         if self._size >= self.shard_bytes:
             self.close()
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import zstandard
 
-from clippy_train.config import CorpusConfig, FilterConfig
-from clippy_train.corpus.build import build_corpus, read, split_repositories
-from clippy_train.corpus.collect import SourceFile, source_files
+from clippy_train.config import CorpusConfig, DedupConfig, FilterConfig
+from clippy_train.corpus.build import build_corpus, split_repositories
+from clippy_train.corpus.document import Document, Unusable
+from clippy_train.corpus.folders import folder_documents
+from clippy_train.corpus.manifest import Tally
 from clippy_train.errors import ConfigError, DataError
 from clippy_train.shards import SPLITS
 
@@ -22,7 +24,17 @@ CODE = "print('enough text for a file that passes the rule of the smallest size'
 
 
 def build(src: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    """A corpus whose documents may be equal, unless `dedup` says otherwise."""
+    settings = {"dedup": DedupConfig(exact=False), **settings}
     return build_corpus(CorpusConfig(src=[str(src)], out=str(out), **settings))
+
+
+def found(*sources: Path) -> list[Document]:
+    return list(folder_documents(list(sources), False, None, Path.home()))
+
+
+def names(*sources: Path) -> list[str]:
+    return [document.key for document in found(*sources)]
 
 
 def content(corpus: Path) -> dict[str, bytes]:
@@ -80,9 +92,9 @@ def test_no_repository_is_in_two_splits(source_tree, tmp_path, seed) -> None:
 def test_every_file_is_one_document_with_its_text(source_tree, tmp_path) -> None:
     build(source_tree, tmp_path / "out")
     expected = {f"code/{path.relative_to(source_tree)}": path.read_text() for path in source_tree.rglob("*.py")}
-    found = everything(tmp_path / "out")
-    assert {document["meta"]["file_name"]: document["text"] for document in found} == expected
-    assert len(found) == len(expected)
+    documents = everything(tmp_path / "out")
+    assert {document["meta"]["file_name"]: document["text"] for document in documents} == expected
+    assert len(documents) == len(expected)
 
 
 def test_files_of_a_repository_do_not_stay_together(tiny_corpus) -> None:
@@ -102,6 +114,7 @@ def test_a_document_has_the_fields_of_the_code_clippy_format(packages, tmp_path)
             "repo_language": "Python",
             "file_name": "code/two/good.py",
             "mime_type": "text/x-python",
+            "license": None,
         },
     }
 
@@ -138,11 +151,20 @@ def test_files_of_the_smallest_and_the_largest_size_are_kept(packages, tmp_path,
     assert build(packages, tmp_path / "out", filter=FilterConfig(min_bytes=64, max_bytes=200))["rejected"] == {}
 
 
-def test_a_file_that_cannot_be_read_is_left_out(tmp_path) -> None:
-    (tmp_path / "folder.py").mkdir()
-    settings = CorpusConfig(out="")
-    for name in ("folder.py", "vanished.py"):
-        assert read(SourceFile(tmp_path / name, "", ""), settings) == (None, "unreadable")
+def test_a_file_that_is_gone_when_its_turn_comes_is_left_out(packages) -> None:
+    documents = found(packages)
+    (packages / "one" / "good.py").unlink()
+    with pytest.raises(Unusable, match="unreadable"):
+        documents[0].read()
+    assert documents[1].read() == CODE
+
+
+def test_a_folder_that_is_gone_when_its_turn_comes_is_named(packages, caplog) -> None:
+    documents = folder_documents([packages], False, None, Path.home())
+    assert next(documents).repository == "one"
+    shutil.rmtree(packages / "three")
+    assert [document.repository for document in documents] == ["two"]
+    assert "three cannot be listed" in caplog.text
 
 
 def test_only_the_named_extensions_are_kept(packages, tmp_path) -> None:
@@ -150,17 +172,31 @@ def test_only_the_named_extensions_are_kept(packages, tmp_path) -> None:
         (package / "x.c").write_text(CODE)
         (package / "x.unknown").write_text(CODE)
     manifest = build(packages, tmp_path / "out", filter=FilterConfig(extensions=[".c", ".unknown"]))
-    assert manifest["languages"] == {"C": 3, "Text": 3}
+    assert {name: counts["documents"] for name, counts in manifest["languages"].items()} == {"C": 3, "Text": 3}
     assert manifest["rejected"] == {"extension": 3}
+
+
+def recounted(named: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for name, document in named:
+        count = counts.setdefault(name, {"documents": 0, "text_bytes": 0})
+        count["documents"] += 1
+        count["text_bytes"] += len(document["text"].encode())
+    return counts
 
 
 def test_the_sums_of_the_manifest_are_right(source_tree, tmp_path) -> None:
     manifest = build(source_tree, tmp_path / "out", shard_bytes=5000)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
-    found = everything(tmp_path / "out")
-    assert manifest["documents"] == len(found)
+    documents = everything(tmp_path / "out")
+    assert manifest["documents"] == len(documents)
     assert manifest["text_bytes"] == sum(path.stat().st_size for path in source_tree.rglob("*.py"))
-    assert manifest["languages"] == Counter(document["meta"]["repo_language"] for document in found)
+    for heading, key in (("languages", "repo_language"), ("licences", "license")):
+        assert manifest[heading] == recounted((d["meta"][key] or "unknown", d) for d in documents)
+    assert manifest["splits"] == recounted((name, d) for name in SPLITS for d in split(tmp_path / "out", name))
+    assert manifest["repositories"] == {
+        name: len({d["meta"]["repo_name"] for d in split(tmp_path / "out", name)}) for name in SPLITS
+    }
     listed = {file["name"]: file for name in SPLITS for file in manifest["files"][name]}
     shards = {name: data for name, data in content(tmp_path / "out").items() if name != "manifest.json"}
     assert {name: file["sha256"] for name, file in listed.items()} == {
@@ -179,26 +215,14 @@ def test_other_peoples_code_links_and_caches_are_not_looked_at(packages) -> None
         (packages / "one" / folder / "x.py").write_text(CODE)
     (packages / "one" / "link.py").symlink_to(packages / "two" / "good.py")
     (packages / "linked").symlink_to(packages / "two")
-    assert [file.name for file in source_files([packages])] == [
-        "code/one/good.py",
-        "code/three/good.py",
-        "code/two/good.py",
-    ]
-
-
-def test_a_folder_with_git_is_one_repository_among_others(packages, tmp_path) -> None:
-    (tmp_path / "clone" / ".git").mkdir(parents=True)
-    (tmp_path / "clone" / "src").mkdir()
-    (tmp_path / "clone" / "src" / "x.py").write_text(CODE)
-    repositories = {file.name: file.repository for file in source_files([packages, tmp_path / "clone"])}
-    assert repositories["clone/src/x.py"] == "clone"
-    assert repositories["code/two/good.py"] == "two"
-    assert [file.repository for file in source_files([tmp_path / "clone"])] == ["src"]
+    (packages / "one" / "loop").symlink_to(packages)
+    (packages / "one" / "itself").symlink_to(packages / "one" / "itself")
+    assert names(packages) == ["code/one/good.py", "code/three/good.py", "code/two/good.py"]
 
 
 def test_a_module_and_the_package_of_its_name_are_one_repository(packages) -> None:
     (packages / "two.py").write_text(CODE)
-    assert [file.repository for file in source_files([packages]) if "two" in file.name] == ["two", "two"]
+    assert [document.repository for document in found(packages) if "two" in document.key] == ["two", "two"]
 
 
 def test_a_file_name_that_is_not_utf8_is_made_readable(packages, tmp_path) -> None:
@@ -212,9 +236,9 @@ def test_a_file_name_that_is_not_utf8_is_made_readable(packages, tmp_path) -> No
 
 
 def test_a_file_of_overlapping_folders_is_taken_once(packages) -> None:
-    files = source_files([packages, *(folder for folder in packages.iterdir() if folder.is_dir()), packages])
-    assert len(files) == len({file.path for file in files})
-    assert files == source_files([packages])
+    inside = [packages / "one", packages / "two"]
+    assert names(packages, *inside, packages) == names(packages)
+    assert names(*inside, packages) == ["one/good.py", "two/good.py", "code/three/good.py"]
 
 
 def test_a_source_folder_that_does_not_exist_is_named(tmp_path) -> None:
@@ -222,26 +246,19 @@ def test_a_source_folder_that_does_not_exist_is_named(tmp_path) -> None:
         build(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_a_source_folder_without_files_is_named(tmp_path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"src: no file in .*empty"):
-        build(tmp_path / "empty", tmp_path / "out")
-
-
-def test_fewer_than_three_repositories_cannot_be_split(packages, tmp_path) -> None:
-    shutil.rmtree(packages / "two")
-    with pytest.raises(DataError, match=r"src: 2 repositories .*one, three"):
-        build(packages, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("left", [[], ["one"], ["one", "two"]], ids=len)
-def test_a_split_with_nothing_left_is_an_error_and_leaves_nothing_behind(packages, tmp_path, left) -> None:
+def test_too_few_repositories_are_an_error_that_leaves_nothing_behind(packages, tmp_path, left) -> None:
     for package in packages.iterdir():
         if package.name not in left:
             (package / "good.py").write_text("too small")
-    with pytest.raises(DataError, match=r"src: nothing left for \w+ out of 3 files \(rejected: \{'too_small': "):
+    with pytest.raises(DataError, match=rf"src=.*code.*: {len(left)} repositories .*{', '.join(left)}.*'too_small': "):
         build(packages, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [packages]
+
+
+def test_fractions_that_leave_no_repository_to_train_on_are_an_error(packages, tmp_path) -> None:
+    with pytest.raises(DataError, match="change validation_fraction or test_fraction"):
+        build(packages, tmp_path / "out", validation_fraction=0.6, test_fraction=0.3)
     assert list(tmp_path.iterdir()) == [packages]
 
 
@@ -260,5 +277,5 @@ def test_a_folder_with_content_is_not_overwritten(packages, tmp_path) -> None:
 
 def test_at_least_one_repository_is_held_out_for_each_purpose() -> None:
     names = ["a", "b", "c"]
-    splits = split_repositories(names, CorpusConfig(out="", validation_fraction=0, test_fraction=0))
+    splits = split_repositories(names, Tally(), CorpusConfig(out="", validation_fraction=0, test_fraction=0))
     assert sorted(splits.values()) == sorted(SPLITS)

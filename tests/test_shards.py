@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from clippy_train import shards
 from clippy_train.errors import ConfigError
-from clippy_train.shards import Entry, Fields, Selection, ShardWriter, new_folder, parse
+from clippy_train.shards import Entry, Fields, Selection, ShardWriter, encode, new_folder, parse
 
 
 def jsonl(*texts: str) -> bytes:
@@ -63,7 +63,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, wanted, shard_bytes) -> 
     folder = tmp_path_factory.mktemp("written") / "train"
     writer = ShardWriter(folder, shard_bytes)
     for text in wanted:
-        writer.write({"text": text, "meta": {"stars": None}})
+        writer.write(encode({"text": text, "meta": {"stars": None}}))
     writer.close()
     found = [entry for path in sorted(folder.iterdir()) for entry in documents(path, "text")]
     assert [(text, reason) for _, text, reason in found] == [(text, "") for text in wanted]
@@ -72,16 +72,28 @@ def test_what_is_written_is_read_back(tmp_path_factory, wanted, shard_bytes) -> 
 def test_a_shard_ends_with_the_line_that_fills_it(tmp_path) -> None:
     writer = ShardWriter(tmp_path / "train", shard_bytes=2 * len('{"text":"a"}\n'))
     for text in "abcde":
-        writer.write({"text": text})
+        writer.write(encode({"text": text}))
     writer.close()
     found = {path.name: texts(documents(path, "text")) for path in (tmp_path / "train").iterdir()}
     assert found == {"00000.jsonl.zst": ["a", "b"], "00001.jsonl.zst": ["c", "d"], "00002.jsonl.zst": ["e"]}
 
 
+def test_a_shard_is_never_larger_than_asked_for_unless_by_a_single_line(tmp_path) -> None:
+    lines = [encode({"text": "a" * size}) for size in (5, 50, 5, 5, 200, 5)]
+    writer = ShardWriter(tmp_path / "train", shard_bytes=100)
+    for line in lines:
+        writer.write(line)
+    writer.close()
+    shards = [zstandard.decompress(path.read_bytes()) for path in sorted((tmp_path / "train").iterdir())]
+    assert b"".join(shards).splitlines() == lines
+    assert [len(shard) <= 100 or shard.count(b"\n") == 1 for shard in shards] == [True] * len(shards)
+    assert len(shards) == 4
+
+
 def test_the_files_are_listed_with_their_sums(tmp_path) -> None:
     writer = ShardWriter(tmp_path / "train", shard_bytes=1000)
     for text in ("a", "b"):
-        writer.write({"text": text})
+        writer.write(encode({"text": text}))
     writer.close()
     data = (tmp_path / "train" / "00000.jsonl.zst").read_bytes()
     (listed,) = writer.files
@@ -98,7 +110,7 @@ def test_a_writer_without_documents_writes_no_file(tmp_path) -> None:
 
 def test_a_written_shard_carries_a_checksum(tmp_path) -> None:
     writer = ShardWriter(tmp_path / "train", shard_bytes=1)
-    writer.write({"text": "a"})
+    writer.write(encode({"text": "a"}))
     data = (tmp_path / "train" / "00000.jsonl.zst").read_bytes()
     assert zstandard.get_frame_parameters(data).has_checksum
 

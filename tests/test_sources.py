@@ -8,7 +8,7 @@ import pytest
 
 from clippy_train.config import DataConfig
 from clippy_train.errors import DataError
-from clippy_train.shards import ShardWriter
+from clippy_train.shards import ShardWriter, encode
 from clippy_train.sources import Corpus, open_corpus
 
 
@@ -22,7 +22,7 @@ def root(tmp_path) -> Path:
     for split in ("train", "validation"):
         writer = ShardWriter(root / split, shard_bytes=1)
         for text in ("a", "b", "c"):
-            writer.write({"text": f"{split} {text}"})
+            writer.write(encode({"text": f"{split} {text}"}))
     (root / "manifest.json").write_text("{}")
     return root
 

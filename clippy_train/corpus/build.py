@@ -1,24 +1,32 @@
-"""`clippy corpus`: folders of source code -> shuffled shards in the Code Clippy format, split by repository.
+"""`clippy corpus`: folders of code, or a dataset -> shuffled shards in the Code Clippy format, split by repository.
 
-Promises: the same files and settings give the same bytes; no repository is in two splits; every file that is left out
-is counted by the rule that left it out. Memory is one path per file and one shard; cost is reading every file once.
+One path for every source: documents -> rules -> deduplication -> a spool on disk that sorts them by a hash of (seed,
+name) -> shards. Promises: the same sources and settings give the same bytes; no repository is in two splits; what is
+left out is counted by the rule that left it out. Memory does not grow with the text: it holds some 150 bytes for every
+repository and every folder, what `dedup` remembers of every document, one shard for each split, and the longest
+document. Disk holds the text twice, compressed, while it is shuffled.
 """
 
+import dataclasses
 import hashlib
-import json
-from collections import Counter
+import tempfile
+from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from clippy_train.config import CorpusConfig
-from clippy_train.corpus.collect import SourceFile, language, mime_type, python_sources, source_files
+from clippy_train.config import CorpusConfig, FilterConfig
+from clippy_train.corpus.dedup import Duplicates
+from clippy_train.corpus.document import Document, Unusable
+from clippy_train.corpus.folders import folder_documents, python_sources
+from clippy_train.corpus.hub import hub_documents
+from clippy_train.corpus.manifest import VERSION, Tally, write_manifest
+from clippy_train.corpus.spool import Spool
 from clippy_train.errors import ConfigError, DataError
-from clippy_train.filters import broken_meta_rule, broken_rule
-from clippy_train.shards import SPLITS, ShardWriter, new_folder
-
-MANIFEST_VERSION = 1
+from clippy_train.filters import broken_meta_rule, broken_text_rule
+from clippy_train.shards import MAX_LINE_BYTES, SPLITS, ShardWriter, encode, new_folder
 
 
 def build_corpus(config: CorpusConfig) -> dict[str, Any]:
@@ -26,101 +34,101 @@ def build_corpus(config: CorpusConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: `out` is not empty, or the fractions leave nothing to train on.
-        DataError: no source file, or too few repositories to hold any out.
+        DataError: a source is missing or unreadable, or too few repositories are left to hold any out.
     """
-    folders = [Path(folder) for folder in config.src] or python_sources()
-    files = source_files(folders)
-    if not files:
-        raise DataError(f"src: no file in {', '.join(map(str, folders))}")
-    splits = split_repositories(sorted({file.repository for file in files}), config)
-    # One order for the whole corpus: files of one repository do not stay together.
-    files.sort(key=lambda file: _hash(config.seed, "document", file.name))
-
-    with new_folder(Path(config.out), "out") as out:
-        manifest = _write(out, files, splits, config)
-        (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    return manifest
-
-
-def _write(out: Path, files: list[SourceFile], splits: dict[str, str], config: CorpusConfig) -> dict[str, Any]:
-    """Write the shards and return the manifest."""
-    writers = {split: ShardWriter(out / split, config.shard_bytes) for split in SPLITS}
-    rejected: Counter[str] = Counter()
-    languages: Counter[str] = Counter()
-    size = 0
-    for file in tqdm(files, "reading", unit=" files", leave=False, disable=None):
-        text, reason = read(file, config)
-        if text is None:
-            rejected[reason] += 1
-            continue
-        document = describe(file, text)
-        writers[splits[file.repository]].write(document)
-        languages[document["meta"]["repo_language"]] += 1
-        size += len(text.encode())
-    for split, writer in writers.items():
-        writer.close()
-        if not writer.files:
-            raise DataError(
-                f"src: nothing left for {split} out of {len(files)} files (rejected: {dict(rejected)}); "
-                "give more folders, or change validation_fraction or test_fraction"
-            )
-    return {
-        "version": MANIFEST_VERSION,
-        "seed": config.seed,
-        "files": {split: writer.files for split, writer in writers.items()},
-        "documents": sum(languages.values()),
-        "text_bytes": size,
-        "languages": dict(sorted(languages.items())),
-        "rejected": dict(sorted(rejected.items())),
-    }
-
-
-def split_repositories(repositories: list[str], config: CorpusConfig) -> dict[str, str]:
-    """Which split each repository belongs to: at least one is held out for validation and one for testing."""
     held_out = config.validation_fraction + config.test_fraction
     if held_out >= 1:
         raise ConfigError(f"validation_fraction + test_fraction = {held_out}: nothing is left to train on")
-    if len(repositories) < len(SPLITS):
+    with new_folder(Path(config.out), "out") as out, tempfile.TemporaryDirectory(prefix=".spool", dir=out) as aside:
+        spool, tally = Spool(Path(aside, "documents")), Tally()
+        repositories = _collect(_documents(config, out), spool, tally, config)
+        splits = split_repositories(repositories, tally, config)
+        files = _write(out, spool, [splits[name] for name in repositories], tally, config)
+        manifest = {
+            "version": VERSION,
+            "settings": _settings(config),
+            "files": files,
+            "repositories": {split: list(splits.values()).count(split) for split in SPLITS},
+            **tally.counts(),
+        }
+        write_manifest(out, manifest)
+    return manifest
+
+
+def _documents(config: CorpusConfig, out: Path) -> Iterator[Document]:
+    """The documents of every source, one source after another."""
+    folders = [Path(folder) for folder in config.src] or ([] if config.hub else python_sources())
+    found = folder_documents(folders, bool(config.filter.extensions), config.filter.max_bytes, out)
+    return chain(found, hub_documents(config) if config.hub else ())
+
+
+def _collect(documents: Iterator[Document], spool: Spool, tally: Tally, config: CorpusConfig) -> list[str]:
+    """Spool every document that is to be kept; the repositories of them, in the order of their numbers."""
+    duplicates = Duplicates(config.dedup)
+    repositories: dict[str, int] = {}
+    for number, document in enumerate(tqdm(documents, "reading", unit=" documents", leave=False, disable=None)):
+        try:
+            text, line = _accepted(document, config.filter, duplicates)
+        except Unusable as rule:
+            tally.rejected[str(rule)] += 1
+            continue
+        size = len(text.encode())
+        tally.keep("languages", document.meta["repo_language"], size)
+        tally.keep("licences", document.meta["license"], size)
+        repository = repositories.setdefault(document.repository, len(repositories))
+        place = _hash(config.seed, "document", document.key).hex()
+        spool.add(b"%s %015d %d %d %s" % (place.encode(), number, repository, size, line))
+    return list(repositories)
+
+
+def _accepted(document: Document, rules: FilterConfig, duplicates: Duplicates) -> tuple[str, bytes]:
+    """The text of a document that passes every rule and is not a duplicate, and its line in a shard; or `Unusable`."""
+    if rule := broken_meta_rule(document.meta, rules):
+        raise Unusable(rule)
+    text = document.read()
+    line = encode({"text": text, "meta": document.meta})
+    if rule := broken_text_rule(text, rules) or ("too_large" if len(line) > MAX_LINE_BYTES else None):
+        raise Unusable(rule)
+    if rule := duplicates.find(text):
+        raise Unusable(rule)
+    return text, line
+
+
+def split_repositories(repositories: list[str], tally: Tally, config: CorpusConfig) -> dict[str, str]:
+    """Which split each repository belongs to: at least one is held out for validation and one for testing."""
+    num_validation = max(1, round(config.validation_fraction * len(repositories)))
+    num_test = max(1, round(config.test_fraction * len(repositories)))
+    if len(repositories) <= num_validation + num_test:
+        some = ", ".join(sorted(repositories)[:5])
         raise DataError(
-            f"src: {len(repositories)} repositories or packages ({', '.join(repositories)}) cannot be split in three; "
-            "give a folder that holds more of them"
+            f"src={config.src}, hub={config.hub}: {len(repositories)} repositories or packages ({some}) have "
+            f"documents left (left out: {dict(tally.rejected)}) and cannot be split in three; give sources that hold "
+            "more of them, or change validation_fraction or test_fraction"
         )
     order = sorted(repositories, key=lambda name: _hash(config.seed, "repository", name))
-    num_validation = max(1, round(config.validation_fraction * len(order)))
-    num_test = max(1, round(config.test_fraction * len(order)))
-    splits = ["validation"] * num_validation + ["test"] * num_test
-    return {name: splits[i] if i < len(splits) else "train" for i, name in enumerate(order)}
+    held_out = ["validation"] * num_validation + ["test"] * num_test
+    return dict(zip(order, chain(held_out, repeat("train")), strict=False))
 
 
-def read(file: SourceFile, config: CorpusConfig) -> tuple[str | None, str]:
-    """The text of a file that passes every rule, or None and the rule that it breaks."""
-    if not config.filter.extensions and language(file.path.suffix) is None:
-        return None, "no_language"
-    document = describe(file, "")
-    if rule := broken_meta_rule(document["meta"] | {"license": None}, config.filter):
-        return None, rule
-    try:
-        text = file.path.read_bytes().decode()
-    except UnicodeDecodeError:
-        return None, "not_utf8"
-    except OSError:
-        return None, "unreadable"
-    rule = broken_rule(document, text, config.filter)
-    return (None, rule) if rule else (text, "")
+def _write(
+    out: Path, spool: Spool, splits: list[str], tally: Tally, config: CorpusConfig
+) -> dict[str, list[dict[str, str | int]]]:
+    """Write the spooled documents to shards, and list these; `splits` has the split of each repository's number."""
+    writers = {split: ShardWriter(out / split, config.shard_bytes) for split in SPLITS}
+    total = sum(count["documents"] for count in tally.kept["languages"].values())
+    for record in tqdm(spool.drain(), "writing", total, unit=" documents", leave=False, disable=None):
+        _, _, repository, size, line = record.split(b" ", 4)
+        split = splits[int(repository)]
+        writers[split].write(line)
+        tally.keep("splits", split, int(size))
+    for writer in writers.values():
+        writer.close()
+    return {split: writer.files for split, writer in writers.items()}
 
 
-def describe(file: SourceFile, text: str) -> dict[str, Any]:
-    """A document in the Code Clippy format. Stars are unknown for a plain folder."""
-    return {
-        "text": text,
-        "meta": {
-            "repo_name": file.repository,
-            "stars": None,
-            "repo_language": language(file.path.suffix) or "Text",
-            "file_name": file.name,
-            "mime_type": mime_type(file.name),
-        },
-    }
+def _settings(config: CorpusConfig) -> dict[str, Any]:
+    """What the corpus depends on beside its sources, which may lie elsewhere the next time."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("src", "hub", "out")}
 
 
 def _hash(seed: int, *parts: str) -> bytes:

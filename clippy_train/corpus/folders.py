@@ -1,0 +1,153 @@
+"""Folders of source code -> documents: git repositories at any depth, and plain folders of packages.
+
+Promises: a fixed order, whatever the order of creation; no link is followed and nothing but regular files is opened; a
+folder that is given twice, or inside another one, is read once. Memory is one folder's listing and a pair of numbers
+for every folder.
+"""
+
+import logging
+import mimetypes
+import os
+import sysconfig
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+from pygments.lexers import find_lexer_class_for_filename
+
+from clippy_train.corpus.document import Document, Unusable
+from clippy_train.corpus.repository import licence, origin
+from clippy_train.errors import DataError
+from clippy_train.shards import MAX_LINE_BYTES
+
+# Folders that hold other people's code, build products or no code.
+SKIPPED = {".git", ".hg", ".svn", "__pycache__", "node_modules", "site-packages", "dist-packages", ".venv", ".tox"}
+
+log = logging.getLogger(__name__)
+
+
+class Repository(NamedTuple):
+    name: str
+    base: Path  # its file names are relative to this folder
+    prefix: str  # and begin with this
+    licence: str | None
+
+
+def python_sources() -> list[Path]:
+    """The source code that every Python carries: its standard library and, where present, its C headers."""
+    folders = (sysconfig.get_path("stdlib"), sysconfig.get_path("include"))
+    return [Path(folder) for folder in folders if folder and Path(folder).is_dir()]
+
+
+def folder_documents(sources: list[Path], any_language: bool, max_bytes: int | None, aside: Path) -> Iterator[Document]:
+    """Every regular file below the source folders.
+
+    A folder with a `.git` is one repository, named after its origin, or after its path where it has none. Files outside
+    of any belong to the entry of the source folder that they lie in: a package, or a single module. So it is as well
+    where one repository is the only source, since nothing could be held out otherwise.
+
+    Args:
+        any_language: also files in no language that Pygments knows.
+        max_bytes: larger files are not read.
+        aside: a folder not to look into.
+
+    Raises:
+        DataError: a source is not a folder.
+    """
+    for source in sources:
+        if not source.is_dir():
+            raise DataError(f"src: no such folder: {source}")
+    visited = {_identity(aside)}
+    read = partial(_read, any_language=any_language, max_bytes=min(max_bytes or MAX_LINE_BYTES, MAX_LINE_BYTES))
+    for root in (source.resolve() for source in sources):
+        for path, repository in _files(root, visited, is_alone=len(sources) == 1):
+            yield _document(path, root, repository, read)
+
+
+def _files(root: Path, visited: set[tuple[int, int]], is_alone: bool) -> Iterator[tuple[Path, Repository]]:
+    """Every file with its repository."""
+    pending: list[tuple[Path, Repository | None]] = [(root, None)]
+    while pending:
+        folder, repository = pending.pop()
+        if repository is None and folder != root:
+            repository = _package(root, folder.name)
+        try:
+            if (identity := _identity(folder)) in visited:
+                continue
+            visited.add(identity)
+            files, folders = _listing(folder)
+            if (folder / ".git").exists() and not (is_alone and folder == root):
+                repository = _git_repository(root, folder)
+        except OSError as error:
+            log.warning("%s cannot be listed and is left out: %s", _readable(folder), error.strerror)
+            continue
+        for name in files:
+            yield folder / name, repository or _package(root, name)
+        pending += [(folder / name, repository) for name in reversed(folders)]
+
+
+def _listing(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the regular files and of the folders in a folder, in a fixed order."""
+    with os.scandir(folder) as entries:
+        kept = sorted((entry for entry in entries if entry.name not in SKIPPED), key=lambda entry: entry.name)
+    files = [entry.name for entry in kept if entry.is_file(follow_symlinks=False)]
+    return files, [entry.name for entry in kept if entry.is_dir(follow_symlinks=False)]
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _git_repository(root: Path, folder: Path) -> Repository:
+    name = origin(folder) or _readable(folder.relative_to(root.parent if folder == root else root))
+    return Repository(name, folder, "", licence(folder))
+
+
+def _package(root: Path, name: str) -> Repository:
+    """The entry `name` of a source folder, under its own licence or else the source folder's."""
+    own = licence(root / name) if (root / name).is_dir() else None
+    return Repository(_readable(Path(Path(name).stem)), root, f"{_readable(Path(root.name))}/", own or licence(root))
+
+
+def _document(path: Path, root: Path, repository: Repository, read: partial[str]) -> Document:
+    name = repository.prefix + _readable(path.relative_to(repository.base))
+    meta = {
+        "repo_name": repository.name,
+        "stars": None,
+        "repo_language": language(path.suffix) or "Text",
+        "file_name": name,
+        "mime_type": mime_type(name),
+        "license": repository.licence,
+    }
+    return Document(_readable(path.relative_to(root.parent)), repository.name, meta, partial(read, path))
+
+
+def _read(path: Path, any_language: bool, max_bytes: int) -> str:
+    if not any_language and language(path.suffix) is None:
+        raise Unusable("no_language")
+    try:
+        if path.stat().st_size > max_bytes:
+            raise Unusable("too_large")
+        return path.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise Unusable("not_utf8") from None
+    except OSError:
+        raise Unusable("unreadable") from None
+
+
+def _readable(path: Path) -> str:
+    """A path as text that can be written: Linux allows names that are not UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+@lru_cache(maxsize=4096)
+def language(suffix: str) -> str | None:
+    """The programming language of a file ending (with its dot) by Pygments' table, or None."""
+    lexer = find_lexer_class_for_filename(f"file{suffix}")
+    return lexer.name if lexer else None
+
+
+def mime_type(name: str) -> str:
+    return mimetypes.guess_type(name)[0] or "text/plain"

@@ -1,0 +1,70 @@
+"""A `datasets` dataset -> documents: from the hub by name, or from a local folder of jsonl, parquet, ...
+
+Promises: streamed, never downloaded as a whole; rows in the dataset's order; no code of the dataset runs. Memory is one
+chunk of the dataset's files (a row group of a parquet file).
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
+
+from clippy_train.config import CorpusConfig
+from clippy_train.corpus.document import Document, Unusable
+from clippy_train.corpus.folders import language, mime_type
+from clippy_train.errors import DataError
+from clippy_train.filters import code_clippy_meta
+
+GROUPS = 4096  # of rows that name no repository: each group is one, so memory does not grow with the rows
+
+
+def hub_documents(config: CorpusConfig) -> Iterator[Document]:
+    """Every row of the dataset `hub`. Its meta is found as `filters.code_clippy_meta` does; the language and the type
+    of a file come from its name where the dataset has neither.
+
+    Raises:
+        DataError: it cannot be opened, has no column `text_column`, or cannot be read to its end.
+    """
+    for number, row in enumerate(_rows(config)):
+        if number == 0 and config.text_column not in row:
+            raise DataError(
+                f"text_column={config.text_column}: hub={config.hub} has no such column, but {', '.join(row)}"
+            )
+        meta = code_clippy_meta(row)
+        name = meta["file_name"] or ""
+        meta["repo_language"] = meta["repo_language"] or language(PurePosixPath(name).suffix)
+        meta["mime_type"] = meta["mime_type"] or mime_type(name)
+        repository = meta["repo_name"] or f"rows {number % GROUPS} modulo {GROUPS}"
+        yield Document(f"row {number}", repository, meta, partial(_text, row[config.text_column]))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise Unusable("no_text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Unusable("not_utf8") from None
+    return value
+
+
+def _rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    name, _, revision = str(config.hub).partition("@")
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it could not parse
+    errors = (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError)
+    try:
+        rows = datasets.load_dataset(
+            name, config.hub_config, revision=revision or None, split=config.hub_split, streaming=True
+        )
+    except errors as error:
+        raise DataError(f"hub={config.hub} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+    read = 0
+    try:
+        for row in rows:
+            yield row
+            read += 1
+    except errors as error:  # its message may hold what stands in the row
+        raise DataError(f"hub={config.hub} cannot be read beyond row {read}: {type(error).__name__}") from None
