@@ -1,5 +1,6 @@
 """How far a run has come: steps, tokens, the cursor of every stream, and what was read; committed step by step."""
 
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from clippy_train.data.stream import COUNTS, Cursor
 from clippy_train.errors import DataError
 from clippy_train.train import collective
 
+MAX_SHARDS_NAMED = 5
 MIN_LINES_TO_JUDGE = 1000  # lines read before data.max_bad_fraction is applied
 
 
@@ -20,10 +22,12 @@ class Progress(pl.Callback):
     Attributes:
         cursors: `[streams, 5]` int64; a rank keeps the rows of its own streams up to date.
         counts: `[len(COUNTS)]` int64, what this rank has read since the run (or this life of it) started.
+        rejected: how many of those lines could not be used, by the name of their shard.
     """
 
-    def __init__(self, config: TrainConfig, cursors: np.ndarray, counts: np.ndarray) -> None:
-        self.config, self.cursors = config, cursors.copy()
+    def __init__(self, config: TrainConfig, cursors: np.ndarray, counts: np.ndarray, shards: tuple[str, ...]) -> None:
+        self.config, self.cursors, self._shards = config, cursors.copy(), shards
+        self.rejected: Counter[str] = Counter()
         self._counts_before, self.counts = counts, np.zeros(len(COUNTS), dtype=np.int64)
 
     def on_train_batch_end(
@@ -32,6 +36,8 @@ class Progress(pl.Callback):
         for stream, *cursor in batch["cursor"].tolist():
             self.cursors[stream] = cursor
         self.counts += batch["counts"].sum(dim=0).numpy()
+        for shard, lines in batch["rejected"].tolist():
+            self.rejected[self._shards[shard]] += lines
 
     def all_cursors(self) -> np.ndarray:
         """The cursors of all streams, from the ranks that own them. Collective."""
@@ -52,9 +58,12 @@ class Progress(pl.Callback):
         limit = self.config.data.max_bad_fraction
         if lines >= MIN_LINES_TO_JUDGE and bad > limit * lines:
             reasons = {name: value for name, value in counts.items() if name.startswith("rejected/") and value}
+            rejected = sum(collective.gather(self.rejected), Counter[str]())
+            worst = ", ".join(f"{shard} ({lines})" for shard, lines in rejected.most_common(MAX_SHARDS_NAMED))
             raise DataError(
                 f"{bad} of {lines} lines of the corpus cannot be used ({reasons}): more than "
-                f"data.max_bad_fraction={limit}. Mend the corpus, or raise the limit"
+                f"data.max_bad_fraction={limit}. {len(rejected)} shards hold them, most of them {worst}. Mend the "
+                "corpus, or raise the limit"
             )
         return counts
 
