@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test chaos lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,10 @@ demo: $(READY) ## corpus, tokenizer, training, export, generation on this Python
 
 test: $(READY) ## the whole test suite
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+chaos: $(READY) ## strike runs at random 200 times with kill -9, and 200 times with signals: an hour on two cores
+	$(BIN)/python tests/chaos.py kill
+	$(BIN)/python tests/chaos.py signal
 
 lint: $(READY) ## style, types, and which room may import which
 	$(BIN)/ruff check .

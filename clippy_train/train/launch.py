@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -33,6 +34,7 @@ ENVIRONMENT = "environment.json"
 HF_FOLDER = "hf"  # configuration and tokenizer of the model in training, as Hugging Face files
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "deepspeed", "hydra-core", "numpy", "zstandard")
 STRAGGLER_SECONDS = 60.0  # how long the other ranks may take once one has ended well
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # each asks the run to save and stop
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,13 @@ def train(config: TrainConfig) -> int:
     """Run a training to its end, or continue it; return the exit code.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before any rank starts.
+        ConfigError, DataError, CheckpointError, Interrupted: before any rank starts.
     """
+    with handling_signals(_interrupt):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> int:
     blocked = obstacles(config)
     if blocked:
         raise blocked[0] if len(blocked) == 1 else type(blocked[0])("\n".join(map(str, blocked)))
@@ -205,23 +212,39 @@ def run_ranks(config: TrainConfig, checkpoint: Checkpoint | None) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, forward) for number in numbers}
+    # Ranks inherit the blocked signals, so one that comes while they start waits until they can handle it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        for rank in range(config.trainer.devices):
-            process = subprocess.Popen(
-                command,
-                env={**os.environ, **rank_environment(config, rank, port)},
-                stdin=subprocess.PIPE,
-                start_new_session=True,  # a terminal's Ctrl-C reaches the ranks once, through `forward`
-            )
-            ranks.append(process)
-        return _wait(ranks)
+        with handling_signals(forward):
+            for rank in range(config.trainer.devices):
+                process = subprocess.Popen(
+                    command,
+                    env={**os.environ, **rank_environment(config, rank, port)},
+                    stdin=subprocess.PIPE,
+                    start_new_session=True,  # a terminal's Ctrl-C reaches the ranks once, through `forward`
+                )
+                ranks.append(process)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return _wait(ranks)
     finally:
         for process in ranks:
             _kill_group(process)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextmanager
+def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have `handler` called for each of `SIGNALS` while the block runs."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("interrupted before the run started: nothing is lost, the same command starts it")
 
 
 def rank_environment(config: TrainConfig, rank: int, port: int) -> dict[str, str]:

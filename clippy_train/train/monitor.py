@@ -9,7 +9,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ class Ledger(pl.Callback):
     """
 
     def __init__(self, path: Path, resumed_step: int, rank: int) -> None:
-        self._rows = RowFile(path, lambda row: row["step"] <= resumed_step) if rank == 0 else None
+        self._rows = RowFile(path, resumed_step) if rank == 0 else None
         self._spans: list[list[int]] = []
 
     def on_train_batch_end(
@@ -186,13 +186,13 @@ class Ledger(pl.Callback):
 
 
 class RowFile:
-    """One JSON object a line. Rows of another life of the run that `keep` refuses, since they come again, go first."""
+    """One JSON object a line. Rows behind `resumed_step`, of another life of the run, go first: they come again."""
 
-    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
         aside = path.with_suffix(".writing")
         with aside.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in read_rows(path) if keep(row))
+            file.writelines(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= resumed_step)
         aside.replace(path)
 
     def append(self, row: dict[str, Any]) -> None:
@@ -203,15 +203,9 @@ class RowFile:
 class JsonlLogger(Logger):
     """One JSON object per logged row."""
 
-    def __init__(self, path: Path, resumed_step: int, validates_again: bool) -> None:
+    def __init__(self, path: Path, resumed_step: int) -> None:
         super().__init__()
-        self._rows = RowFile(
-            path,
-            lambda row: (
-                row["step"] <= resumed_step
-                and not (validates_again and row["step"] == resumed_step and "val/loss" in row)
-            ),
-        )
+        self._rows = RowFile(path, resumed_step)
 
     @property
     def name(self) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from clippy_train.config import TrainConfig
 from clippy_train.errors import Interrupted
 from clippy_train.train import collective
-from clippy_train.train.progress import step_ended
+from clippy_train.train.launch import SIGNALS
+from clippy_train.train.progress import step_ended, validation_due
 from clippy_train.train.saving import Checkpointer
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Flag:
@@ -28,6 +28,7 @@ class Flag:
     def install(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self._set)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the launcher held them back until now
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
@@ -38,16 +39,37 @@ class Flag:
 
 
 class Preemption(pl.Callback):
-    """Ends the run at the next step boundary once any rank has received a signal. Must be the last callback."""
+    """Ends the run once any rank has received a signal: behind the step, and the validation, that is under way.
 
-    def __init__(self, flag: Flag, checkpointer: Checkpointer) -> None:
-        self.flag, self.checkpointer = flag, checkpointer
+    Must be the last callback.
+    """
+
+    def __init__(self, config: TrainConfig, flag: Flag, checkpointer: Checkpointer) -> None:
+        self.config, self.flag, self.checkpointer = config, flag, checkpointer
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         disarm_lightning(trainer)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave_before_the_first_step()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave_before_the_first_step()  # the first validation may have taken minutes
+
+    def _leave_before_the_first_step(self) -> None:
+        if collective.anyone(self.flag.signal is not None):
+            raise Interrupted("interrupted before the first step: nothing is lost, the same command starts again")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.global_step < self.config.trainer.max_steps:
+            self._leave_if_asked(trainer)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if step_ended(trainer, batch_idx) and collective.anyone(self.flag.signal is not None):
+        if step_ended(trainer, batch_idx) and not validation_due(self.config, trainer.global_step):
+            self._leave_if_asked(trainer)
+
+    def _leave_if_asked(self, trainer: pl.Trainer) -> None:
+        if collective.anyone(self.flag.signal is not None):
             self.checkpointer.save(trainer)
             raise Interrupted(
                 f"interrupted after step {trainer.global_step}: saved; the same command continues from there"

@@ -75,3 +75,8 @@ def fresh_cursors(streams: int) -> np.ndarray:
 def step_ended(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether micro-batch `batch_idx` was the last of its optimizer step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def validation_due(config: TrainConfig, step: int) -> bool:
+    """Whether the run validates after `step`."""
+    return step % config.trainer.val_every_steps == 0 or step == config.trainer.max_steps

@@ -59,8 +59,6 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, flag: Flag) -
     counts = np.array([manifest.counts[name] if manifest else 0 for name in COUNTS])
     corpus = open_corpus(config.data, "train")
     identity = data_identity(config, corpus.fingerprint)
-    # A run validates before its first step, and again at a step whose validation an interruption may have cut off.
-    validates_first = not manifest or step % config.trainer.val_every_steps == 0
 
     progress = Progress(config, cursors, counts, corpus.shards)
     checkpointer = Checkpointer(config, progress, identity, resumed=checkpoint)
@@ -71,11 +69,11 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, flag: Flag) -
             Monitor(config, progress),
             *([Ledger(config.run_dir / LEDGER, step, rank)] if config.trainer.audit else []),
             checkpointer,
-            Preemption(flag, checkpointer),
+            Preemption(config, flag, checkpointer),
             *starting(config, checkpoint, base),
         ],
-        logger=build_loggers(config, step, validates_first) if rank == 0 else False,
-        num_sanity_val_steps=-1 if validates_first else 0,
+        logger=build_loggers(config, step) if rank == 0 else False,
+        num_sanity_val_steps=0 if manifest else -1,
     )
     module = CodeLM(config, model, token_bytes(tokenizer, model.config.vocab_size))
     data = DataModule(config, tokenizer, rank, cursors)
@@ -92,8 +90,8 @@ def starting(config: TrainConfig, checkpoint: Checkpoint | None, base: BaseState
     return callbacks
 
 
-def build_loggers(config: TrainConfig, step: int, validates_first: bool) -> list[Logger]:
-    loggers: list[Logger] = [JsonlLogger(config.run_dir / METRICS, step, validates_first)]
+def build_loggers(config: TrainConfig, step: int) -> list[Logger]:
+    loggers: list[Logger] = [JsonlLogger(config.run_dir / METRICS, step)]
     if config.logger.tensorboard:
         loggers.append(EventLogger(config.run_dir, step))
     return loggers

@@ -14,11 +14,13 @@ from clippy_train.config import TrainConfig
 from clippy_train.errors import NonFinite
 from clippy_train.train import collective
 from clippy_train.train.checkpoint import ASIDE, STATE, Checkpoint, Manifest, folder, prune, publish, seal
-from clippy_train.train.progress import Progress, step_ended
+from clippy_train.train.progress import Progress, step_ended, validation_due
 
 
 class Checkpointer(pl.Callback):
-    """Saves every `checkpoint.every_steps` steps and after the last one.
+    """Saves every `checkpoint.every_steps` steps and after the last one; behind the validation of a step that has one.
+
+    So a run that continues from a checkpoint never owes a validation, which Lightning would leave out.
 
     Args:
         data: what the order of the data depends on (`data.module.data_identity`).
@@ -36,9 +38,16 @@ class Checkpointer(pl.Callback):
             load_rng(self.resumed.path / rng_name(trainer.global_rank))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if step_ended(trainer, batch_idx) and not validation_due(self.config, trainer.global_step):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
-        due = step % self.config.checkpoint.every_steps == 0 or step == self.config.trainer.max_steps
-        if due and step_ended(trainer, batch_idx):
+        if step % self.config.checkpoint.every_steps == 0 or step == self.config.trainer.max_steps:
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:

@@ -1,0 +1,23 @@
+"""The short form of `make chaos`: a few random kills and signals, each with another seed than the full form's."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from chaos import Blow, Chaos, ask, kill
+from runs import Runs
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def chaos(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Chaos:
+    return Chaos(Runs(tmp_path_factory.mktemp("chaos"), tiny_corpus, tiny_tokenizer), seed=0)
+
+
+@pytest.mark.parametrize("blow", [kill, ask])
+def test_a_run_that_is_struck_becomes_the_run_that_nobody_touched(chaos: Chaos, blow: Blow) -> None:
+    chaos.counts = Counter()
+    counts = chaos.campaign(blow, trials=2)
+    assert counts["trials"] == 2
+    assert counts["runs compared"] >= 1
