@@ -194,7 +194,7 @@ def _explain(verb: Verb, overrides: list[str]) -> int:
     console.print(table)
     if verb.schema is config.TrainConfig:
         console.print(f"Groups: experiment ({', '.join(compose.experiments())}),")
-        console.print("recipe (original), model, optim, strategy, tokenizer.")
+        console.print("recipe (original), model, optim, strategy.")
         console.print("Values are those of the experiment given: clippy train experiment=NAME --help")
     return 0
 

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clippy_train.errors import ConfigError
 
 T = TypeVar("T")
+WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]  # the model card's, in its order
 Check = tuple[bool, str]  # whether it holds, and what to say where it does not
 
 
@@ -68,7 +69,7 @@ class ModelConfig:
 @dataclass
 class TokenizerConfig:
     base: str | None = key("folder or hub name of the tokenizer; null takes model.base", None, text=True)
-    whitespace_tokens: list[str] = key("tokens added for runs of white space; none are added twice")
+    whitespace_tokens: list[str] = key("tokens added for runs of white space; none are added twice", WHITESPACE_TOKENS)
     matching: str = key(
         "which white-space token wins where several fit: longest, or first_listed as in the released checkpoints",
         "longest",
@@ -280,7 +281,7 @@ class ExtendConfig:
 
     base: str = key("folder or hub name of the model and tokenizer to extend", text=True)
     out: str = key("new folder for the extended model and tokenizer", text=True)
-    whitespace_tokens: list[str] = key("tokens to add", ["\t\t", "  ", "    ", "        "])
+    whitespace_tokens: list[str] = key("tokens to add", WHITESPACE_TOKENS)
     matching: str = key("see tokenizer.matching of train", "longest", choices=("longest", "first_listed"))
     new_row_init: str = key("see tokenizer.new_row_init of train", "tab", choices=("tab", "mean_of_pieces"))
 

@@ -4,12 +4,11 @@ import json
 import random
 from pathlib import Path
 
-from clippy_train.config import CorpusConfig, DataConfig
+from clippy_train.config import WHITESPACE_TOKENS, CorpusConfig, DataConfig
 from clippy_train.corpus.build import build_corpus
 from clippy_train.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, train_bpe
 
-WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]
 NAMES = ["value", "total", "index", "name", "path", "line", "count", "node", "item", "text", "left", "right", "size"]
 
 
