@@ -3,7 +3,12 @@
 import hashlib
 import json
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +17,7 @@ from typing import Any
 import pytest
 import zstandard
 
+from clippy_train.cli import main
 from clippy_train.config import CorpusConfig, DedupConfig, FilterConfig
 from clippy_train.corpus.build import build_corpus, split_repositories
 from clippy_train.corpus.document import Document, Unusable
@@ -279,3 +285,146 @@ def test_at_least_one_repository_is_held_out_for_each_purpose() -> None:
     names = ["a", "b", "c"]
     splits = split_repositories(names, Tally(), CorpusConfig(out="", validation_fraction=0, test_fraction=0))
     assert sorted(splits.values()) == sorted(SPLITS)
+
+
+def clippy_corpus(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "clippy_train.cli", "corpus", *arguments]
+
+
+@pytest.fixture
+def endless(packages) -> Path:
+    """Sources that take minutes to read: many names of a few files."""
+    for number in range(20_000):
+        (packages / "one" / f"{number}.py").hardlink_to(packages / "one" / "good.py")
+    (packages / "one" / "good.py").write_text(CODE * 1000)
+    return packages
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "TERM"])
+def test_an_interrupted_build_leaves_nothing_behind(endless, tmp_path, number: int, code: int) -> None:
+    process = subprocess.Popen(clippy_corpus(str(endless), f"out={tmp_path / 'out'}", "dedup.exact=false"))
+    try:
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size for path in tmp_path.glob(".out.*/.spool*/documents/*")):
+            assert process.poll() is None, "it was done too soon"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == code
+    finally:
+        process.kill()
+        process.wait()
+    assert list(tmp_path.iterdir()) == [endless]
+
+
+GROWTH = """
+import resource, sys
+from clippy_train.config import CorpusConfig, DedupConfig
+from clippy_train.corpus.build import build_corpus
+for src in sys.argv[1:]:
+    settings = dict(dedup=DedupConfig(exact=False), shard_bytes=1_000_000)
+    size = build_corpus(CorpusConfig(src=[src], out=src + ".out", **settings))["text_bytes"]
+    print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path) -> None:
+    """Ten times as much text as the memory that it may take, after a build that fills every buffer."""
+    rng = random.Random(0)
+    for name, copies in (("small", 100), ("large", 450)):
+        for package in range(4):
+            folder = tmp_path / name / f"package_{package}"
+            folder.mkdir(parents=True)
+            (folder / "0.py").write_text(" ".join(f"name_{rng.randrange(9)}" for _ in range(8000)))
+            for copy in range(1, copies):
+                (folder / f"{copy}.py").hardlink_to(folder / "0.py")
+    command = [sys.executable, "-c", GROWTH, str(tmp_path / "small"), str(tmp_path / "large")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
+    (small, before), (large, after) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert large - small > 70_000_000
+    assert after - before < (large - small) / 10
+
+
+def test_the_kept_duplicate_is_the_first_one_of_the_sources(packages, tmp_path) -> None:
+    for package in packages.iterdir():
+        (package / "own.py").write_text(CODE + f"# {package.name}\n")
+    manifest = build(packages, tmp_path / "out", dedup=DedupConfig())
+    assert manifest["rejected"] == {"exact_duplicate": 2}
+    (kept,) = [d["meta"] for d in everything(tmp_path / "out") if d["text"] == CODE]
+    assert kept["file_name"] == "code/one/good.py"
+
+
+def test_near_duplicates_are_counted_apart(source_tree, tmp_path) -> None:
+    copy = tmp_path / "code"
+    shutil.copytree(source_tree, copy)
+    for path in copy.rglob("*.py"):
+        (path.parent / f"again_{path.name}").write_text(path.read_text() + "\nimport os\nimport sys\n")
+    total = sum(1 for _ in source_tree.rglob("*.py"))
+    manifest = build(copy, tmp_path / "out", dedup=DedupConfig(near=True, threshold=0.6))
+    assert manifest["documents"] + sum(manifest["rejected"].values()) == 2 * total
+    assert manifest["rejected"]["near_duplicate"] >= 0.8 * total
+
+
+def test_a_dataset_is_split_by_repository_and_shuffled_too(tmp_path) -> None:
+    rows = [{"content": f"{CODE}# {number}", "repo_name": f"octo/{number % 40}"} for number in range(400)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, Any] = {"hub": str(tmp_path / "data"), "text_column": "content"}
+    for name in ("first", "second"):
+        build_corpus(CorpusConfig(out=str(tmp_path / name), **settings))
+    assert content(tmp_path / "first") == content(tmp_path / "second")
+    documents = {name: [d["text"] for d in split(tmp_path / "first", name)] for name in SPLITS}
+    repositories = [{d["meta"]["repo_name"] for d in split(tmp_path / "first", name)} for name in SPLITS]
+    assert sum(map(len, repositories)) == len(set.union(*repositories)) == 40
+    assert sorted(text for texts in documents.values() for text in texts) == sorted(row["content"] for row in rows)
+    assert documents["train"] != sorted(documents["train"], key=[row["content"] for row in rows].index)
+
+
+def test_folders_and_a_dataset_make_one_corpus(packages, tmp_path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text(json.dumps({"text": "x" * 100, "license": "mit"}) + "\n")
+    manifest = build(packages, tmp_path / "out", hub=str(tmp_path / "data"))
+    assert manifest["documents"] == 4
+    assert manifest["licences"]["mit"] == {"documents": 1, "text_bytes": 100}
+
+
+def test_the_report_tells_what_the_build_told_without_reading_shards(packages, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (packages / "one" / "x.py").write_text("too small")
+    assert main(["corpus", str(packages), f"out={tmp_path / 'out'}", "dedup.exact=false"]) == 0
+    told = capsys.readouterr().out
+    for expected in ("4 seen, 3 kept", "language Python", "3 documents", "licence unknown", "too_small", "1 (25.0%)"):
+        assert expected in told
+    for shard in (tmp_path / "out").rglob("*.zst"):
+        shard.unlink()
+    assert main(["corpus", "--report", f"out={tmp_path / 'out'}"]) == 0
+    assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (None, "no corpus with a manifest.json"),
+        ("{", "is damaged"),
+        ('{"version": 1}', "version 2"),
+        ("[]", "version 2"),
+    ],
+    ids=str,
+)
+def test_a_report_of_no_corpus_says_so(tmp_path, capsys, manifest: str | None, message: str) -> None:
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    assert main(["corpus", "--report", f"out={tmp_path}"]) == 3
+    assert message in capsys.readouterr().err
+
+
+def test_only_corpora_have_a_report(capsys) -> None:
+    assert main(["generate", "--report", "model=x", "prompt=y"]) == 2
+    assert "--report is for clippy corpus" in capsys.readouterr().err
+
+
+def test_the_manifest_keeps_the_settings_that_made_it_and_no_place(packages, tmp_path) -> None:
+    settings = build(packages, tmp_path / "out", seed=3, filter=FilterConfig(languages=["Python"]))["settings"]
+    assert settings["seed"] == 3
+    assert settings["filter"]["languages"] == ["Python"]
+    assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()

@@ -6,7 +6,7 @@ chunk of the dataset's files (a row group of a parquet file).
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clippy_train.config import CorpusConfig
@@ -52,6 +52,8 @@ def _rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
     import datasets
 
     name, _, revision = str(config.hub).partition("@")
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise DataError(f"hub={config.hub}: no such folder")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it could not parse
     errors = (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError)
