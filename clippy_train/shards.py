@@ -6,6 +6,7 @@ end of file to most readers); rejected content is never shown. Memory is bounded
 of parquet hold. Reading costs about 1/100 of tokenising; passing over lines costs their decompression.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -102,7 +103,7 @@ def documents(file: ByteFile, name: str, fields: Fields, wanted: Selection = ALL
 def parse(line: bytes, fields: Fields) -> tuple[str | None, str]:
     """The text of a document line and an empty reason, or None and the reason why it cannot be used."""
     try:
-        document = json.loads(line.decode("utf-8-sig"))
+        document = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError:
         return None, "not_utf8"
     except (ValueError, RecursionError):

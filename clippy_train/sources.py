@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 PLACEHOLDER = "{split}"
 MANIFEST = "manifest.json"
+HTTP = ("http://", "https://")
 PROBED_LINES = 10_000
 ATTEMPTS = 6  # of a request, with pauses between them that double: about 15 s
 FIRST_PAUSE = 0.5  # seconds
@@ -142,24 +143,26 @@ def described(reasons: Counter[str]) -> str:
 
 
 def _open_files(path: str, split: str, fields: Fields) -> FileCorpus:
-    root, _, rest = path.partition(PLACEHOLDER) if PLACEHOLDER in path else (path.rstrip("/") + "/", "", "")
-    pattern = f"{root}{split}{rest}"
-    place = f"data.path={path}"
-    fs = _filesystem(path)
-    manifest = _manifest(fs, root, place) if PLACEHOLDER not in path else b""
-    listed = _listed_in(manifest, root, split) if path.startswith(("http://", "https://")) else None
-    sizes = listed if listed is not None else _listing(fs, pattern, place)
+    is_folder = PLACEHOLDER not in path
+    root, _, rest = path.partition(PLACEHOLDER)
+    root = root.rstrip("/") + "/" if is_folder else root
+    where, place, fs = f"{root}{split}{rest}", f"data.path={path}", _filesystem(path)
+
+    manifest = _manifest(fs, root, place) if is_folder else b""
+    sizes = _listed_in(manifest, root, split) if path.startswith(HTTP) else None
+    if sizes is None:
+        glob = not is_folder and (where.endswith(SUFFIXES) or fsspec.core.has_magic(where))
+        sizes = _listing(fs, fs.glob if glob else fs.ls, where, place)
     sizes = {name: size for name, size in sorted(sizes.items()) if name.endswith(SUFFIXES)}
     if not any(sizes.values()):
-        if "://" not in path and PLACEHOLDER not in path and not fs.isdir(path):
+        if is_folder and "://" not in path and not fs.isdir(path):
             raise DataError(f"{place}: no such folder. Make one with `clippy corpus SRC... out={path}`")
-        raise DataError(f"{place}: no shard with content in {pattern} ({', '.join(f'*{each}' for each in SUFFIXES)})")
-    digest = hashlib.sha256()
+        raise DataError(f"{place}: no shard with content in {where} ({', '.join(f'*{each}' for each in SUFFIXES)})")
+
     prefix = _absolute(fs, root)
-    for name, size in sizes.items():
-        digest.update(f"{name.removeprefix(prefix).lstrip('/')}\0{size}\n".encode())
-    digest.update(manifest)
-    return FileCorpus(f"data.path={pattern}", tuple(sizes), digest.hexdigest(), fields)
+    listing = "".join(f"{name.removeprefix(prefix).lstrip('/')}\0{size}\n" for name, size in sizes.items())
+    fingerprint = hashlib.sha256(listing.encode() + manifest).hexdigest()
+    return FileCorpus(f"data.path={where}", tuple(sizes), fingerprint, fields)
 
 
 def _manifest(fs: Any, root: str, place: str) -> bytes:
@@ -177,15 +180,14 @@ def _listed_in(manifest: bytes, root: str, split: str) -> dict[str, int] | None:
         return None
 
 
-def _listing(fs: Any, pattern: str, place: str) -> dict[str, int]:
+def _listing(fs: Any, lister: Callable[..., Any], where: str, place: str) -> dict[str, int]:
     """Files of a folder, or those that match a pattern, with their sizes."""
-    list_files = fs.glob if pattern.endswith(SUFFIXES) or fsspec.core.has_magic(pattern) else fs.ls
     try:
-        found = retried(list_files, pattern, detail=True, what=f"{place}: the listing of {pattern}")
+        found = retried(lister, where, detail=True, what=f"{place}: the listing of {where}")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     infos = found.values() if isinstance(found, dict) else found
-    return {_absolute(fs, info["name"]): _size(fs, info, place) for info in infos if info["type"] == "file"}
+    return {_absolute(fs, info["name"]): _size(fs, info, place) for info in infos if info["type"] != "directory"}
 
 
 def _size(fs: Any, info: dict[str, Any], place: str) -> int:
@@ -210,7 +212,7 @@ def _filesystem(name: str) -> Any:
     if "://" not in name:
         return fsspec.filesystem("file")
     options = {}
-    if name.startswith(("http://", "https://")):
+    if name.startswith(HTTP):
         from aiohttp import ClientTimeout
 
         options = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=REQUEST_SECONDS, sock_read=REQUEST_SECONDS)}}

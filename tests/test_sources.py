@@ -1,30 +1,81 @@
 """Where shards lie: the same corpus from a folder, a pattern, a server or a dataset, and failures that are told."""
 
+import gzip
+import itertools
+import json
+import logging
 import os
+import random
+import re
 import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+import zstandard
 
-from clippy_train.config import DataConfig
+from clippy_train import shards, sources
+from clippy_train.config import DataConfig, FilterConfig
+from clippy_train.data.identity import data_identity
+from clippy_train.data.module import DataModule
+from clippy_train.data.stream import Cursor
 from clippy_train.errors import DataError
-from clippy_train.shards import ShardWriter, encode
-from clippy_train.sources import Corpus, open_corpus
+from clippy_train.shards import Entry, ShardWriter
+from clippy_train.sources import ATTEMPTS, Corpus, open_corpus, require_text
+from clippy_train.tokenizer import load_tokenizer
+
+TEXTS = [f"document {number}: {random.Random(number).randbytes(37 * number % 101).hex()}" for number in range(120)]
 
 
 def opened(path: Path | str, split: str = "train", **settings) -> Corpus:
     return open_corpus(DataConfig(path=str(path), **settings), split)
 
 
+def entries(corpus: Corpus) -> list[list[Entry]]:
+    return [list(corpus.documents(number)) for number in range(len(corpus.shards))]
+
+
+def document(text: str, stars: int = 0) -> dict:
+    return {"text": text, "meta": {"stars": stars, "file_name": "a.py"}}
+
+
+def encoded(suffix: str, documents: list[dict]) -> bytes:
+    """A shard in the format of its suffix; parquet in row groups of 10."""
+    lines = b"".join(json.dumps(each).encode() + b"\n" for each in documents)
+    if suffix == ".parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(documents), sink, row_group_size=10)
+        return sink.getvalue().to_pybytes()
+    return {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[suffix](lines)
+
+
 @pytest.fixture
-def root(tmp_path) -> Path:
+def root(tmp_path: Path) -> Path:
+    """A corpus of 3 training and 1 validation shards with a manifest; shards of 40 documents."""
     root = tmp_path / "corpus"
-    for split in ("train", "validation"):
-        writer = ShardWriter(root / split, shard_bytes=1)
-        for text in ("a", "b", "c"):
-            writer.write(encode({"text": f"{split} {text}"}))
-    (root / "manifest.json").write_text("{}")
+    files = {}
+    for split, texts in (("train", TEXTS), ("validation", TEXTS[:40])):
+        writer = ShardWriter(root / split, shard_bytes=1 << 30)
+        for number, text in enumerate(texts, 1):
+            writer.write(json.dumps(document(text, stars=number)).encode())
+            if number % 40 == 0:
+                writer.close()
+        files[split] = writer.files
+    (root / "manifest.json").write_text(json.dumps({"files": files}))
     return root
+
+
+# Folders and patterns
 
 
 def test_shards_of_the_split_come_in_order_of_their_names(root) -> None:
@@ -34,13 +85,14 @@ def test_shards_of_the_split_come_in_order_of_their_names(root) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path) -> None:
-    with pytest.raises(DataError, match=r"data\.path=.*nowhere: no such folder"):
+    with pytest.raises(DataError, match=r"data\.path=.*nowhere: no such folder.*clippy corpus"):
         opened(tmp_path / "nowhere", "train")
 
 
 def test_a_split_without_shards_is_an_error(root) -> None:
-    with pytest.raises(DataError, match=r"no shard with content in .*test"):
-        opened(root, "test")
+    shutil.rmtree(root / "validation")
+    with pytest.raises(DataError, match=r"no shard with content in .*validation"):
+        opened(root, "validation")
 
 
 def test_a_split_of_empty_files_is_an_error(root) -> None:
@@ -75,3 +127,367 @@ def test_the_fingerprint_changes_with_the_shards(root, change) -> None:
 
 def test_splits_have_different_fingerprints(root) -> None:
     assert opened(root, "train").fingerprint != opened(root, "validation").fingerprint
+
+
+def test_a_split_may_have_another_name(root) -> None:
+    (root / "validation").rename(root / "held out")
+    assert list(opened(root, "validation", validation_split="held out").texts()) == TEXTS[:40]
+
+
+@pytest.mark.parametrize("pattern", ["{split}", "{split}/*", "{split}/*.jsonl.zst", "*/{split}/*.zst", "{split}-*.zst"])
+def test_a_pattern_finds_what_the_folder_holds(root, pattern) -> None:
+    for path in list(root.glob("*/*.zst")) if pattern.startswith(("*/", "{split}-")) else []:
+        other = root / ("deep/" + path.parent.name if pattern.startswith("*/") else ".")
+        other.mkdir(parents=True, exist_ok=True)
+        path.rename(other / (path.name if pattern.startswith("*/") else f"{path.parent.name}-{path.name}"))
+    assert list(opened(root / pattern).texts()) == TEXTS
+    assert list(opened(root / pattern, "validation").texts()) == TEXTS[:40]
+
+
+def test_a_folder_may_have_any_name(root) -> None:
+    strange = root.rename(root.parent / "a[b]*? c::d")
+    assert list(opened(strange).texts()) == TEXTS
+
+
+def test_a_link_is_as_good_as_a_file(root, tmp_path) -> None:
+    for path in sorted((root / "train").iterdir()):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    assert list(opened(root).texts()) == TEXTS
+
+
+def test_the_formats_hold_the_same_documents(tmp_path) -> None:
+    documents = [document(text) for text in TEXTS]
+    for suffix in shards.SUFFIXES:
+        (tmp_path / suffix / "train").mkdir(parents=True)
+        (tmp_path / suffix / "train" / f"0{suffix}").write_bytes(encoded(suffix, documents))
+        corpus = opened(tmp_path / suffix)
+        for start, stride, residue in ((0, 1, 0), (25, 1, 0), (0, 7, 3), (33, 7, 2), (len(TEXTS), 1, 0)):
+            wanted = [(i, t, "") for i, t in enumerate(TEXTS) if i >= start and i % stride == residue]
+            assert list(corpus.documents(0, start, stride, residue)) == wanted, suffix
+
+
+def test_formats_may_be_mixed_in_a_split(tmp_path) -> None:
+    (tmp_path / "train").mkdir()
+    for number, suffix in enumerate(shards.SUFFIXES):
+        (tmp_path / "train" / f"{number}{suffix}").write_bytes(encoded(suffix, [document(TEXTS[number])]))
+    assert list(opened(tmp_path).texts()) == TEXTS[: len(shards.SUFFIXES)]
+
+
+def test_ten_thousand_shards_are_opened_in_two_seconds(tmp_path) -> None:
+    (tmp_path / "train").mkdir()
+    shard = encoded(".jsonl.zst", [document("x")])
+    for number in range(10_000):
+        (tmp_path / "train" / f"{number:05d}.jsonl.zst").write_bytes(shard)
+    started = time.process_time()
+    corpus = opened(tmp_path)
+    assert next(corpus.documents(9_999)) == (0, "x", "")
+    assert time.process_time() - started < 2
+    assert len(corpus.shards) == 10_000
+
+
+# Filters and bad lines
+
+
+@pytest.mark.parametrize("suffix", shards.SUFFIXES)
+def test_a_rule_leaves_out_documents_and_says_which_rule(tmp_path, suffix) -> None:
+    (tmp_path / "train").mkdir()
+    documents = [document("a", stars=1), document("b", stars=5), document("a longer text", stars=9)]
+    (tmp_path / "train" / f"0{suffix}").write_bytes(encoded(suffix, documents))
+    found = entries(opened(tmp_path, filter=FilterConfig(min_stars=5, max_bytes=5)))
+    assert found == [[(0, None, "filtered/few_stars"), (1, "b", ""), (2, None, "filtered/too_large")]]
+
+
+def test_the_identity_of_the_data_includes_the_rules(train_config) -> None:
+    identities = [data_identity(train_config(*rules), "fingerprint") for rules in ([], ["data.filter.min_stars=5"])]
+    assert identities[0] != identities[1]
+
+
+def test_rejects_are_logged_once_for_a_shard_and_without_content(root, caplog) -> None:
+    path = root / "train/00001.jsonl.zst"
+    lines = [b'{"text": 1, "secret": 2}', b"secret", b'{"text": "good", "meta": {"stars": 0}}', b"secret"]
+    path.write_bytes(zstandard.compress(b"\n".join(lines)))
+    caplog.set_level(logging.INFO, "clippy_train")
+    assert list(opened(root, filter=FilterConfig(min_stars=1)).texts()) == TEXTS[:40] + TEXTS[80:]
+    assert [record.message for record in caplog.records] == [f"{path}: lines skipped: not_json 2, no_text 1"]
+
+
+def test_a_damaged_shard_is_a_warning(root, caplog) -> None:
+    path = root / "train/00001.jsonl.zst"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(list(opened(root).texts())) >= 80
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", f"{path}: lines skipped: damaged_shard 1")
+    ]
+
+
+def test_a_corpus_without_a_usable_line_is_refused_and_one_with_is_not(root) -> None:
+    require_text(opened(root))
+    for settings, reason in (
+        ({"text_column": "code"}, r"no_text 120.*data\.text_column=code$"),
+        ({"filter": FilterConfig(min_stars=1000)}, r"filtered/few_stars 120.*data\.filter"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            require_text(opened(root, **settings))
+
+
+# Servers
+
+
+@dataclass
+class Server:
+    """An HTTP server of a folder. `answer(path, number)` says what becomes of the n-th GET: "" is well."""
+
+    folder: Path
+    ranges: bool = True
+    answer: Callable[[str, int], str] = lambda path, number: ""
+    gets: list[tuple[str, str | None]] = field(default_factory=list)
+    url: str = ""
+
+
+class Handler(SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, server: Server, *args) -> None:
+        self.settings = server
+        super().__init__(*args, directory=str(server.folder))
+
+    def do_GET(self) -> None:
+        settings, wanted = self.settings, self.headers.get("Range")
+        settings.gets.append((self.path, wanted))
+        fault = settings.answer(self.path, len(settings.gets))
+        path = Path(self.translate_path(self.path))
+        if fault == "error":
+            self.send_error(503)
+        elif fault == "reset":
+            self.close_connection = True
+        elif not path.is_file():
+            super().do_GET()
+        else:
+            self.send_file(path.read_bytes(), wanted, fault == "cut")
+
+    def send_file(self, content: bytes, wanted: str | None, cut: bool) -> None:
+        ranged = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted or "") if self.settings.ranges else None
+        begin, end = (int(ranged[1]), int(ranged[2]) + 1) if ranged else (0, len(content))
+        body = content[begin:end]
+        self.send_response(206 if ranged else 200)
+        if ranged:
+            self.send_header("Content-Range", f"bytes {begin}-{begin + len(body) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection = cut
+
+    def end_headers(self) -> None:
+        self.send_header("Accept-Ranges", "bytes" if self.settings.ranges else "none")
+        super().end_headers()
+
+    def log_message(self, *args) -> None: ...
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    running = []
+
+    def start(folder: Path, **settings) -> Server:
+        server = Server(folder, **settings)
+        listener = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, server))
+        server.url = f"http://127.0.0.1:{listener.server_port}"
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        running.append(listener)
+        return server
+
+    yield start
+    for listener in running:
+        listener.shutdown()
+        listener.server_close()
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Short pauses between attempts, and requests of 1000 bytes: several for each shard."""
+    monkeypatch.setattr(sources, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(shards, "READ_BYTES", 1000)
+
+
+def every(number: int, fault: str) -> Callable[[str, int], str]:
+    return lambda path, count: fault if count % number == 0 else ""
+
+
+def test_a_server_has_the_same_corpus_as_the_folder(root, serve, quick) -> None:
+    server = serve(root)
+    local, remote = opened(root), opened(server.url)
+    assert [name.removeprefix(server.url) for name in remote.shards] == [
+        name.removeprefix(str(root)) for name in local.shards
+    ]
+    assert remote.fingerprint == local.fingerprint
+    assert server.gets == [("/manifest.json", None)]
+    assert entries(remote) == entries(local)
+    assert sum(wanted is not None for _, wanted in server.gets) > len(remote.shards)
+
+
+@pytest.mark.parametrize("pattern", ["", "/{split}", "/{split}/*.jsonl.zst"])
+def test_without_a_manifest_the_listing_of_the_server_is_used(root, serve, pattern) -> None:
+    (root / "manifest.json").unlink()
+    server = serve(root)
+    remote = opened(server.url + pattern)
+    assert remote.fingerprint == opened(root).fingerprint
+    assert list(remote.texts()) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", shards.SUFFIXES)
+@pytest.mark.parametrize("fault", ["error", "reset", "cut"])
+def test_requests_that_fail_are_made_again(tmp_path, serve, quick, suffix, fault) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / f"0{suffix}").write_bytes(encoded(suffix, [document(text) for text in TEXTS]))
+    server = serve(tmp_path, answer=every(3, fault))
+    assert list(opened(server.url).texts()) == TEXTS
+    assert len(server.gets) > 6
+
+
+def test_a_slow_server_is_waited_for(root, serve, quick) -> None:
+    server = serve(root, answer=lambda path, number: time.sleep(0.02) or "")
+    assert list(opened(server.url).texts()) == TEXTS
+
+
+def test_a_server_that_never_answers_is_given_up(root, serve, quick, monkeypatch) -> None:
+    monkeypatch.setattr(sources, "REQUEST_SECONDS", 0.05)
+    server = serve(root, answer=lambda path, number: time.sleep(0.3) or "" if "0000" in path else "")
+    with pytest.raises(DataError, match=r"00000\.jsonl\.zst cannot be read: .*[Tt]imeout"):
+        list(opened(server.url).texts())
+
+
+def test_a_server_that_goes_on_failing_is_told_after_bounded_attempts(root, serve, quick, caplog) -> None:
+    server = serve(root, answer=lambda path, number: "error" if "00001" in path else "")
+    with pytest.raises(DataError, match=rf"data\.path={server.url}/train: .*/00001\.jsonl\.zst cannot be read: .*503"):
+        list(opened(server.url).texts())
+    assert sum("00001" in path for path, _ in server.gets) == ATTEMPTS
+    assert sum("next attempt in" in record.message for record in caplog.records) == ATTEMPTS - 1
+
+
+def test_the_pauses_are_bounded() -> None:
+    pauses = [sources.FIRST_PAUSE * 2**number + sources.FIRST_PAUSE for number in range(ATTEMPTS - 1)]
+    assert sum(pauses) < 30
+
+
+def test_a_shard_that_is_gone_is_told_at_once(root, serve) -> None:
+    server = serve(root)
+    remote = opened(server.url)
+    (root / "train" / "00001.jsonl.zst").unlink()
+    with pytest.raises(DataError, match=r"00001\.jsonl\.zst is not there any more"):
+        list(remote.texts())
+    with pytest.raises(DataError, match=r"no shard with content in .*/nowhere/train"):
+        opened(f"{server.url}/nowhere")
+
+
+def test_a_server_without_ranges_can_be_read_from_the_start(root, serve, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "READ_BYTES", 1000)
+    assert list(opened(serve(root, ranges=False).url).texts()) == TEXTS
+
+
+def test_a_server_without_ranges_that_fails_in_the_middle_is_an_error(tmp_path, serve, quick) -> None:
+    (tmp_path / "train").mkdir()
+    documents = [document(random.Random(number).randbytes(50_000).hex()) for number in range(100)]
+    (tmp_path / "train" / "0.jsonl").write_bytes(encoded(".jsonl", documents))
+    server = serve(tmp_path, ranges=False, answer=lambda path, number: "cut" if "jsonl" in path else "")
+    with pytest.raises(DataError, match=r"train/0\.jsonl cannot be read: "):
+        list(opened(server.url).texts())
+
+
+def test_a_host_that_does_not_exist_is_an_error(quick) -> None:
+    with pytest.raises(DataError, match=r"data\.path=http://127\.0\.0\.1:1: .*cannot be read: ClientConnector"):
+        opened("http://127.0.0.1:1")
+
+
+def test_other_file_systems_are_read_in_the_same_way(root) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(root), "/corpus", recursive=True)
+    assert opened("memory://corpus").fingerprint == opened(root).fingerprint
+    assert list(opened("memory://corpus/{split}/*.zst").texts()) == TEXTS
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_on_a_failing_server_sees_what_it_would_see_locally(
+    train_config, tiny_corpus, tiny_tokenizer, serve, quick, workers
+) -> None:
+    server = serve(tiny_corpus, answer=every(4, "reset"))
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    seen = []
+    for path in (tiny_corpus, server.url):
+        config = train_config(
+            "data.seq_len=32", "data.streams=4", "trainer.global_batch_size=8", "trainer.devices=1",
+            f"data.num_workers={workers}", f"data.path={path}",
+        )  # fmt: skip
+        cursors = np.zeros((4, len(Cursor._fields)), dtype=np.int64)
+        batches = itertools.islice(DataModule(config, tokenizer, 0, cursors).train_dataloader(), 8)
+        seen.append(torch.cat([batch["input_ids"] for batch in batches]))
+    assert torch.equal(*seen)
+    assert len(server.gets) > 8
+
+
+# Datasets
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """A dataset of 3 training and 1 test files, as `datasets` reads it from a folder."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for number in range(3):
+        documents = [document(text, stars) for stars, text in enumerate(TEXTS[40 * number :][:40])]
+        (folder / f"train-{number}.parquet").write_bytes(encoded(".parquet", documents))
+    (folder / "test-0.parquet").write_bytes(encoded(".parquet", [document(text) for text in TEXTS[:40]]))
+    return folder
+
+
+def hub(name: Path | str, split: str = "train", **settings) -> Corpus:
+    return open_corpus(DataConfig(hub=str(name), **settings), split)
+
+
+def test_a_dataset_is_read_shard_by_shard(dataset) -> None:
+    corpus = hub(dataset)
+    assert [Path(name).name for name in corpus.shards] == [f"train-{number}.parquet" for number in range(3)]
+    assert [[text for _, text, _ in shard] for shard in entries(corpus)] == [TEXTS[:40], TEXTS[40:80], TEXTS[80:]]
+    for start, stride, residue in ((0, 1, 0), (25, 1, 0), (0, 7, 3), (33, 7, 2), (40, 1, 0)):
+        wanted = [(i, t, "") for i, t in enumerate(TEXTS[40:80]) if i >= start and i % stride == residue]
+        assert list(corpus.documents(1, start, stride, residue)) == wanted
+
+
+def test_a_dataset_is_filtered(dataset) -> None:
+    assert list(hub(dataset, filter=FilterConfig(min_stars=39)).texts()) == [TEXTS[39], TEXTS[79], TEXTS[119]]
+
+
+def test_a_split_that_a_dataset_does_not_have_can_be_named(dataset) -> None:
+    with pytest.raises(DataError, match=r"no split validation \(it has train, test\).*data\.validation_split"):
+        hub(dataset, "validation")
+    assert list(hub(dataset, "validation", validation_split="test").texts()) == TEXTS[:40]
+
+
+def test_a_column_that_a_dataset_does_not_have_is_named(dataset) -> None:
+    with pytest.raises(DataError, match=r"no column data\.text_column=code; it has text, meta"):
+        hub(dataset, text_column="code")
+
+
+@pytest.mark.parametrize("name", ["nowhere/at-all", "./nowhere"])
+def test_a_dataset_that_cannot_be_found_is_named(name, monkeypatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=rf"data\.hub={name} cannot be opened"):
+        hub(name)
+
+
+def test_the_fingerprint_of_a_dataset_changes_with_its_files(dataset) -> None:
+    before = hub(dataset).fingerprint
+    assert hub(dataset).fingerprint == before
+    assert hub(dataset, "validation", validation_split="test").fingerprint != before
+    (dataset / "train-1.parquet").write_bytes(encoded(".parquet", [document("other")]))
+    assert hub(dataset).fingerprint != before
+
+
+def test_damage_in_a_dataset_ends_its_shard(tmp_path) -> None:
+    for number, end in enumerate(("", "broken")):
+        lines = b"".join(json.dumps(document(text)).encode() + b"\n" for text in TEXTS)
+        (tmp_path / f"train-{number}.jsonl").write_bytes(lines + end.encode())
+    whole, damaged = entries(hub(tmp_path))
+    assert [text for _, text, _ in whole] == TEXTS
+    assert damaged[-1] == (len(damaged) - 1, None, "damaged_shard")
+    assert [text for _, text, _ in damaged[:-1]] == TEXTS[: len(damaged) - 1]
