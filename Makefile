@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint clean
+.PHONY: help setup demo test chaos bench soak lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,12 @@ lint: $(READY) ## style, types, and which room may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(READY) ## the input pipeline's speed against its limit and its rivals, in minutes; on an idle machine
+	$(BIN)/python benchmarks/data.py speed
+
+soak: $(READY) ## whether the input pipeline's memory stays flat, in 25 minutes
+	$(BIN)/python benchmarks/soak.py
 
 clean: ## delete the virtual environment and what demo and tests leave; runs/ stays
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

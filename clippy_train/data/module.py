@@ -113,9 +113,7 @@ class TrainBatches:
         if not self.num_workers:
             yield from sources[0]
             return
-        loaders = [
-            iter(DataLoader(source, batch_size=None, num_workers=1, worker_init_fn=_init_worker)) for source in sources
-        ]
+        loaders = [iter(_loader(source)) for source in sources]
         while True:
             try:
                 shares_of_round = [next(loader) for loader in loaders]
@@ -125,6 +123,11 @@ class TrainBatches:
                 loaders.clear()  # waits 10 s for its process
                 raise DataError(message) from None
             yield sorted(chain.from_iterable(shares_of_round), key=lambda row: row[0])
+
+
+def _loader(source: "Rounds") -> DataLoader:
+    """A process that makes rounds. `collate_fn`: torch would give each array of each row its own shared memory."""
+    return DataLoader(source, batch_size=None, num_workers=1, collate_fn=list, worker_init_fn=_init_worker)
 
 
 Row = tuple[int, Block]  # stream, its block

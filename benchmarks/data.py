@@ -1,0 +1,405 @@
+"""The input pipeline in figures: speed against its limit and its rivals, time to the first batch, mixing.
+
+    python benchmarks/data.py speed     `make bench`: minutes. CLIPPY_GPT2_BPE=DIR takes GPT-2's own tokenizer
+    python benchmarks/data.py resume    time to the first batch at deep cursors
+    python benchmarks/data.py mixing    how far apart the documents of a repository are trained
+
+Each prints one JSON object a row and writes its table, with date and versions, to `benchmarks/data-NAME.md`; nothing
+else stays. Rounds are interleaved and figures are medians, so ratios hold on a machine that is not quite idle. Rows
+for one core count CPU seconds of the process with all its threads; rows with loader processes count wall seconds.
+"""
+
+import os
+
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+import hashlib
+import json
+import platform
+import re
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib import metadata
+from itertools import chain, count, cycle, takewhile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import zstandard
+from datasets import load_dataset
+from torch.utils.data import DataLoader
+from transformers import GPT2Tokenizer
+
+from clippy_train.compose import compose
+from clippy_train.config import CorpusConfig, DataConfig, TrainConfig
+from clippy_train.corpus.build import build_corpus
+from clippy_train.data.module import DataModule
+from clippy_train.data.stream import Cursor, Stream
+from clippy_train.shards import SUFFIX
+from clippy_train.sources import open_corpus
+from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, train_bpe
+from clippy_train.train.progress import fresh_cursors
+
+SEQ_LEN, MICRO_BATCH = 2048, 8  # the recipe's
+ROUNDS = 5
+WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]
+
+Row = dict[str, Any]
+Source = Iterator[int]  # tokens of each batch, without end
+
+
+def speed(work: Path) -> list[Row]:
+    """Documents and tokens per second, end to end from shards to batches and in parts."""
+    folder = standard_library(work, shard_bytes=500_000, shards=16)
+    name = tokenizer_folder(work, folder)
+    texts = read(folder)
+    core = load_tokenizer(name).backend_tokenizer
+    num_tokens = sum(len(each) + 1 for each in core.encode_batch_fast(texts))
+
+    alone = [alternative(core, texts, size) for size in (16, 64, 256)]
+    sources = {
+        "tokenizer alone, texts in memory, 16 at once": alone[0],
+        "tokenizer alone, texts in memory, 64 at once": alone[1],
+        "tokenizer alone, texts in memory, 256 at once": alone[2],
+        "end to end": ours(folder, name, 0),
+        "datasets: streaming, map(tokenize), group_texts": hugging_face(folder, name),
+        "the original's loader": original(folder, name),
+        "end to end, 1 loader process": ours(folder, name, 1),
+        "end to end, 2 loader processes": ours(folder, name, 2),
+    }
+    seconds = interleaved(sources, num_tokens)
+    rows = [
+        {
+            "what": what,
+            "clock": "wall" if "process" in what else "cpu",
+            "documents_per_s": round(len(texts) / median(taken)),
+            "tokens_per_s": round(num_tokens / median(taken)),
+        }
+        for what, taken in seconds.items()
+    ]
+    ratios = {
+        "end to end / tokenizer alone, its best": (ratio(seconds, "end to end", *list(sources)[:3]), 0.85),
+        "end to end / datasets": (ratio(seconds, "end to end", list(sources)[4]), 1.0),
+        "end to end / the original's loader": (ratio(seconds, "end to end", list(sources)[5]), None),
+        "2 loader processes / 1": (ratio(seconds, list(sources)[7], list(sources)[6]), 1.7),
+    }
+    rows.append(reading(folder))
+    rows += [{"what": what, "ratio": round(value, 3), "bar": bar} for what, (value, bar) in ratios.items()]
+    return [*rows, opening(work / "many", texts)]
+
+
+def interleaved(sources: dict[str, Source], num_tokens: int) -> dict[str, list[float]]:
+    """Seconds that each source takes for `num_tokens`, in each round after the first."""
+    taken: dict[str, list[float]] = {what: [] for what in sources}
+    for number in range(ROUNDS + 1):
+        for what, source in sources.items():
+            clock = time.perf_counter if "process" in what else time.process_time
+            started, done = clock(), 0
+            while done < num_tokens:
+                done += next(source)
+            if number:
+                taken[what].append((clock() - started) * num_tokens / done)
+    return taken
+
+
+def ratio(seconds: dict[str, list[float]], what: str, *others: str) -> float:
+    """How many times as fast `what` is as the fastest of `others`: median over the rounds."""
+    return median(min(times) / own for own, *times in zip(seconds[what], *(seconds[o] for o in others), strict=True))
+
+
+def alternative(core: Any, texts: list[str], size: int) -> Source:
+    while True:
+        for begin in range(0, len(texts), size):
+            encodings = core.encode_batch_fast(texts[begin : begin + size], add_special_tokens=False)
+            yield sum(len(each) + 1 for each in encodings)  # + 1: the end-of-text, so that all rows count the same
+
+
+def ours(folder: Path, tokenizer: str, num_workers: int) -> Source:
+    settings = config(folder, tokenizer, 16, f"data.num_workers={num_workers}")
+    for batch in DataModule(settings, load_tokenizer(tokenizer), 0, fresh_cursors(16)).train_dataloader():
+        yield batch["input_ids"].numel()
+
+
+def hugging_face(folder: Path, name: str) -> Source:
+    """As in transformers' run_clm.py."""
+    tokenizer = load_tokenizer(name)
+
+    def tokenize(examples: dict[str, list]) -> Any:
+        return tokenizer(examples["text"])
+
+    def group_texts(examples: dict[str, list]) -> dict[str, list]:
+        joined = {key: list(chain(*examples[key])) for key in examples}
+        total = len(joined["input_ids"]) // SEQ_LEN * SEQ_LEN
+        cut = {key: [ids[i : i + SEQ_LEN] for i in range(0, total, SEQ_LEN)] for key, ids in joined.items()}
+        return cut | {"labels": cut["input_ids"].copy()}
+
+    tokens = streamed(folder).map(tokenize, batched=True, remove_columns=["text", "meta"])
+    blocks = tokens.map(group_texts, batched=True).with_format("torch")
+    while True:
+        for batch in DataLoader(blocks, batch_size=MICRO_BATCH):
+            yield batch["input_ids"].numel()
+
+
+def original(folder: Path, name: str) -> Source:
+    """Tokenised one document at a time, through a buffer of 1000 documents, joined, cut, the rest carried on."""
+    tokenizer = load_tokenizer(name)
+    tokens = streamed(folder).map(lambda example: tokenizer(example["text"]), remove_columns=["text", "meta"])
+    pending: list[int] = []
+    size = MICRO_BATCH * SEQ_LEN
+    for epoch in count():
+        for example in tokens.shuffle(seed=epoch, buffer_size=1000):
+            pending += example["input_ids"]
+            while len(pending) >= size:
+                yield np.array(pending[:size]).reshape(MICRO_BATCH, SEQ_LEN).size
+                del pending[:size]
+
+
+def streamed(folder: Path) -> Any:
+    return load_dataset("json", data_files=str(folder / "train" / f"*{SUFFIX}"), split="train", streaming=True)
+
+
+def reading(folder: Path) -> Row:
+    started = time.process_time()
+    texts = read(folder)
+    seconds = time.process_time() - started
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    return {
+        "what": "reading alone",
+        "clock": "cpu",
+        "documents_per_s": round(len(texts) / seconds),
+        "megabytes_per_s": round(megabytes / seconds),
+    }
+
+
+def opening(folder: Path, texts: list[str]) -> Row:
+    write_shards(folder / "train", texts, 10_000, 20_000)
+    started = time.perf_counter()
+    open_corpus(DataConfig(path=str(folder)), "train")
+    return {
+        "what": "opening 10,000 shards",
+        "clock": "wall",
+        "seconds": round(time.perf_counter() - started, 2),
+        "bar": 2,
+    }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A corpus and the share of it that one of `ranks` reads."""
+
+    shards: int
+    shard_bytes: int  # of text
+    streams: int
+    ranks: int
+
+
+def resume(work: Path) -> list[Row]:
+    """Seconds from building the DataModule of one rank to its first batch, without loader processes."""
+    corpus = standard_library(work, shard_bytes=8_000_000, shards=4)
+    name, texts = tokenizer_folder(work, corpus), read(corpus)
+    rows = []
+    for layout in (
+        Layout(64, 16_000_000, streams=64, ranks=8),
+        Layout(10_000, 20_000, streams=64, ranks=8),
+        Layout(1, 1_000_000_000, streams=64, ranks=8),
+        Layout(1, 1_000_000_000, streams=1, ranks=1),
+    ):
+        folder = work / f"{layout.shards}-{layout.streams}"
+        lines = write_shards(folder / "train", texts, layout.shards, layout.shard_bytes)
+        settings = config(folder, name, layout.streams, f"trainer.devices={layout.ranks}", "data.num_workers=0")
+        parts_of_stream = max(1, layout.shards // layout.streams)
+        deep = Cursor(part=parts_of_stream * 9 // 10, line=lines * 9 // 10)
+        for place, cursor in (("start", Cursor()), ("at 90 %", deep)):
+            taken = [first_batch(settings, name, cursor) for _ in range(3)]
+            rows.append({**asdict(layout), "place": place, "seconds": round(median(taken), 2)})
+    return rows
+
+
+def first_batch(settings: TrainConfig, name: str, cursor: Cursor) -> float:
+    tokenizer = load_tokenizer(name)
+    cursors = np.tile(np.array(cursor), (settings.data.streams, 1))
+    started = time.perf_counter()
+    next(iter(DataModule(settings, tokenizer, 0, cursors).train_dataloader()))
+    return time.perf_counter() - started
+
+
+def mixing(work: Path) -> list[Row]:
+    """How often files of one repository meet in an epoch: as neighbours in a stream, and as pairs in a global batch.
+
+    5,000 repositories with 7 files in the median and 20 in the mean (log-normal), and steps of 1024 files: 16 from each
+    of 64 streams. A pair of a batch is any two of its files.
+    """
+    sizes = np.maximum(1, np.random.RandomState(0).lognormal(2, 1.4, 5000)).astype(int)
+    repository = np.repeat(np.arange(len(sizes)), sizes)
+    texts = [f"{number} = '{hashlib.sha512(b'%d' % number).hexdigest()}'\n" for number in range(len(repository))]
+    for number, text in enumerate(texts):
+        path = work / "tree" / f"r{repository[number]}" / f"f{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    build_corpus(CorpusConfig(src=[str(work / "tree")], out=str(work / "corpus"), shard_bytes=250_000))
+    for shards in (128, 8):
+        for index, numbers in enumerate(np.array_split(np.arange(len(texts)), shards)):
+            with shard(work / f"{shards}" / "train" / f"{index:05d}{SUFFIX}") as writer:
+                writer.write(b"".join(line(texts[number]) for number in numbers))
+
+    def row(what: str, order: np.ndarray) -> Row:
+        """`order` holds a file's number for each [stream, its turn]."""
+        return {"what": what, **met(repository[order])}
+
+    everything = np.random.RandomState(0).permutation(len(texts))
+    return [
+        row("uniform shuffle", everything[: len(texts) // 64 * 64].reshape(64, -1)),
+        row("`clippy corpus`, window 256", epoch_of_files(work / "corpus", 256)),
+        *(
+            row(f"{shards} shards as they lie, window {window}", epoch_of_files(work / f"{shards}", window))
+            for shards in (8, 128)
+            for window in (1, 256, 1024)
+        ),
+        row("128 shards as they lie, the original's buffer", original_order(len(texts), 128)),
+    ]
+
+
+def epoch_of_files(folder: Path, window: int) -> np.ndarray:
+    corpus = open_corpus(DataConfig(path=str(folder)), "train")
+    streams = [
+        Stream(corpus, lambda texts: [[int(text.split()[0])] for text in texts], 1, index, 64, window=window)
+        for index in range(64)
+    ]
+    epochs = [list(takewhile(lambda block: block.spans[0].epoch == 0, stream.blocks())) for stream in streams]
+    turns = min(map(len, epochs))
+    return np.array([[int(block.tokens[0]) for block in blocks[:turns]] for blocks in epochs])
+
+
+def original_order(num_files: int, shards: int) -> np.ndarray:
+    """Shards in random order through a buffer of 1000 files, cut into batches: [64, turns], 16 turns a batch."""
+    random = np.random.RandomState(0)
+    pieces = np.array_split(np.arange(num_files), shards)
+    files = np.concatenate([pieces[i] for i in random.permutation(shards)])
+    buffer, order = list(files[:1000]), []
+    for file in files[1000:]:
+        chosen = random.randint(1000)
+        order.append(buffer[chosen])
+        buffer[chosen] = file
+    batches = np.array(order[: len(order) // 1024 * 1024]).reshape(-1, 64, 16)
+    return batches.transpose(1, 0, 2).reshape(64, -1)
+
+
+def met(repositories: np.ndarray) -> Row:
+    """Shares for the repository of each [stream, turn]."""
+    batches = [repositories[:, turn : turn + 16].ravel() for turn in range(0, repositories.shape[1] - 15, 16)]
+    pairs = [(np.unique(batch, return_counts=True)[1], batch.size) for batch in batches]
+    return {
+        "neighbours": round(float(np.mean(repositories[:, 1:] == repositories[:, :-1])), 4),
+        "pairs_of_a_batch": round(float(np.mean([(c * (c - 1)).sum() / (n * (n - 1)) for c, n in pairs])), 5),
+    }
+
+
+def config(folder: Path, tokenizer: str, streams: int, *overrides: str) -> TrainConfig:
+    return compose(
+        TrainConfig,
+        [
+            "experiment=code_clippy_125m",
+            "trainer.accelerator=cpu",
+            "trainer.devices=1",
+            f"trainer.micro_batch_size={MICRO_BATCH}",
+            f"data.path={folder}",
+            f"tokenizer.base={tokenizer}",
+            f"data.seq_len={SEQ_LEN}",
+            f"data.streams={streams}",
+            *overrides,
+        ],
+    )
+
+
+def standard_library(work: Path, shard_bytes: int, shards: int) -> Path:
+    """A corpus of the first shards that `clippy corpus` makes of this Python's standard library."""
+    folder = work / "corpus"
+    build_corpus(CorpusConfig(src=[sysconfig.get_path("stdlib")], out=str(folder), shard_bytes=shard_bytes))
+    for path in sorted((folder / "train").iterdir())[shards:]:
+        path.unlink()
+    return folder
+
+
+def tokenizer_folder(work: Path, corpus: Path) -> str:
+    """GPT-2's tokenizer where its files are at hand, else the demo's; with the white-space tokens."""
+    source = os.environ.get("CLIPPY_GPT2_BPE")
+    if source:
+        merges = Path(source, "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+        vocabulary = json.loads(Path(source, "encoder.json").read_text(encoding="utf-8"))
+        tokenizer = GPT2Tokenizer(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges if merge])
+    else:
+        tokenizer = train_bpe(read(corpus), vocab_size=4096, model_max_length=SEQ_LEN)
+    tokenizer.model_max_length = 10**9  # no warning about long documents
+    add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")
+    tokenizer.save_pretrained(work / "tokenizer")
+    return str(work / "tokenizer")
+
+
+def read(folder: Path) -> list[str]:
+    return list(open_corpus(DataConfig(path=str(folder)), "train").texts())
+
+
+def write_shards(folder: Path, texts: list[str], shards: int, shard_bytes: int) -> int:
+    """Shards of about `shard_bytes` of text each, texts over and over; the lines in the last."""
+    source = cycle(texts)
+    for number in range(shards):
+        size = lines = 0
+        with shard(folder / f"{number:05d}{SUFFIX}") as writer:
+            while size < shard_bytes:
+                size += writer.write(line(next(source)))
+                lines += 1
+    return lines
+
+
+@contextmanager
+def shard(path: Path) -> Iterator[Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file, zstandard.ZstdCompressor(level=1, write_checksum=True).stream_writer(file) as writer:
+        yield writer
+
+
+def line(text: str) -> bytes:
+    return json.dumps({"text": text}).encode() + b"\n"
+
+
+def report(name: str, command: str, rows: list[Row]) -> None:
+    """Print the rows, and write them as a table with the circumstances."""
+    for row in rows:
+        print(json.dumps({"bench": f"data {name}", **row}))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = [columns, ["---"] * len(columns), *([_shown(row.get(key)) for key in columns] for row in rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    text = "\n".join([f"# Data: {name}", "", circumstances(command), "", *lines, ""])
+    (Path(__file__).parent / f"data-{name}.md").write_text(text)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def circumstances(command: str) -> str:
+    packages = ("tokenizers", "transformers", "datasets", "zstandard", "torch")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return (
+        f"`{command}`, {date.today()}; {os.cpu_count()} cores ({model[1] if model else platform.machine()}), no GPU; "
+        f"Python {platform.python_version()}, {versions}; tokenizer: "
+        f"{'GPT-2' if os.environ.get('CLIPPY_GPT2_BPE') else 'byte-level BPE of 4096'} with white-space tokens."
+    )
+
+
+def main(name: str) -> None:
+    with tempfile.TemporaryDirectory() as work:
+        rows = {"speed": speed, "resume": resume, "mixing": mixing}[name](Path(work))
+    report(name, f"python benchmarks/data.py {name}", rows)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
