@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos bench soak lint clean
+.PHONY: help setup demo test fuzz chaos bench soak lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: $(READY) ## the whole test suite
 chaos: $(READY) ## strike runs at random 200 times with kill -9, and 200 times with signals: an hour on two cores
 	$(BIN)/python tests/chaos.py kill
 	$(BIN)/python tests/chaos.py signal
+
+fuzz: $(READY) ## the long form of the fuzz tests: 6,000 shards, 180,000 lines
+	FUZZ_SHARDS=1500 $(BIN)/pytest -s --timeout=1800 tests/test_fuzz.py
 
 lint: $(READY) ## style, types, and which room may import which
 	$(BIN)/ruff check .
