@@ -218,16 +218,18 @@ def resume(work: Path) -> list[Row]:
         deep = Cursor(part=parts_of_stream * 9 // 10, line=lines * 9 // 10)
         for place, cursor in (("start", Cursor()), ("at 90 %", deep)):
             taken = [first_batch(settings, name, cursor) for _ in range(3)]
-            rows.append({**asdict(layout), "place": place, "seconds": round(median(taken), 2)})
+            seconds, cpu_seconds = (round(median(each), 2) for each in zip(*taken, strict=True))
+            rows.append({**asdict(layout), "place": place, "seconds": seconds, "cpu_seconds": cpu_seconds})
     return rows
 
 
-def first_batch(settings: TrainConfig, name: str, cursor: Cursor) -> float:
+def first_batch(settings: TrainConfig, name: str, cursor: Cursor) -> tuple[float, float]:
+    """Wall and CPU seconds; they differ where the machine is not idle, or its disk slow."""
     tokenizer = load_tokenizer(name)
     cursors = np.tile(np.array(cursor), (settings.data.streams, 1))
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     next(iter(DataModule(settings, tokenizer, 0, cursors).train_dataloader()))
-    return time.perf_counter() - started
+    return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
 def mixing(work: Path) -> list[Row]:

@@ -60,5 +60,5 @@ def test_after_kills_every_token_of_every_epoch_was_trained_once(
 def test_rows_that_are_repeated_or_cut_short_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    RowFile(path, lambda row: row["step"] <= 2).append({"step": 3, "again": True})
+    RowFile(path, resumed_step=2).append({"step": 3, "again": True})
     assert list(read_rows(path)) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
