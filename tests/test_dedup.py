@@ -58,8 +58,8 @@ def test_a_document_with_few_changes_is_a_near_duplicate_and_the_first_one_is_ke
 
 
 def test_what_is_similar_to_a_duplicate_only_is_kept() -> None:
-    chain = [" ".join(WORDS[start : start + 500]) for start in (0, 70, 140)]
-    config = DedupConfig(exact=False, near=True, permutations=1024)  # 0.75 is told from 0.56 almost surely
+    chain = [" ".join(WORDS[start : start + 500]) for start in (0, 50, 100)]  # 0.82 alike, the outer ones 0.66
+    config = DedupConfig(exact=False, near=True, permutations=1024)
     assert verdicts(config, *chain) == [None, "near_duplicate", None]
     assert verdicts(config, *chain[1:]) == [None, "near_duplicate"]
 
