@@ -1,5 +1,6 @@
 """Shards on disk: what is written is read back, and what cannot be read is told by its reason."""
 
+import gzip
 import hashlib
 import json
 import random
@@ -7,6 +8,8 @@ import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -379,3 +382,60 @@ def test_a_new_folder_is_as_readable_as_any_other(tmp_path) -> None:
     with new_folder(tmp_path / "out", "out"):
         pass
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def parquet(tmp_path: Path, **columns: list) -> tuple[Path, bytearray, pq.FileMetaData]:
+    """A parquet shard with two rows in a group and checksums, its bytes, and where they lie."""
+    path = tmp_path / "0.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=2, write_page_checksum=True)
+    return path, bytearray(path.read_bytes()), pq.read_metadata(path)
+
+
+def damage_column(path: Path, data: bytearray, where: pq.FileMetaData, group: int, column: int) -> None:
+    chunk = where.row_group(group).column(column)
+    data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_row_groups_and_columns_that_are_not_wanted_are_not_read(tmp_path) -> None:
+    path, data, where = parquet(tmp_path, text=["a", "b", "c", "d"], other=["x" * 99, "y" * 99, "z" * 99, "z"])
+    damage_column(path, data, where, group=0, column=0)
+    damage_column(path, data, where, group=1, column=1)
+    assert list(documents(path, "text", start=2)) == [(2, "c", ""), (3, "d", "")]
+    assert list(documents(path, "text")) == [(0, None, "damaged_shard")]
+
+
+def test_rows_before_a_damaged_row_group_are_good(tmp_path) -> None:
+    path, data, where = parquet(tmp_path, text=["a", "b", "c", "d"])
+    damage_column(path, data, where, group=1, column=0)
+    assert list(documents(path, "text")) == [(0, "a", ""), (1, "b", ""), (2, None, "damaged_shard")]
+
+
+def test_rows_that_cannot_be_used_are_told_by_their_reason(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "MAX_LINE_BYTES", 5)
+    invalid = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    column = pa.concat_arrays([pa.array(["a", None, "", "toolong"]), invalid])
+    path, _, _ = parquet(tmp_path, text=column)
+    reasons = ["", "no_text", "no_text", "too_long", "not_utf8"]
+    assert [(reason) for _, _, reason in documents(path, "text")] == reasons
+    assert [reason for _, _, reason in documents(path, "code")] == ["no_text"] * len(reasons)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 5, 100])
+def test_a_parquet_file_that_was_cut_is_damaged(tmp_path, cut) -> None:
+    path, data, _ = parquet(tmp_path, text=["a", "b", "c", "d"])
+    path.write_bytes(data[:-cut])
+    assert list(documents(path, "text")) == [(0, None, "damaged_shard")]
+
+
+def test_members_of_a_gzip_file_are_read_one_after_another(tmp_path) -> None:
+    path = tmp_path / "0.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl("a")) + gzip.compress(b"") + gzip.compress(jsonl("b")))
+    assert list(documents(path, "text")) == [(0, "a", ""), (1, "b", "")]
+
+
+def test_a_gzip_file_is_reported_wherever_it_is_cut(tmp_path) -> None:
+    path, data = tmp_path / "0.jsonl.gz", gzip.compress(jsonl("a", "b"))
+    for cut in range(1, len(data)):
+        path.write_bytes(data[:cut])
+        assert rejects(documents(path, "text"))[-1][1] == "damaged_shard", cut

@@ -25,7 +25,7 @@ import torch
 import zstandard
 
 from clippy_train import shards, sources
-from clippy_train.config import DataConfig, FilterConfig
+from clippy_train.config import DataConfig, FilterConfig, TrainConfig
 from clippy_train.data.identity import data_identity
 from clippy_train.data.module import DataModule
 from clippy_train.data.stream import Cursor
@@ -406,22 +406,24 @@ def test_other_file_systems_are_read_in_the_same_way(root) -> None:
     assert list(opened("memory://corpus/{split}/*.zst").texts()) == TEXTS
 
 
+def first_batches(config: TrainConfig, tokenizer: Path) -> torch.Tensor:
+    config.data.seq_len, config.data.streams = 32, 4
+    config.trainer.global_batch_size, config.trainer.devices = 8, 1
+    cursors = np.zeros((4, len(Cursor._fields)), dtype=np.int64)
+    batches = DataModule(config, load_tokenizer(tokenizer), 0, cursors).train_dataloader()
+    return torch.cat([batch["input_ids"] for batch in itertools.islice(batches, 8)])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_on_a_failing_server_sees_what_it_would_see_locally(
     train_config, tiny_corpus, tiny_tokenizer, serve, quick, workers
 ) -> None:
     server = serve(tiny_corpus, answer=every(4, "reset"))
-    tokenizer = load_tokenizer(tiny_tokenizer)
-    seen = []
-    for path in (tiny_corpus, server.url):
-        config = train_config(
-            "data.seq_len=32", "data.streams=4", "trainer.global_batch_size=8", "trainer.devices=1",
-            f"data.num_workers={workers}", f"data.path={path}",
-        )  # fmt: skip
-        cursors = np.zeros((4, len(Cursor._fields)), dtype=np.int64)
-        batches = itertools.islice(DataModule(config, tokenizer, 0, cursors).train_dataloader(), 8)
-        seen.append(torch.cat([batch["input_ids"] for batch in batches]))
-    assert torch.equal(*seen)
+    local, remote = (
+        first_batches(train_config(f"data.path={path}", f"data.num_workers={workers}"), tiny_tokenizer)
+        for path in (tiny_corpus, server.url)
+    )
+    assert torch.equal(local, remote)
     assert len(server.gets) > 8
 
 
@@ -481,6 +483,20 @@ def test_the_fingerprint_of_a_dataset_changes_with_its_files(dataset) -> None:
     assert hub(dataset, "validation", validation_split="test").fingerprint != before
     (dataset / "train-1.parquet").write_bytes(encoded(".parquet", [document("other")]))
     assert hub(dataset).fingerprint != before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_on_a_dataset_sees_what_it_would_see_in_files(
+    train_config, dataset, tiny_tokenizer, tmp_path, workers
+) -> None:
+    (tmp_path / "files" / "train").mkdir(parents=True)
+    for path in dataset.glob("train-*"):
+        shutil.copy(path, tmp_path / "files" / "train")
+    seen = [
+        first_batches(train_config(*source, f"data.num_workers={workers}"), tiny_tokenizer)
+        for source in ([f"data.path={tmp_path}/files"], ["data.path=null", f"data.hub={dataset}"])
+    ]
+    assert torch.equal(*seen)
 
 
 def test_damage_in_a_dataset_ends_its_shard(tmp_path) -> None:
