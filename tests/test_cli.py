@@ -184,6 +184,28 @@ def test_several_nodes_are_planned_but_not_started(capsys, tiny_corpus: Path, tm
     assert main(["train", *settings, "--dry-run"]) == 0
 
 
+def test_a_corpus_is_a_path_or_a_dataset_and_not_both(capsys) -> None:
+    both = fails(capsys, 2, *DEMO, "data.path=somewhere", "data.hub=org/name")
+    assert "data.path=somewhere and data.hub=org/name: set one of them, and the other to null" in both
+    assert "data.path=None and data.hub=None" in fails(capsys, 2, *DEMO, "data.path=null")
+
+
+def test_a_dataset_without_a_validation_split_is_told_at_the_start(capsys, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "dataset" / f"{split}-0.jsonl").write_text('{"text": "x"}\n')
+    settings = [*DEMO, "data.path=null", "data.hub=./dataset", "tokenizer.base=org/name"]
+    assert "data.validation_split" in fails(capsys, 3, *settings)
+    assert main([*settings, "data.validation_split=test", "--dry-run"]) == 0
+    assert "before it can run here" not in capsys.readouterr().out
+
+
+def test_a_pattern_is_taken_as_it_is_typed() -> None:
+    for path in ("/data/{split}/*.parquet", "https://host:80/{split}/a.jsonl.gz", "hf://datasets/o/n@main/{split}"):
+        assert compose(config.TrainConfig, ["experiment=demo", f"data.path={path}"]).data.path == path
+
+
 def test_a_tokenizer_folder_that_is_not_there_is_named(capsys, tiny_corpus: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     message = fails(capsys, 2, *DEMO, f"data.path={tiny_corpus}", "tokenizer.base=./none")
