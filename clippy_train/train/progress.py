@@ -62,8 +62,8 @@ class Progress(pl.Callback):
             worst = ", ".join(f"{shard} ({lines})" for shard, lines in rejected.most_common(MAX_SHARDS_NAMED))
             raise DataError(
                 f"{bad} of {lines} lines of the corpus cannot be used ({reasons}): more than "
-                f"data.max_bad_fraction={limit}. {len(rejected)} shards hold them, most of them {worst}. Mend the "
-                "corpus, or raise the limit"
+                f"data.max_bad_fraction={limit}. Most of them are in {worst}. Mend the corpus, or raise "
+                "the limit"
             )
         return counts
 
