@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import fsspec
 import tenacity
+from fsspec.implementations.local import LocalFileSystem
 
 from clippy_train.config import DataConfig, FilterConfig
 from clippy_train.errors import ClippyError, DataError
@@ -146,7 +147,11 @@ def _open_files(path: str, split: str, fields: Fields) -> FileCorpus:
     is_folder = PLACEHOLDER not in path
     root, _, rest = path.partition(PLACEHOLDER)
     root = root.rstrip("/") + "/" if is_folder else root
-    where, place, fs = f"{root}{split}{rest}", f"data.path={path}", _filesystem(path)
+    where, place = f"{root}{split}{rest}", f"data.path={path}"
+    try:
+        fs = _filesystem(path)
+    except (ImportError, ValueError, OSError) as error:  # no such protocol, its package is missing, or no such host
+        raise DataError(f"{place} cannot be opened: {_described(error)}") from error
 
     manifest = _manifest(fs, root, place) if is_folder else b""
     sizes = _listed_in(manifest, root, split) if path.startswith(HTTP) else None
@@ -204,7 +209,7 @@ def _absolute(fs: Any, name: str) -> str:
 
 
 def _is_local(fs: Any) -> bool:
-    return isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+    return isinstance(fs, LocalFileSystem)
 
 
 def _filesystem(name: str) -> Any:

@@ -399,6 +399,29 @@ def test_a_host_that_does_not_exist_is_an_error(quick) -> None:
         opened("http://127.0.0.1:1")
 
 
+@pytest.mark.parametrize(
+    ("path", "reason"), [("nosuch://corpus", "Protocol not known: nosuch"), ("smb://host/corpus", "smbprotocol")]
+)
+def test_a_protocol_that_cannot_be_used_is_an_error(path, reason) -> None:
+    with pytest.raises(DataError, match=rf"data\.path={path} cannot be opened: .*{reason}"):
+        opened(path)
+
+
+@pytest.mark.parametrize("url", ["hf://datasets/org/name/{split}/*.parquet", "https://host/{split}"])
+def test_a_url_names_its_files_by_urls(url) -> None:
+    assert sources._absolute(sources._filesystem(url), url).partition("://")[::2] == url.partition("://")[::2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_server_that_fails_while_training_is_told_in_one_line(
+    train_config, tiny_corpus, tiny_tokenizer, serve, quick, workers
+) -> None:
+    server = serve(tiny_corpus, answer=lambda path, number: "error" if "jsonl" in path else "")
+    with pytest.raises(DataError, match=r"^data\.path=.*jsonl\.zst cannot be read: .*503") as caught:
+        first_batches(train_config(f"data.path={server.url}", f"data.num_workers={workers}"), tiny_tokenizer)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_other_file_systems_are_read_in_the_same_way(root) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(root), "/corpus", recursive=True)
