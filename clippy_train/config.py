@@ -258,14 +258,16 @@ class CorpusConfig:
     """`clippy corpus`."""
 
     src: list[str] = key(
-        "folders of git repositories or of packages (SRC... on the command line); without any, and without a hub data "
-        "set, the source code of this Python",
+        "folders of git repositories or of packages (SRC... on the command line); without any, and without hub, "
+        "the source code of this Python",
         [],
     )
-    hub: str | None = key("data set to read: its name on the hub, or a folder of jsonl, parquet, ...", None, text=True)
-    hub_config: str | None = key("configuration of the data set, where it has several", None, text=True)
-    hub_split: str = key("split of the data set to read", "train", text=True)
-    text_column: str = key("column of the data set that holds the text", "text", text=True)
+    hub: str | None = key(
+        "dataset to read: NAME or NAME@REVISION on the hub, or a folder of jsonl, parquet, ...", None, text=True
+    )
+    hub_config: str | None = key("configuration of the hub dataset; null takes its default", None, text=True)
+    hub_split: str = key("split of the hub dataset to read", "train", text=True)
+    text_column: str = key("column of the hub dataset that holds the text", "text", text=True)
     out: str = key("new folder for the shards", text=True)
     filter: FilterConfig = field(default_factory=lambda: FilterConfig(min_bytes=64, max_bytes=1_000_000))
     dedup: DedupConfig = field(default_factory=DedupConfig)
