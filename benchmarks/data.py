@@ -48,7 +48,7 @@ from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, train_
 from clippy_train.train.progress import fresh_cursors
 
 SEQ_LEN, MICRO_BATCH = 2048, 8  # the recipe's
-ROUNDS = 5
+ROUNDS = 4
 WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]
 
 Row = dict[str, Any]
@@ -63,11 +63,9 @@ def speed(work: Path) -> list[Row]:
     core = load_tokenizer(name).backend_tokenizer
     num_tokens = sum(len(each) + 1 for each in core.encode_batch_fast(texts))
 
-    alone = [alternative(core, texts, size) for size in (16, 64, 256)]
     sources = {
-        "tokenizer alone, texts in memory, 16 at once": alone[0],
-        "tokenizer alone, texts in memory, 64 at once": alone[1],
-        "tokenizer alone, texts in memory, 256 at once": alone[2],
+        "tokenizer alone, texts in memory, 16 at once": tokenizer_alone(core, texts, 16),
+        "tokenizer alone, texts in memory, 256 at once": tokenizer_alone(core, texts, 256),
         "end to end": ours(folder, name, 0),
         "datasets: streaming, map(tokenize), group_texts": hugging_face(folder, name),
         "the original's loader": original(folder, name),
@@ -84,11 +82,12 @@ def speed(work: Path) -> list[Row]:
         }
         for what, taken in seconds.items()
     ]
+    alone_16, alone_256, whole, datasets, flax, one_loader, two_loaders = sources
     ratios = {
-        "end to end / tokenizer alone, its best": (ratio(seconds, "end to end", *list(sources)[:3]), 0.85),
-        "end to end / datasets": (ratio(seconds, "end to end", list(sources)[4]), 1.0),
-        "end to end / the original's loader": (ratio(seconds, "end to end", list(sources)[5]), None),
-        "2 loader processes / 1": (ratio(seconds, list(sources)[7], list(sources)[6]), 1.7),
+        "end to end / tokenizer alone, its best": (ratio(seconds, whole, alone_16, alone_256), 0.85),
+        "end to end / datasets": (ratio(seconds, whole, datasets), 1.0),
+        "end to end / the original's loader": (ratio(seconds, whole, flax), None),
+        "2 loader processes / 1": (ratio(seconds, two_loaders, one_loader), 1.7),
     }
     rows.append(reading(folder))
     rows += [{"what": what, "ratio": round(value, 3), "bar": bar} for what, (value, bar) in ratios.items()]
@@ -114,7 +113,7 @@ def ratio(seconds: dict[str, list[float]], what: str, *others: str) -> float:
     return median(min(times) / own for own, *times in zip(seconds[what], *(seconds[o] for o in others), strict=True))
 
 
-def alternative(core: Any, texts: list[str], size: int) -> Source:
+def tokenizer_alone(core: Any, texts: list[str], size: int) -> Source:
     while True:
         for begin in range(0, len(texts), size):
             encodings = core.encode_batch_fast(texts[begin : begin + size], add_special_tokens=False)
