@@ -264,6 +264,7 @@ class RetriedFile(io.RawIOBase):
             self._file = retried(self._opened, what=what)
         except FileNotFoundError as error:
             raise DataError(f"{what} is not there any more") from error
+        self._size: int | None = self._file.size  # of the file that was opened first: another may take its place
 
     def read(self, size: int = -1) -> bytes:
         data = retried(self._read, size, what=self._what)
@@ -271,7 +272,7 @@ class RetriedFile(io.RawIOBase):
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._file.size)[whence]
+        self._position = offset + (0, self._position, self._size or 0)[whence]
         return self._position
 
     def tell(self) -> int:
@@ -298,8 +299,8 @@ class RetriedFile(io.RawIOBase):
             if self._file.tell() != self._position:
                 self._file.seek(self._position)
             data = self._file.read(size)
-            if not data and size and self._position < (self._file.size or 0):
-                raise OSError(f"ended after {self._position} of {self._file.size} bytes")
+            if not data and size and self._position < (self._size or 0):
+                raise OSError(f"ended after {self._position} of {self._size} bytes")
             return data
         except Exception:
             self._file.close()  # whatever state it is in, the next attempt opens it anew

@@ -387,13 +387,15 @@ def test_a_new_folder_is_as_readable_as_any_other(tmp_path) -> None:
 def parquet(tmp_path: Path, **columns: list) -> tuple[Path, bytearray, pq.FileMetaData]:
     """A parquet shard with two rows in a group and checksums, its bytes, and where they lie."""
     path = tmp_path / "0.parquet"
-    pq.write_table(pa.table(columns), path, row_group_size=2, write_page_checksum=True)
+    pq.write_table(
+        pa.table(columns), path, row_group_size=2, write_page_checksum=True, use_dictionary=False, compression="none"
+    )
     return path, bytearray(path.read_bytes()), pq.read_metadata(path)
 
 
 def damage_column(path: Path, data: bytearray, where: pq.FileMetaData, group: int, column: int) -> None:
     chunk = where.row_group(group).column(column)
-    data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 0xFF
+    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 0x01
     path.write_bytes(data)
 
 

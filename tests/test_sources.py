@@ -380,6 +380,17 @@ def test_a_shard_that_is_gone_is_told_at_once(root, serve) -> None:
         opened(f"{server.url}/nowhere")
 
 
+def test_a_shard_that_became_shorter_is_an_error(tmp_path, serve, quick) -> None:
+    path = tmp_path / "train" / "0.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(encoded(".jsonl", [document(text) for text in TEXTS]))
+    reading = opened(serve(tmp_path).url).documents(0)
+    next(reading)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"train/0\.jsonl cannot be read: .*ended after 2000 of"):
+        list(reading)
+
+
 def test_a_server_without_ranges_can_be_read_from_the_start(root, serve, monkeypatch) -> None:
     monkeypatch.setattr(shards, "READ_BYTES", 1000)
     assert list(opened(serve(root, ranges=False).url).texts()) == TEXTS
