@@ -3,7 +3,10 @@ is lost or repeated by kills and resumes."""
 
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clippy_train.config import TrainConfig
+from clippy_train.config import TrainConfig, save
 from clippy_train.data.module import DataModule, encoder, first_blocks, val_batches
 from clippy_train.data.stream import COUNTS, Cursor, Stream
 from clippy_train.errors import DataError
@@ -302,6 +305,38 @@ def test_too_many_bad_lines_stop_the_run_and_name_their_shards(config, tokenizer
     assert str(good) not in str(caught.value)
     settings.data.max_bad_fraction = 1.0
     assert progress.all_counts()["rejected/no_text"] == sum(progress.rejected.values())
+
+
+RANK = """
+import multiprocessing, sys, time
+from pathlib import Path
+from clippy_train.config import load
+from clippy_train.data.module import DataModule
+from clippy_train.tokenizer import load_tokenizer
+from clippy_train.train.progress import fresh_cursors
+config = load(Path(sys.argv[1]))
+batches = iter(DataModule(config, load_tokenizer(config.tokenizer.base), 0, fresh_cursors(4)).train_dataloader())
+next(batches)
+time.sleep(2)  # until the loaders have read ahead
+print(*(each.pid for each in multiprocessing.active_children()), flush=True)
+time.sleep(100)
+"""
+
+
+def test_no_loader_process_outlives_a_rank_that_was_killed(config, tmp_path) -> None:
+    """More waits in the pipe than it holds: a process that looks for its rank only between blocks would hang."""
+    settings = config(1, 2, 2, "data.seq_len=16384", "model.max_position_embeddings=16384")
+    save(settings, tmp_path / "config.yaml")
+    command = [sys.executable, "-c", RANK, str(tmp_path / "config.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout
+        loaders = rank.stdout.readline().split()
+        rank.kill()
+    assert len(loaders) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in loaders):  # a zombie has none
+        assert time.monotonic() < deadline, "loader processes still run"
+        time.sleep(0.1)
 
 
 def test_waiting_for_data_is_measured(config, tokenizer) -> None:

@@ -7,6 +7,7 @@ is known from the batches that were trained, not from how far a loader has read 
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -199,3 +200,11 @@ def _init_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_die_with_rank, args=(os.getppid(),), daemon=True).start()
+
+
+def _die_with_rank(rank_pid: int) -> None:
+    """A loader process whose rank was killed may wait for ever for its blocks to be taken."""
+    while os.getppid() == rank_pid:
+        time.sleep(1)
+    os._exit(1)
