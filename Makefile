@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz chaos bench soak lint clean
+.PHONY: help setup demo test fuzz chaos bench soak elastic lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ chaos: $(READY) ## strike runs at random 200 times with kill -9, and 200 times w
 
 fuzz: $(READY) ## the long form of the fuzz tests: 6,000 shards, 180,000 lines
 	FUZZ_SHARDS=1500 $(BIN)/pytest -s --timeout=1800 tests/test_fuzz.py
+
+elastic: $(READY) ## move a run through eleven layouts of ranks and strategies, 50 steps in each
+	CLIPPY_ELASTIC_STEPS=50 $(BIN)/pytest --timeout 3600 tests/test_elastic.py
 
 lint: $(READY) ## style, types, and which room may import which
 	$(BIN)/ruff check .

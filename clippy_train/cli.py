@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from clippy_train import __version__, compose, config
-from clippy_train.errors import ClippyError, ConfigError
-from clippy_train.report import print_table, quiet_transformers
+from clippy_train.errors import CheckpointError, ClippyError, ConfigError
+from clippy_train.report import print_columns, print_table, quiet_transformers
 
 
 def run_corpus(settings: config.CorpusConfig) -> int:
@@ -57,6 +57,24 @@ def run_train(settings: config.TrainConfig) -> int:
     return train(settings)
 
 
+def run_checkpoint(settings: config.CheckpointsConfig) -> int:
+    from clippy_train.train.listing import listing
+
+    header, rows, intact = listing(Path(settings.run), content=settings.action == "verify")
+    print_columns(f"checkpoints of {settings.run}", header, rows)
+    return 0 if intact or settings.action == "ls" else CheckpointError.exit_code
+
+
+def run_plan(settings: config.TrainConfig) -> int:
+    from clippy_train.plan import plan
+    from clippy_train.train.launch import obstacles
+
+    print_table("plan", plan(settings))
+    for error in obstacles(settings):
+        print(f"before it can run here: {error}")
+    return 0
+
+
 def run_export(settings: config.ExportConfig) -> int:
     from clippy_train.export import export
 
@@ -87,13 +105,25 @@ class Verb:
     schema: type
     run: Callable[[Any], int]
     summary: str
+    bare: str = ""  # the override that arguments without a key stand for
 
 
 VERBS = {
-    "corpus": Verb(config.CorpusConfig, run_corpus, "SRC... out=DIR  folders of source code, or hub=NAME -> shards"),
+    "corpus": Verb(
+        config.CorpusConfig, run_corpus, "SRC... out=DIR  folders of source code, or hub=NAME -> shards", "src=[{}]"
+    ),
     "extend": Verb(config.ExtendConfig, run_extend, "base=NAME out=DIR  add white-space tokens to a model"),
     "import": Verb(config.ImportConfig, run_import, "flax=DIR out=DIR  original checkpoint -> Hugging Face folder"),
     "train": Verb(config.TrainConfig, run_train, "experiment=NAME data.path=DIR  train, or continue training"),
+    "plan": Verb(
+        config.TrainConfig, run_plan, "experiment=NAME  what a training will take; the same as train --dry-run"
+    ),
+    "checkpoint": Verb(
+        config.CheckpointsConfig,
+        run_checkpoint,
+        "ls|verify run=DIR  list a run's checkpoints, or read all of them",
+        "action={}",
+    ),
     "export": Verb(config.ExportConfig, run_export, "run=DIR out=DIR  checkpoint -> Hugging Face folder"),
     "generate": Verb(config.GenerateConfig, run_generate, "model=DIR prompt=TEXT  complete a prompt"),
     "demo": Verb(config.DemoConfig, run_demo, "the whole pipeline on the source code of this Python, in minutes"),
@@ -144,8 +174,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _call(verb: Verb, options: argparse.Namespace) -> int:
     overrides = options.overrides
-    if verb.schema is config.CorpusConfig:
-        overrides = _sources_as_key(overrides)
+    if verb.bare:
+        overrides = _keyed(verb, overrides)
     if options.help:
         return _explain(verb, overrides)
     if options.report:
@@ -155,27 +185,17 @@ def _call(verb: Verb, options: argparse.Namespace) -> int:
     if verb.schema is not config.TrainConfig:
         return verb.run(compose.compose(verb.schema, overrides))
     if options.multirun:
-        return compose.sweep(overrides, _dry_run if options.dry_run else verb.run)
+        return compose.sweep(overrides, run_plan if options.dry_run else verb.run)
     if options.dry_run:
-        return _dry_run(compose.compose(config.TrainConfig, overrides))
+        return run_plan(compose.compose(config.TrainConfig, overrides))
     return verb.run(compose.compose(config.TrainConfig, overrides))
 
 
-def _sources_as_key(arguments: list[str]) -> list[str]:
-    """SRC... of `clippy corpus` as its key `src`."""
-    sources = [argument for argument in arguments if "=" not in argument]
+def _keyed(verb: Verb, arguments: list[str]) -> list[str]:
+    """Arguments without a key (SRC... of `clippy corpus`) as the override that they stand for."""
+    bare = [compose.quoted(argument) for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
-    return [*overrides, f"src=[{','.join(map(compose.quoted, sources))}]"] if sources else overrides
-
-
-def _dry_run(settings: config.TrainConfig) -> int:
-    from clippy_train.plan import plan
-    from clippy_train.train.launch import obstacles
-
-    print_table("plan", plan(settings))
-    for error in obstacles(settings):
-        print(f"before it can run here: {error}")
-    return 0
+    return [*overrides, verb.bare.format(",".join(bare))] if bare else overrides
 
 
 def _explain(verb: Verb, overrides: list[str]) -> int:

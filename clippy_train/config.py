@@ -171,13 +171,26 @@ class TrainerConfig:
         "log every step, with a digest of its token ids (data/digest), and write to ledger.jsonl what it was cut from",
         False,
     )
+    watchdog_seconds: int = key(
+        "longest time without progress of a rank, six times that at the start, in validation and in a save; then the "
+        "run ends and the stacks of all ranks lie in its folder; 0 never ends it",
+        600,
+        minimum=0,
+    )
     deterministic: bool = key("refuse operations whose result varies from run to run", True)
 
 
 @dataclass
 class CheckpointConfig:
     every_steps: int = key("steps between two checkpoints", minimum=1)
-    keep_last: int = key("checkpoints kept; older ones are deleted after a newer one is complete", minimum=1)
+    every_minutes: float | None = key(
+        "minutes after which a checkpoint is due at the latest; null: steps decide", None, minimum=0
+    )
+    keep_last: int = key("newest checkpoints kept; older ones are deleted after a newer one is complete", minimum=1)
+    keep_every: int | None = key(
+        "checkpoints of every so many steps are never deleted; null: none is kept", None, minimum=1
+    )
+    max_failed_saves: int = key("failed saves in a row after which a run stops; until then it goes on", 3, minimum=1)
 
 
 @dataclass
@@ -297,6 +310,14 @@ class ImportConfig:
 
 
 @dataclass
+class CheckpointsConfig:
+    """`clippy checkpoint`."""
+
+    action: str = key("ls lists them by their sizes, verify reads every byte", choices=("ls", "verify"))
+    run: str = key("run folder", text=True)
+
+
+@dataclass
 class ExportConfig:
     """`clippy export`."""
 
@@ -379,7 +400,7 @@ def limits_broken(config: Any) -> list[str]:
 
 def problems(config: TrainConfig) -> list[str]:
     """What contradicts what in a training configuration: one line each, naming the keys and the fix."""
-    groups = (_model_checks, _data_checks, _batch_checks, _optimizer_checks, _strategy_checks)
+    groups = (_model_checks, _data_checks, _batch_checks, _optimizer_checks, _strategy_checks, _checkpoint_checks)
     checks = chain.from_iterable(group(config) for group in groups)
     return [message for holds, message in checks if not holds]
 
@@ -475,6 +496,14 @@ def _strategy_checks(config: TrainConfig) -> Iterator[Check]:
         strategy.name != "single" or config.world_size == 1,
         f"strategy=single runs one rank, but trainer.num_nodes x trainer.devices is {config.world_size}: "
         "choose strategy=ddp or a zero stage, or trainer.devices=1",
+    )
+
+
+def _checkpoint_checks(config: TrainConfig) -> Iterator[Check]:
+    every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every
+    yield (
+        kept is None or kept % max(1, every) == 0,
+        f"checkpoint.keep_every={kept} is not a multiple of checkpoint.every_steps={every}: some would not be saved",
     )
 
 

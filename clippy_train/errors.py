@@ -39,3 +39,9 @@ class NonFinite(ClippyError):
     """Loss or gradient norm is not a finite number; nothing of it is saved."""
 
     exit_code = 1
+
+
+class Diverged(ClippyError):
+    """Ranks that must hold the same weights do not; nothing of it is saved."""
+
+    exit_code = 1

@@ -5,15 +5,10 @@ the folder appears only after it was loaded back and gave the same logits.
 """
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from clippy_train.card import model_card
@@ -21,14 +16,10 @@ from clippy_train.config import ExportConfig, load
 from clippy_train.errors import CheckpointError, ConfigError
 from clippy_train.shards import new_folder
 from clippy_train.tokenizer import load_tokenizer
-from clippy_train.train.checkpoint import STATE, Checkpoint, find
+from clippy_train.train.checkpoint import Checkpoint, find
+from clippy_train.train.consolidate import WEIGHTS, set_weights, whole_tensors
 from clippy_train.train.launch import CONFIG, ENVIRONMENT, HF_FOLDER
 from clippy_train.train.monitor import METRICS, read_rows
-
-PREFIX = "model."  # the model's name inside `train.module.CodeLM`
-# Tied to the embedding. DeepSpeed's converter, which finds no optimizer state of its own for it, fills it from the
-# bf16 weights: loaded after the embedding, it would round every exported row.
-HEAD = "lm_head.weight"
 
 
 def export(config: ExportConfig) -> str:
@@ -69,51 +60,8 @@ def load_checkpoint_model(description: Path, checkpoint: Checkpoint) -> Any:
     """
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(description), dtype=torch.float32)
     model.generation_config = GenerationConfig.from_pretrained(description)
-    parameters = dict(model.named_parameters())  # the tied head is not among them
-    weights = consolidated(checkpoint)
-    if weights.keys() != parameters.keys():
-        raise CheckpointError(
-            f"{checkpoint.path} is not of this model: it differs in {sorted(weights.keys() ^ parameters.keys())}"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name].view_as(parameter))
+    set_weights(model, whole_tensors(checkpoint, description, (WEIGHTS,))[WEIGHTS])
     return model.eval()
-
-
-def consolidated(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The fp32 weights of a verified checkpoint by their Hugging Face names, without the tied head.
-
-    Those of a ZeRO-3 checkpoint are flat, as DeepSpeed's converter leaves them.
-    """
-    state = checkpoint.path / STATE
-    if not state.is_dir():
-        return _named(torch.load(state, weights_only=True)["state_dict"])
-    with tempfile.TemporaryDirectory() as aside:
-        universal = convert_to_universal(state, Path(aside) / "universal")
-        content = {file.parent.name: torch.load(file, weights_only=True) for file in universal.glob("zero/*/fp32.pt")}
-    return _named({name: each["param"] if isinstance(each, dict) else each for name, each in content.items()})
-
-
-def _named(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    named = {name.removeprefix(PREFIX): tensor.detach() for name, tensor in weights.items()}
-    return {name: tensor for name, tensor in named.items() if name != HEAD}
-
-
-def convert_to_universal(state: Path, out: Path) -> Path:
-    """Convert DeepSpeed's per-rank files to its universal format, one folder for each parameter; returns `out`.
-
-    Raises:
-        CheckpointError: DeepSpeed's converter failed.
-    """
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    command += ["--input_folder", str(state / "checkpoint"), "--output_folder", str(out)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise CheckpointError(f"{state} cannot be consolidated: {result.stderr.strip().splitlines()[-1:]}")
-    return out
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def plan(config: TrainConfig) -> list[tuple[str, str]]:
     vocab_size = model.vocab_size + len(config.tokenizer.whitespace_tokens)
     count = parameters(config, vocab_size)
     sizes = state_bytes(count, config)
-    kept = config.checkpoint.keep_last
+    kept, size = checkpoints_kept(config), f"{sizes['checkpoint'] / 1e9:,.3g} GB"
     return [
         ("run folder", str(config.run_dir)),
         ("start from", model.base or "random weights"),
@@ -65,10 +65,23 @@ def plan(config: TrainConfig) -> list[tuple[str, str]]:
         ("states on a device", f"{sizes['device'] / 1e9:,.3g} GB (activations come on top)"),
         (
             "checkpoints",
-            f"every {config.checkpoint.every_steps} steps, {sizes['checkpoint'] / 1e9:,.3g} GB each, {kept} kept and "
-            f"one being written: {sizes['checkpoint'] * (kept + 1) / 1e9:,.3g} GB",
+            f"{when_saved(config)}, {size} each; at most {kept} kept and one being written: "
+            f"{sizes['checkpoint'] * (kept + 1) / 1e9:,.3g} GB",
         ),
     ]
+
+
+def checkpoints_kept(config: TrainConfig) -> int:
+    """The most that a run keeps: the newest, those kept for good, and the best, which may be none of them."""
+    settings, steps = config.checkpoint, config.trainer.max_steps
+    for_good = steps // settings.keep_every if settings.keep_every else 0
+    written = steps if settings.every_minutes is not None else -(-steps // settings.every_steps)
+    return min(settings.keep_last + for_good + 1, written)
+
+
+def when_saved(config: TrainConfig) -> str:
+    minutes = config.checkpoint.every_minutes
+    return f"every {config.checkpoint.every_steps} steps" + (f" or {minutes:g} minutes" if minutes else "")
 
 
 def rules(config: TrainConfig) -> str:

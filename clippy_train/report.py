@@ -14,6 +14,14 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     Console(markup=False, highlight=False).print(table)
 
 
+def print_columns(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A table with a row of headings on standard output; numbers are the caller's to format."""
+    table = Table(*header, title=title, title_justify="left", pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
+
+
 def quiet_transformers() -> None:
     """Turn off transformers' progress bars and advice."""
     from transformers.utils import logging

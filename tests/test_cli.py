@@ -55,13 +55,14 @@ def test_every_strategy_composes(strategy: str) -> None:
 
 def test_the_recipe_is_planned_without_a_gpu_or_a_network(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["train", "experiment=code_clippy_125m", "--dry-run"]) == 0
+    assert main(["plan", "experiment=code_clippy_125m"]) == 0
     plan = capsys.readouterr().out
     for expected in (
         "EleutherAI/gpt-neo-125m",
         "125.2 M parameters",
         "1024 sequences of 2048 = 2,097,152 tokens: 8 ranks x 8 x 16 accumulated",
         "100,000 steps = 209.7 B tokens",
+        "1.75 GB each; at most 11 kept and one being written: 21 GB",
     ):
         assert expected in plan
 
@@ -279,9 +280,9 @@ def test_code_in_a_prompt_needs_no_quoting(prompt: str) -> None:
 
 
 def test_sources_of_a_corpus_are_positional(tmp_path: Path) -> None:
-    from clippy_train.cli import _sources_as_key
+    from clippy_train.cli import VERBS, _keyed
 
-    overrides = _sources_as_key(["a b", "out=x", "c,d"])
+    overrides = _keyed(VERBS["corpus"], ["a b", "out=x", "c,d"])
     assert compose(config.CorpusConfig, overrides).src == ["a b", "c,d"]
 
 

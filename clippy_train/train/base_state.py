@@ -43,7 +43,7 @@ class BaseState:
         if wrong:
             first = wrong[0]
             raise ConfigError(
-                f"model.base_optimizer=continue: {self.path} is not of the model in training, {len(wrong)} tensors "
+                f"{self.path} is not of the model in training, {len(wrong)} tensors "
                 f"differ: {first} is {found.get(first, 'missing')} there, {expected.get(first, 'missing')} here. "
                 "A tokenizer that adds tokens to the base makes its embedding grow; use the base's own"
             )

@@ -1,4 +1,5 @@
-"""How a new run starts: from exact fp32 weights, and where asked at its base's step with its base's Adam moments.
+"""How a run starts that its strategy does not restore: from exact fp32 weights and, where there are any, at the step
+and with the Adam moments of its base model, or of a checkpoint that was written in another layout.
 
 Both are set after the strategy has laid out its own state, whatever that is: parameter by parameter, or slice by slice
 of DeepSpeed's flat partitions. Leans on private parts of DeepSpeed 0.19 and Lightning 2.6.

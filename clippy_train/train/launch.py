@@ -26,8 +26,9 @@ from clippy_train.config import TrainConfig, save
 from clippy_train.data.identity import data_identity
 from clippy_train.errors import CheckpointError, ConfigError, DataError, Interrupted
 from clippy_train.sources import open_corpus, require_text
+from clippy_train.train import watchdog
 from clippy_train.train.base_state import BaseState, open_base_state
-from clippy_train.train.checkpoint import Checkpoint, checkpoints, find, open_checkpoint
+from clippy_train.train.checkpoint import Checkpoint, checkpoints, find, layout, open_checkpoint
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -58,9 +59,15 @@ def _train(config: TrainConfig) -> int:
         print(f"{config.run_dir}: finished, step {checkpoint.manifest.step} of {config.trainer.max_steps}")
         return 0
     prepare_run_folder(config)
-    base = None if checkpoint else base_state(config)
+    base, whole = None if checkpoint else base_state(config), None
     if checkpoint:
         print(f"resuming {config.run_dir} from step {checkpoint.manifest.step} ({checkpoint.path})", flush=True)
+        changed = relaid(checkpoint, config)
+        if changed:
+            from clippy_train.train.consolidate import consolidate
+
+            print(f"laying its state out anew: {'; '.join(changed)}", flush=True)
+            whole = consolidate(checkpoint, checkpoint.path.parents[1] / HF_FOLDER, config.run_dir)
     elif base:
         print(
             f"starting {config.run_dir} at step {base.step} with the moments in {base.path}; "
@@ -69,7 +76,7 @@ def _train(config: TrainConfig) -> int:
         )
     else:
         print(f"starting {config.run_dir}", flush=True)
-    return run_ranks(config, checkpoint)
+    return run_ranks(config, checkpoint, whole)
 
 
 def obstacles(config: TrainConfig) -> list[ConfigError | DataError]:
@@ -137,7 +144,8 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
     """The checkpoint that `resume` asks for, verified.
 
     Raises:
-        CheckpointError: there is none where one must be (or the reverse), none is intact, or it belongs to other data.
+        CheckpointError: there is none where one must be (or the reverse), none is intact, or it belongs to other data
+            or to another optimizer.
     """
     found = None if config.resume == "never" else find(config.run_dir)
     if config.resume == "never" and checkpoints(config.run_dir):
@@ -148,7 +156,7 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
         found = open_checkpoint(Path(config.resume))
     if found:
         require_same_data(found, config)
-        require_same_layout(found, config)
+        relaid(found, config)
     return found
 
 
@@ -164,23 +172,29 @@ def require_same_data(checkpoint: Checkpoint, config: TrainConfig) -> None:
         )
 
 
-def require_same_layout(checkpoint: Checkpoint, config: TrainConfig) -> None:
-    """Raises CheckpointError if the state is another optimizer's, or laid out for other ranks or another strategy."""
-    then = checkpoint.manifest
-    was = (then.world_size, then.strategy["name"], then.strategy["stage"], then.optimizer)
-    now = (config.world_size, config.strategy.name, config.strategy.stage, config.optim.name)
-    if was != now:
+def relaid(checkpoint: Checkpoint, config: TrainConfig) -> list[str]:
+    """What changed since the checkpoint was written that its own files depend on.
+
+    Raises:
+        CheckpointError: and the optimizer's state cannot be carried over.
+    """
+    then, now = checkpoint.manifest.layout, layout(config)
+    changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+    if changed and {then.get("optim.name"), config.optim.name} != {"adamw"}:
         raise CheckpointError(
-            f"{checkpoint.path} was written by {was[0]} ranks with strategy {was[1]}{was[2] or ''} and {was[3]}; this "
-            f"run has {now[0]} with {now[1]}{now[2] or ''} and {now[3]}. Use the same trainer.devices, "
-            "trainer.num_nodes, strategy and optim"
+            f"{checkpoint.path} was written in another layout: {'; '.join(changed)}. Only AdamW's state can be laid "
+            "out anew; restore these settings"
         )
+    return changed
 
 
 def prepare_run_folder(config: TrainConfig) -> None:
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    save(config, config.run_dir / CONFIG)
-    (config.run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1) + "\n")
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        save(config, config.run_dir / CONFIG)
+        (config.run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"run.root={config.run.root}: the run's folder cannot be written: {error}") from error
 
 
 def environment() -> dict[str, Any]:
@@ -197,13 +211,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_ranks(config: TrainConfig, checkpoint: Checkpoint | None) -> int:
+def run_ranks(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path | None) -> int:
     """Start one process per device of this node, pass signals on to them, and return the run's exit code.
 
     Children die with this process, however it ends: each holds the read end of a pipe to it.
     """
     command = [sys.executable, "-m", "clippy_train.train.run", str(config.run_dir)]
-    command += [str(checkpoint.path)] if checkpoint else []
+    command += [str(path) for path in (checkpoint and checkpoint.path, whole) if path]
     port = _free_port()
     ranks: list[subprocess.Popen] = []
 
@@ -225,10 +239,11 @@ def run_ranks(config: TrainConfig, checkpoint: Checkpoint | None) -> int:
                 )
                 ranks.append(process)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            return _wait(ranks)
+            return _wait(ranks, config.run_dir)
     finally:
         for process in ranks:
             _kill_group(process)
+        watchdog.tidy(config.run_dir)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
@@ -267,8 +282,8 @@ def rank_environment(config: TrainConfig, rank: int, port: int) -> dict[str, str
     return variables
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
-    """Wait for all ranks; the first that fails decides, and ends the others."""
+def _wait(ranks: list[subprocess.Popen], run_dir: Path) -> int:
+    """Wait for all ranks; the first that fails or stands still decides, and ends the others."""
     deadline = float("inf")
     while True:
         codes = [code for code in (process.poll() for process in ranks) if code is not None]
@@ -279,6 +294,9 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
             return max(codes)
         if codes and deadline == float("inf"):
             deadline = time.monotonic() + STRAGGLER_SECONDS
+        if watchdog.expired(run_dir, len(ranks)):
+            log.error("%s", watchdog.report(run_dir, ranks))
+            return 1
         if time.monotonic() > deadline:
             log.error("ranks did not end together (exit codes so far: %s)", codes)
             return 1

@@ -21,7 +21,7 @@ class CodeLM(pl.LightningModule):
     Attributes:
         micro_losses: mean loss of each micro-batch since the last optimizer step, on the device.
         lr: learning rate of the last update.
-        grad_norm: global gradient norm of the last update, before clipping.
+        grad_norm: global gradient norm of the last update, before clipping; on the device where it was computed there.
         val_sums: over the validation so far: loss in nats, targets, bytes of the targets; float64.
     """
 
@@ -67,8 +67,8 @@ class CodeLM(pl.LightningModule):
             self._grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.grad_clip)
 
     @property
-    def grad_norm(self) -> float:
+    def grad_norm(self) -> Tensor | float:
         strategy = self.trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy):
-            return float(strategy.deepspeed_engine.get_global_grad_norm())
-        return float(self._grad_norm)
+            return strategy.deepspeed_engine.get_global_grad_norm()
+        return self._grad_norm

@@ -9,7 +9,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.module import Batch
-from clippy_train.errors import NonFinite
 from clippy_train.train import collective
 from clippy_train.train.module import CodeLM
 from clippy_train.train.progress import Progress, step_ended
+from clippy_train.train.sanity import Finite
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 class Monitor(pl.Callback):
     """Logs every `trainer.log_every_steps` steps (each step with `trainer.audit`) and after every validation."""
 
-    def __init__(self, config: TrainConfig, progress: Progress) -> None:
-        self.config, self.progress = config, progress
+    def __init__(self, config: TrainConfig, progress: Progress, finite: Finite) -> None:
+        self.config, self.progress, self.finite = config, progress, finite
+        self.validated: dict[int, float] = {}  # bits per byte by step, of the last validation only
         self.digest = 0
         self._clock = Clock()
         self._steps_timed = 0
@@ -76,7 +77,8 @@ class Monitor(pl.Callback):
             "val/perplexity": math.exp(min(loss, 700.0)),
             "val/bits_per_byte": nats / math.log(2) / num_bytes,
         }
-        self._write(trainer, row)
+        self.validated = {trainer.global_step: row["val/bits_per_byte"]}
+        self.write(trainer, row)
         _say(
             trainer,
             "step %d: validation loss %.4f, %.4f bits per byte",
@@ -86,12 +88,11 @@ class Monitor(pl.Callback):
         )
 
     def _report(self, trainer: pl.Trainer, module: CodeLM, losses: list[torch.Tensor]) -> None:
+        self.finite.check(trainer)
         step = trainer.global_step
         mean = torch.stack(losses).double().mean().item()
         loss = float(collective.total(np.array([mean]))[0]) / self.config.world_size
-        grad_norm = module.grad_norm
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFinite(f"step {step}: loss {loss}, gradient norm {grad_norm}; nothing of this step is saved")
+        grad_norm = float(module.grad_norm)
         counts = self.progress.all_counts()
         row: dict[str, Any] = {
             "tokens": step * self.config.tokens_per_step,
@@ -107,7 +108,7 @@ class Monitor(pl.Callback):
             row["system/gpu_memory"] = torch.cuda.max_memory_allocated()
         if self.config.trainer.audit:
             row["data/digest"] = f"{sum(collective.gather(self.digest)) % 2**64:016x}"
-        self._write(trainer, row)
+        self.write(trainer, row)
         _say(
             trainer,
             "step %d/%d: loss %.4f, lr %.2e, grad norm %.2f, %.0f tokens/s, data wait %.0f %%",
@@ -134,7 +135,8 @@ class Monitor(pl.Callback):
             "throughput/data_wait": min(1.0, waited / seconds),
         }
 
-    def _write(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
+    def write(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
+        """Log a row at the current step."""
         for logger in trainer.loggers:
             logger.log_metrics(row, trainer.global_step)
 
@@ -186,7 +188,10 @@ class Ledger(pl.Callback):
 
 
 class RowFile:
-    """One JSON object a line. Rows behind `resumed_step`, of another life of the run, go first: they come again."""
+    """One JSON object a line. Rows behind `resumed_step`, of another life of the run, go first: they come again.
+
+    Rows that a full disk refuses wait for the next one that it takes.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
@@ -194,10 +199,21 @@ class RowFile:
         with aside.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= resumed_step)
         aside.replace(path)
+        self._size = path.stat().st_size
+        self._unwritten = b""
 
     def append(self, row: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._unwritten += json.dumps(row).encode() + b"\n"
+        try:
+            with self.path.open("r+b") as file:
+                file.truncate(self._size)  # what is left of a write that failed
+                file.seek(self._size)
+                file.write(self._unwritten)
+        except OSError as error:
+            log.error("%s: step %s is not written yet: %s", self.path, row["step"], error)
+            return
+        self._size += len(self._unwritten)
+        self._unwritten = b""
 
 
 class JsonlLogger(Logger):
@@ -223,13 +239,29 @@ class JsonlLogger(Logger):
 
 
 class EventLogger(TensorBoardLogger):
-    """TensorBoard, numbers only."""
+    """TensorBoard, numbers only. Its writer does not survive a disk error: nothing more is written after one."""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         super().__init__(run_dir, name="", version=TENSORBOARD, purge_step=resumed_step + 1)
+        self._broken = False
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        super().log_metrics({name: value for name, value in metrics.items() if not isinstance(value, str)}, step)
+        numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
+        self._unless_broken(lambda: super(EventLogger, self).log_metrics(numbers, step))
+
+    def save(self) -> None:
+        self._unless_broken(super().save)
+
+    def finalize(self, status: str) -> None:
+        self._unless_broken(lambda: super(EventLogger, self).finalize(status))
+
+    def _unless_broken(self, write: Callable[[], None]) -> None:
+        try:
+            if not self._broken:
+                write()
+        except OSError as error:
+            self._broken = True
+            log.error("TensorBoard stops here, %s goes on: %s", METRICS, error)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -70,7 +70,7 @@ class Preemption(pl.Callback):
 
     def _leave_if_asked(self, trainer: pl.Trainer) -> None:
         if collective.anyone(self.flag.signal is not None):
-            self.checkpointer.save(trainer)
+            self.checkpointer.save(trainer, last=True)
             raise Interrupted(
                 f"interrupted after step {trainer.global_step}: saved; the same command continues from there"
             )

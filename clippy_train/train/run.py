@@ -1,8 +1,9 @@
 """One rank of a run, from its frozen configuration to the end of training. Started by `train.launch`, torchrun or srun:
 
-    python -m clippy_train.train.run RUN_DIR [CHECKPOINT]
+    python -m clippy_train.train.run RUN_DIR [CHECKPOINT [WHOLE]]
 
-with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment.
+with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. WHOLE is the folder of the
+checkpoint's consolidated state, for a run that is laid out otherwise.
 """
 
 import logging
@@ -18,6 +19,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
+from safetensors.torch import load_file
 
 from clippy_train.config import TrainConfig, load
 from clippy_train.data.identity import data_identity
@@ -28,62 +30,74 @@ from clippy_train.model.build import build
 from clippy_train.report import quiet_transformers
 from clippy_train.sources import open_corpus
 from clippy_train.tokenizer import token_bytes
-from clippy_train.train.base_state import BaseState
-from clippy_train.train.checkpoint import STATE, Checkpoint, open_checkpoint
+from clippy_train.train.base_state import BaseState, open_base_state
+from clippy_train.train.checkpoint import STATE, Checkpoint, read_checkpoint
+from clippy_train.train.consolidate import WEIGHTS_FILE, set_weights
 from clippy_train.train.continuation import Continuation, ExactWeights
 from clippy_train.train.launch import CONFIG, HF_FOLDER, base_state
 from clippy_train.train.module import CodeLM
 from clippy_train.train.monitor import LEDGER, METRICS, EventLogger, JsonlLogger, Ledger, Monitor
 from clippy_train.train.preempt import Flag, Preemption
 from clippy_train.train.progress import Progress, fresh_cursors
+from clippy_train.train.sanity import Finite
 from clippy_train.train.saving import Checkpointer
 from clippy_train.train.strategy import build_trainer
+from clippy_train.train.watchdog import Watchdog
 
 
-def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, flag: Flag) -> None:
+def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path | None, flag: Flag) -> None:
     """Train from `checkpoint` (or from the start) to `trainer.max_steps`.
+
+    Its own files give the state, bit for bit; or its consolidated state in `whole` does, if there is one.
 
     Raises:
         Interrupted: a signal came; a checkpoint of the last step is complete.
     """
     rank = int(os.environ["RANK"])
+    watchdog = Watchdog(config.run_dir, rank, config.trainer.watchdog_seconds)
     pl.seed_everything(config.seed + rank, verbose=False)
     model, tokenizer = build(config)
     if rank == 0:
         save_description(config.run_dir / HF_FOLDER, model, tokenizer)
 
     manifest = checkpoint.manifest if checkpoint else None
-    base = None if manifest else base_state(config)
+    base = open_base_state(whole) if whole else None if manifest else base_state(config)
+    if whole:
+        set_weights(model, load_file(whole / WEIGHTS_FILE))
+    native = checkpoint.path / STATE if checkpoint and not whole else None
     step = manifest.step if manifest else base.step if base else 0
     cursors = np.array(manifest.cursors) if manifest else fresh_cursors(config.data.streams)
     counts = np.array([manifest.counts[name] if manifest else 0 for name in COUNTS])
     corpus = open_corpus(config.data, "train")
-    identity = data_identity(config, corpus.fingerprint)
 
-    progress = Progress(config, cursors, counts, corpus.shards)
-    checkpointer = Checkpointer(config, progress, identity, resumed=checkpoint)
+    progress, finite = Progress(config, cursors, counts, corpus.shards), Finite(config.micro_steps, corpus.shards)
+    monitor = Monitor(config, progress, finite)
+    identity = data_identity(config, corpus.fingerprint)
+    checkpointer = Checkpointer(config, progress, finite, monitor, identity, resumed=checkpoint)
     trainer = build_trainer(
         config,
         callbacks=[
             progress,
-            Monitor(config, progress),
+            watchdog,
+            finite,
+            monitor,
             *([Ledger(config.run_dir / LEDGER, step, rank)] if config.trainer.audit else []),
             checkpointer,
             Preemption(config, flag, checkpointer),
-            *starting(config, checkpoint, base),
+            *starting(config, native, base),
         ],
         logger=build_loggers(config, step) if rank == 0 else False,
         num_sanity_val_steps=0 if manifest else -1,
     )
     module = CodeLM(config, model, token_bytes(tokenizer, model.config.vocab_size))
     data = DataModule(config, tokenizer, rank, cursors)
-    trainer.fit(module, data, ckpt_path=checkpoint.path / STATE if checkpoint else None)
+    trainer.fit(module, data, ckpt_path=native)
 
 
-def starting(config: TrainConfig, checkpoint: Checkpoint | None, base: BaseState | None) -> list[pl.Callback]:
-    """What sets the state of a run that no checkpoint restores."""
+def starting(config: TrainConfig, native: Path | None, base: BaseState | None) -> list[pl.Callback]:
+    """What sets the state of a run that the strategy does not restore from its own files."""
     callbacks: list[pl.Callback] = []
-    if config.deepspeed and config.trainer.precision == "bf16" and checkpoint is None:
+    if config.deepspeed and config.trainer.precision == "bf16" and native is None:
         callbacks.append(ExactWeights())
     if base:
         callbacks.append(Continuation(config, base))
@@ -104,7 +118,7 @@ def save_description(folder: Path, model: Any, tokenizer: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def main(run_dir: str, checkpoint: str | None = None) -> int:
+def main(run_dir: str, checkpoint: str | None = None, whole: str | None = None) -> int:
     """Run this rank and return its exit code."""
     flag = Flag()
     flag.install()
@@ -113,7 +127,8 @@ def main(run_dir: str, checkpoint: str | None = None) -> int:
     rank = os.environ["RANK"]
     try:
         config = load(Path(run_dir) / CONFIG)
-        train_rank(config, open_checkpoint(Path(checkpoint)) if checkpoint else None, flag)
+        opened = read_checkpoint(Path(checkpoint)) if checkpoint else None  # the launcher has verified its files
+        train_rank(config, opened, Path(whole) if whole else None, flag)
     except Interrupted as error:
         if rank == "0":
             print(error, file=sys.stderr)

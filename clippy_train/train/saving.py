@@ -1,26 +1,39 @@
-"""Saving during training: every rank writes its part aside, then rank 0 publishes the whole as one checkpoint."""
+"""Saving during training: every rank writes its part aside, then rank 0 publishes the whole as one checkpoint.
 
+A disk error on one rank is everyone's: all ranks leave the save together, what was written is removed, the checkpoint
+before stays, and training goes on, `checkpoint.max_failed_saves` times in a row.
+"""
+
+import logging
 import random
 import shutil
-from dataclasses import asdict
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from clippy_train.config import TrainConfig
-from clippy_train.errors import NonFinite
+from clippy_train.errors import CheckpointError
 from clippy_train.train import collective
-from clippy_train.train.checkpoint import ASIDE, STATE, Checkpoint, Manifest, folder, prune, publish, seal
+from clippy_train.train.checkpoint import ASIDE, STATE, Checkpoint, Manifest, folder, layout, prune, publish, seal
+from clippy_train.train.monitor import Monitor
 from clippy_train.train.progress import Progress, step_ended, validation_due
+from clippy_train.train.sanity import Finite, require_equal_replicas
+
+log = logging.getLogger(__name__)
 
 
 class Checkpointer(pl.Callback):
-    """Saves every `checkpoint.every_steps` steps and after the last one; behind the validation of a step that has one.
+    """Saves every `checkpoint.every_steps` steps or `every_minutes` minutes, and after the last step.
 
-    So a run that continues from a checkpoint never owes a validation, which Lightning would leave out.
+    Behind the validation of a step that has one: so a run that continues from a checkpoint never owes a validation,
+    which Lightning would leave out, and a checkpoint knows how good it is.
 
     Args:
         data: what the order of the data depends on (`data.module.data_identity`).
@@ -28,10 +41,23 @@ class Checkpointer(pl.Callback):
     """
 
     def __init__(
-        self, config: TrainConfig, progress: Progress, data: dict[str, Any], resumed: Checkpoint | None
+        self,
+        config: TrainConfig,
+        progress: Progress,
+        finite: Finite,
+        monitor: Monitor,
+        data: dict[str, Any],
+        resumed: Checkpoint | None,
     ) -> None:
-        self.config, self.progress, self.data, self.resumed = config, progress, data, resumed
-        self.saved_step = -1
+        self.config, self.progress, self.finite, self.monitor = config, progress, finite, monitor
+        self.data, self.resumed = data, resumed
+        self.failed_saves = 0
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
+        self._disk = Disk()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._disk.attach(trainer.strategy)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.resumed:
@@ -46,66 +72,152 @@ class Checkpointer(pl.Callback):
             self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: pl.Trainer) -> None:
-        step = trainer.global_step
-        if step % self.config.checkpoint.every_steps == 0 or step == self.config.trainer.max_steps:
-            self.save(trainer)
+        step, settings = trainer.global_step, self.config.checkpoint
+        last = step == self.config.trainer.max_steps
+        if last or step % settings.every_steps == 0 or self._overdue():
+            self.save(trainer, last)
 
-    def save(self, trainer: pl.Trainer) -> None:
+    def _overdue(self) -> bool:
+        """Whether the last checkpoint is too old for any rank. Collective."""
+        minutes = self.config.checkpoint.every_minutes
+        return minutes is not None and collective.anyone(time.monotonic() - self._saved_at >= 60 * minutes)
+
+    def save(self, trainer: pl.Trainer, last: bool = False) -> None:
         """Write, verify and publish a checkpoint of the step that just ended. Collective; nothing if it is there.
 
         Raises:
-            NonFinite: the last gradient norm was not finite, so neither are the weights.
+            NonFinite, Diverged: the weights are not worth saving.
+            CheckpointError: it failed, and this run can save no later (`last`) or has tried too often.
         """
-        step = trainer.global_step
-        if step == self.saved_step:
+        step, started = trainer.global_step, time.monotonic()
+        if step == self._saved_step:
             return
-        if not np.isfinite(trainer.lightning_module.grad_norm):  # type: ignore[arg-type]
-            raise NonFinite(f"gradient norm of step {step} is not finite; nothing is saved")
-        final = folder(self.config.run_dir, step)
-        aside = final.with_name(final.name + ASIDE)
+        self.finite.check(trainer)
+        require_equal_replicas(trainer.lightning_module, step)
+        aside = folder(self.config.run_dir, step).with_suffix(ASIDE)
+        failures = self._write(trainer, aside)
+        self._saved_at = time.monotonic()
+        if failures:
+            self._fail(trainer, aside, failures, last)
+            return
+        self.failed_saves, self._saved_step = 0, step
+        self.monitor.write(trainer, {"checkpoint/seconds": self._saved_at - started})
+
+    def _write(self, trainer: pl.Trainer, aside: Path) -> list[str]:
+        """What went wrong on any rank; nothing if the checkpoint is complete."""
+        rank_zero = trainer.is_global_zero
+        failures = everywhere(partial(make_aside, aside, self._disk.is_deepspeed) if rank_zero else None)
+        if failures:
+            return failures
+        trainer.save_checkpoint(aside / STATE)
+        self._disk.save(rng_state(), aside / rng_name(trainer.global_rank))
+        cursors, counts = self.progress.all_cursors(), self.progress.all_counts()
+        failures = everywhere(self._disk.raise_error)
+        if failures:
+            return failures
+        return everywhere(partial(self._publish, aside, trainer.global_step, cursors, counts) if rank_zero else None)
+
+    def _publish(self, aside: Path, step: int, cursors: np.ndarray, counts: dict[str, int]) -> None:
+        manifest = Manifest(
+            step=step,
+            tokens=step * self.config.tokens_per_step,
+            cursors=cursors.tolist(),
+            counts=counts,
+            data=self.data,
+            layout=layout(self.config),
+            bits_per_byte=self.monitor.validated.get(step),
+            files=seal(aside),
+        )
+        publish(aside, folder(self.config.run_dir, step), manifest)
+        try:
+            prune(self.config.run_dir, step, self.config.checkpoint)
+        except OSError as error:
+            log.error("the checkpoint of step %d is complete, but older ones could not be deleted: %s", step, error)
+
+    def _fail(self, trainer: pl.Trainer, aside: Path, failures: list[str], last: bool) -> None:
+        self.failed_saves += 1
+        limit = self.config.checkpoint.max_failed_saves
+        message = f"the checkpoint of step {trainer.global_step} could not be written: {'; '.join(failures)}"
         if trainer.is_global_zero:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        collective.barrier()
-        trainer.save_checkpoint(aside / STATE)
-        save_rng(aside / rng_name(trainer.global_rank))
-        cursors, counts = self.progress.all_cursors(), self.progress.all_counts()
-        collective.barrier()
-        if trainer.is_global_zero:
-            manifest = Manifest(
-                step=step,
-                tokens=step * self.config.tokens_per_step,
-                cursors=cursors.tolist(),
-                counts=counts,
-                data=self.data,
-                world_size=self.config.world_size,
-                strategy=asdict(self.config.strategy),
-                optimizer=self.config.optim.name,
-                files=seal(aside),
+            log.error("%s (failed saves in a row: %d of %d)", message, self.failed_saves, limit)
+        self.monitor.write(trainer, {"checkpoint/failed": self.failed_saves})
+        if last or self.failed_saves >= limit:
+            raise CheckpointError(
+                f"{message}. Make room or mend the disk; the same command continues from the last one"
             )
-            publish(aside, final, manifest)
-            prune(self.config.run_dir, self.config.checkpoint.keep_last)
-        collective.barrier()
-        self.saved_step = step
+
+
+class Disk:
+    """`torch.save` for every strategy, which keeps an error for later.
+
+    A rank that raised in the middle of a save would leave the others waiting for it in a collective.
+    """
+
+    def __init__(self) -> None:
+        self.is_deepspeed = False
+        self._error: Exception | None = None
+
+    def attach(self, strategy: Any) -> None:
+        """Write the files of Lightning's strategies and of DeepSpeed through this object."""
+        self.is_deepspeed = isinstance(strategy, DeepSpeedStrategy)
+        if not self.is_deepspeed:
+            strategy.checkpoint_io.save_checkpoint = self.save
+            return
+        engine = strategy.deepspeed_engine
+        engine.checkpoint_engine.save = self.save
+        engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)  # `make_aside` writes it
+        engine._copy_recovery_script = lambda path: None
+
+    def save(self, state_dict: Any, path: Any, storage_options: Any = None) -> None:
+        try:
+            torch.save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+            self._error = self._error or error
+
+    def raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+
+def everywhere(work: Callable[[], None] | None) -> list[str]:
+    """Do this rank's work, if any; what went wrong on all ranks. Collective."""
+    error = None
+    try:
+        if work:
+            work()
+    except (OSError, RuntimeError) as raised:
+        first = raised.__context__ or raised  # closing a file that torch could not write raises once more
+        error = f"rank {collective.rank()}: {str(first).splitlines()[0]}"
+    return [each for each in collective.gather(error) if each]
+
+
+def make_aside(aside: Path, is_deepspeed: bool) -> None:
+    """The folder that a checkpoint is written in, with what DeepSpeed would write outside of `Disk.save`."""
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    if is_deepspeed:
+        (aside / STATE / "checkpoint").mkdir(parents=True)
+        (aside / STATE / "latest").write_text("checkpoint")
 
 
 def rng_name(rank: int) -> str:
     return f"rng-{rank:05d}.pt"
 
 
-def save_rng(path: Path) -> None:
+def rng_state() -> dict[str, Any]:
     name, keys, *position = np.random.get_state()
-    state = {
+    return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys).copy()), *position),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
-    torch.save(state, path)
 
 
 def load_rng(path: Path) -> None:
-    """Restore what `save_rng` wrote; a rank that did not exist then keeps its seed."""
+    """Restore what `rng_state` was; a rank that did not exist then keeps its seed."""
     if not path.exists():
         return
     state = torch.load(path, weights_only=True)

@@ -1,0 +1,233 @@
+"""Checkpoints on disk: any damage is found before anything is loaded, and what need not be kept is deleted."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clippy_train.cli import main
+from clippy_train.compose import compose
+from clippy_train.config import CheckpointConfig, TrainConfig
+from clippy_train.errors import CheckpointError
+from clippy_train.plan import checkpoints_kept
+from clippy_train.train.checkpoint import (
+    ASIDE,
+    BEST,
+    MANIFEST,
+    Manifest,
+    checkpoints,
+    encode,
+    find,
+    find_best,
+    folder,
+    open_checkpoint,
+    prune,
+    publish,
+    read_checkpoint,
+    seal,
+    step_of,
+)
+
+LAYOUT = {"ranks": 2, "strategy.name": "zero", "strategy.stage": 1, "optim.name": "adamw"}
+FILES = ("rng-00000.pt", "state/latest", "state/checkpoint/mp_rank_00_model_states.pt")
+
+
+def write(run_dir: Path, step: int, bits_per_byte: float | None = None) -> Path:
+    """A published checkpoint; files of two steps have other content and the same sizes."""
+    aside = folder(run_dir, step).with_suffix(ASIDE)
+    for name in FILES:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        (aside / name).write_bytes(f"{name} of step {step:03d}".encode() * 20)
+    counts, data = {"documents": 9}, {"seed": 42}
+    manifest = Manifest(step, 256 * step, [[0, 1, 20]], counts, data, LAYOUT, bits_per_byte, seal(aside))
+    publish(aside, folder(run_dir, step), manifest)
+    return folder(run_dir, step)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    for step in (2, 4):
+        write(tmp_path / "run", step)
+    return tmp_path / "run"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "deleted": Path.unlink,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "emptied": lambda path: os.truncate(path, 0),
+    "one bit flipped": flip,
+    "swapped with an older one": lambda path: shutil.copy(
+        str(path).replace("step-00000004", "step-00000002"), path
+    ),
+    "replaced by a folder": lambda path: (path.unlink(), path.mkdir()),
+    "replaced by a link to nowhere": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+    "beside an extra file": lambda path: path.with_suffix(".extra").write_bytes(b""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [MANIFEST, *FILES])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found_and_the_checkpoint_before_is_taken(
+    run_dir: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = folder(run_dir, 4)
+    found = find(run_dir)
+    assert found
+    assert found.path == newest
+    DAMAGE[damage](newest / name)
+    found = find(run_dir)
+    assert found
+    assert found.manifest.step == 2
+    assert f"{newest} is damaged" in caplog.text
+    assert f"falling back to {folder(run_dir, 2)}" in caplog.text
+    shutil.rmtree(folder(run_dir, 2))
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+        find(run_dir)
+
+
+def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(run_dir: Path) -> None:
+    path = folder(run_dir, 4) / MANIFEST
+    content = path.read_bytes()
+    for index in range(len(content)):
+        path.write_bytes(content[:index] + bytes([content[index] ^ 1 << index % 8]) + content[index + 1 :])
+        with pytest.raises(CheckpointError, match=r"is damaged|another version"):
+            read_checkpoint(path.parent)
+    path.write_bytes(content)
+    assert read_checkpoint(path.parent).manifest.step == 4
+
+
+def test_a_whole_older_checkpoint_in_the_place_of_the_newest_is_found(run_dir: Path) -> None:
+    shutil.rmtree(folder(run_dir, 4))
+    shutil.copytree(folder(run_dir, 2), folder(run_dir, 4))
+    with pytest.raises(CheckpointError, match="is that of step 2"):
+        open_checkpoint(folder(run_dir, 4))
+
+
+def test_a_checkpoint_may_be_copied_elsewhere(run_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder(run_dir, 4), tmp_path / "copy")
+    assert open_checkpoint(copy).manifest == open_checkpoint(folder(run_dir, 4)).manifest
+
+
+def test_a_file_that_cannot_be_read_is_damage(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr("clippy_train.train.checkpoint.hash_file", fail)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        open_checkpoint(folder(run_dir, 4))
+
+
+def test_another_version_is_said_to_be_one(run_dir: Path) -> None:
+    path = folder(run_dir, 4) / MANIFEST
+    path.write_text(json.dumps({"version": 1, "step": 4, "world_size": 2}))
+    with pytest.raises(CheckpointError, match=r"another version of this program \(format 1\)"):
+        read_checkpoint(path.parent)
+
+
+@given(st.integers(0, 10**12), st.dictionaries(st.text(), st.floats(allow_nan=False) | st.text()))
+def test_a_manifest_is_read_as_it_was_written(tokens: int, data: dict) -> None:
+    manifest = Manifest(4, tokens, [[1, 2], [3, 4]], {"documents": 1}, data, LAYOUT, 1 / 3, {"a": [1, "b"]})
+    fields = json.loads(encode(manifest))
+    assert Manifest(**{name: fields[name] for name in Manifest.__dataclass_fields__}) == manifest
+    assert encode(replace(manifest, tokens=tokens + 1)) != encode(manifest)
+
+
+@given(
+    bits=st.dictionaries(st.integers(1, 60), st.none() | st.floats(0.5, 2), min_size=1, max_size=9),
+    keep_last=st.integers(1, 5),
+    keep_every=st.none() | st.integers(1, 20),
+    data=st.data(),
+)
+@settings(max_examples=50)
+def test_pruning_keeps_the_newest_the_round_ones_and_the_best(
+    tmp_path_factory: pytest.TempPathFactory,
+    bits: dict[int, float | None],
+    keep_last: int,
+    keep_every: int | None,
+    data: Any,
+) -> None:
+    run_dir = tmp_path_factory.mktemp("prune")
+    for step, value in bits.items():
+        folder(run_dir, step).mkdir(parents=True)
+        manifest = Manifest(step, 0, [], {}, {}, LAYOUT, value, {})
+        (folder(run_dir, step) / MANIFEST).write_bytes(encode(manifest))
+    folder(run_dir, 61).with_suffix(ASIDE).mkdir()
+    now = data.draw(st.sampled_from(sorted(bits)))
+    prune(run_dir, now, CheckpointConfig(every_steps=1, keep_last=keep_last, keep_every=keep_every))
+    past = {step: value for step, value in bits.items() if step <= now}
+    best = min((value, step) for step, value in {**past, 0: 9.0}.items() if value is not None)[1]
+    newest = sorted(past)[-keep_last:]
+    assert {step_of(path) for path in checkpoints(run_dir)} == {
+        step for step in past if step in newest or step == best or (keep_every and step % keep_every == 0)
+    }
+    assert (run_dir / "checkpoints" / BEST).is_dir() == (best > 0)
+    assert not list(run_dir.glob(f"checkpoints/*{ASIDE}"))
+
+
+@pytest.fixture(scope="module")
+def demo() -> TrainConfig:
+    return compose(TrainConfig, ["experiment=demo"])
+
+
+@given(
+    every=st.integers(1, 4), steps=st.integers(1, 60), keep_last=st.integers(1, 5), rounds=st.none() | st.integers(1, 5)
+)
+def test_the_plan_says_how_many_checkpoints_a_run_keeps_at_most(
+    demo: TrainConfig, every: int, steps: int, keep_last: int, rounds: int | None
+) -> None:
+    """Against a run whose first checkpoint stays the best."""
+    demo.trainer.max_steps = steps
+    demo.checkpoint = CheckpointConfig(every_steps=every, keep_last=keep_last, keep_every=rounds and rounds * every)
+    saved = sorted({*range(every, steps + 1, every), steps})
+    kept = 0
+    for now in range(1, len(saved) + 1):
+        good = {step for step in saved[:now] if rounds and step % (rounds * every) == 0}
+        kept = max(kept, len({saved[0], *saved[:now][-keep_last:], *good}))
+    assert kept <= checkpoints_kept(demo)
+    assert kept == checkpoints_kept(demo) or rounds
+
+
+def test_best_is_a_link_that_follows_the_lowest_validation(run_dir: Path) -> None:
+    link, keep_one = run_dir / "checkpoints" / BEST, CheckpointConfig(every_steps=1, keep_last=1)
+    for step, bits, best in ((5, 0.7, 5), (6, 0.8, 5), (7, None, 5), (8, 0.6, 8)):
+        write(run_dir, step, bits)
+        prune(run_dir, step, keep_one)
+        assert open_checkpoint(link).manifest.step == best
+        assert {step_of(path) for path in checkpoints(run_dir)} == {step, best}
+    (folder(run_dir, 8) / MANIFEST).write_text("{")
+    assert find_best(run_dir) is None
+
+
+def test_ls_lists_and_verify_reads_every_byte(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.rmtree(folder(run_dir, 2))
+    write(run_dir, 2, 0.5)
+    assert main(["checkpoint", "verify", f"run={run_dir}"]) == 0
+    newest, older = (line for line in capsys.readouterr().out.splitlines() if "intact" in line)
+    assert "1,024" in newest
+    assert "last" in newest
+    assert "best" in older
+    flip(folder(run_dir, 4) / FILES[2])
+    assert main(["checkpoint", "ls", f"run={run_dir}"]) == 0
+    assert capsys.readouterr().out.count("complete") == 2  # a flipped bit changes no size
+    assert main(["checkpoint", "verify", f"run={run_dir}"]) == 4
+    assert "damaged" in capsys.readouterr().out
+    os.truncate(folder(run_dir, 4) / FILES[2], 3)
+    assert main(["checkpoint", "ls", f"run={run_dir}"]) == 0
+    assert capsys.readouterr().out.count("complete") == 1
+    (folder(run_dir, 2) / MANIFEST).unlink()
+    assert main(["checkpoint", "ls", f"run={run_dir}"]) == 0
+    assert "complete" not in capsys.readouterr().out
+    assert main(["checkpoint", "ls", "run=nowhere"]) == 2

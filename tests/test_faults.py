@@ -1,0 +1,185 @@
+"""What a run does when its disk, a number or a rank goes wrong: two real ranks, broken from inside by `faulty/`."""
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import Runs, rank_pids
+
+from clippy_train.config import DataConfig, TrainConfig
+from clippy_train.errors import Diverged, NonFinite
+from clippy_train.model.build import build
+from clippy_train.sources import open_corpus
+from clippy_train.train import collective
+from clippy_train.train.checkpoint import ASIDE, checkpoints, open_checkpoint, step_of
+from clippy_train.train.module import CodeLM
+from clippy_train.train.monitor import EventLogger, RowFile, read_rows
+from clippy_train.train.sanity import require_equal_replicas
+
+LAST_SAVE = 54  # more than twice the disk operations of a save; every later one fails
+POISONED = LAST_SAVE + 2  # a step with a loss that is not a number
+SETTINGS = [
+    "checkpoint.every_steps=1", "checkpoint.keep_last=100", "checkpoint.max_failed_saves=2", "data.num_workers=0",
+    "trainer.max_steps=100", "trainer.log_every_steps=1000", "trainer.val_every_steps=1000", "model.num_layers=1",
+    "trainer.val_samples=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("faults"), tiny_corpus, tiny_tokenizer)
+
+
+@contextmanager
+def faults(runs: Runs, faults: str) -> Iterator[Path]:
+    """Ranks that start now have these faults; yields the file in which they write down what happened."""
+    record = runs.root / "faults.jsonl"
+    path = os.pathsep.join([str(Path(__file__).parent / "faulty"), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"PYTHONPATH": path, "CLIPPY_FAULT": faults, "CLIPPY_FAULT_LOG": str(record)}.items():
+            patch.setenv(name, value)
+        yield record
+
+
+@pytest.fixture(scope="module")
+def broken(runs: Runs) -> tuple[str, list[dict]]:
+    """A run whose saves fail at one operation after the other: what it said, and what was broken."""
+    with faults(runs, f"disk:{LAST_SAVE}") as record:
+        return runs.train("broken", *SETTINGS, code=4).stdout, list(read_rows(record))
+
+
+def test_a_save_that_fails_anywhere_leaves_the_checkpoint_before_and_training_goes_on(
+    runs: Runs, broken: tuple[str, list[dict]]
+) -> None:
+    said, rows = broken
+    tried = [row for row in rows if row["step"] <= LAST_SAVE]
+    assert len(tried) < LAST_SAVE // 2, "a save has more operations than were tried"
+    assert [row["operation"] for row in tried if row["rank"] == 1] == ["torch.save"] * 2
+    assert {row["operation"] for row in tried if row["rank"] == 0} == {"mkdir", "open", "torch.save", "fsync", "rename"}
+    for row in tried[:-1]:
+        assert row["newest"] == [row["step"] - 1, row["step"] - 1]
+    assert tried[-1]["newest"][1] == tried[-1]["step"]  # it failed after the rename: there, but not for sure to stay
+    for row in rows:
+        assert row["failures"][0].startswith(f"rank {row['rank']}: ")
+        assert f"the checkpoint of step {row['step']} could not be written: {row['failures'][0]}" in said
+
+    unsaved = {row["step"] for row in rows if row is not tried[-1]}
+    steps = [open_checkpoint(path).manifest.step for path in reversed(checkpoints(runs.folder("broken")))]
+    assert steps == [step for step in range(1, LAST_SAVE + 1) if step not in unsaved]
+    assert not list((runs.folder("broken") / "checkpoints").glob(f"*{ASIDE}"))
+    assert [row["step"] for row in runs.rows("broken", "checkpoint/failed")] == [row["step"] for row in rows]
+
+
+def test_a_run_stops_after_so_many_failed_saves_in_a_row(broken: tuple[str, list[dict]]) -> None:
+    said, rows = broken
+    assert [row["step"] for row in rows][-2:] == [LAST_SAVE + 1, LAST_SAVE + 2]
+    assert said.count("failed saves in a row: 2 of 2") == 1
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_bad_number_stops_the_run_and_names_step_rank_and_text(runs: Runs, tiny_corpus: Path) -> None:
+    micro_step = (POISONED - LAST_SAVE - 1) * 2 + 2  # the second of two micro-batches on a rank
+    with faults(runs, f"nan:1:{micro_step}") as record:
+        result = runs.train("broken", *SETTINGS, "checkpoint.every_steps=1000", "trainer.log_every_steps=58", code=1)
+    assert f"from step {LAST_SAVE}" in result.stdout
+    (poisoned,) = (row for row in read_rows(record) if "spans" in row)
+    assert poisoned["step"] == POISONED
+    shards = open_corpus(DataConfig(path=str(tiny_corpus), seq_len=32, streams=4), "train").shards
+    texts = ", ".join(f"{shards[shard]} line {line + 1}" for _, _, shard, line, _, _ in poisoned["spans"])
+    assert f"step {POISONED}: not finite: the loss of rank 1 on {texts}. " in result.stderr
+    assert step_of(checkpoints(runs.folder("broken"))[0]) == LAST_SAVE
+
+
+@pytest.mark.parametrize(("world_size", "odd"), [(2, 1), (4, 0), (4, 3)])
+def test_a_rank_whose_weights_differ_is_named(
+    monkeypatch: pytest.MonkeyPatch, train_config: Callable[..., TrainConfig], world_size: int, odd: int
+) -> None:
+    """What other ranks would send is computed from their weights; a run of real ranks differs in nothing else."""
+    config = train_config("strategy=ddp", "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2")
+    module = CodeLM(config, build(config)[0], np.zeros(1))
+    sent: list[Any] = []
+    monkeypatch.setattr(collective, "gather", lambda value: [sent.append(value), value][1:])
+    require_equal_replicas(module, step=7)
+    module.model.transformer.h[0].mlp.c_fc.bias.data[5] += 2**-20
+    require_equal_replicas(module, step=7)
+    everyones = [sent[rank == odd] for rank in range(world_size)]
+    monkeypatch.setattr(collective, "gather", lambda value: everyones)
+    with pytest.raises(Diverged, match=rf"step 7: the weights of ranks \[{odd}\] .* 1 tensors .*h.0.mlp.c_fc.bias"):
+        require_equal_replicas(module, step=7)
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(train_config: Callable[..., TrainConfig]) -> None:
+    config = train_config("strategy=ddp", "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2")
+    module = CodeLM(config, build(config)[0], np.zeros(1))
+    module.model.transformer.ln_f.weight.data[3] = np.inf
+    with pytest.raises(NonFinite, match="step 7"):
+        require_equal_replicas(module, step=7)
+
+
+def test_a_rank_that_stands_still_ends_the_run_with_the_stacks_of_all(runs: Runs) -> None:
+    process = runs.start(
+        "still", *SETTINGS, "trainer.watchdog_seconds=3", "checkpoint.keep_last=2", "trainer.max_steps=100000"
+    )
+    runs.wait_for_step("still", 5, process, "checkpoint/seconds")
+    pids = rank_pids(runs.folder("still"))
+    (stopped,) = (pid for pid in pids if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(stopped, signal.SIGSTOP)
+    said = process.communicate(timeout=60)[0]  # it may have been in a save, so up to six times five seconds
+    assert process.returncode == 1
+    assert "no progress for too long: rank 0 is in " in said
+    assert "rank 1 gives no answer" in said
+    stacks = runs.folder("still") / "stacks"
+    assert "most recent call first" in (stacks / "rank-0.txt").read_text()
+    assert not (stacks / "rank-1.txt").read_text()
+    assert not rank_pids(runs.folder("still"))
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file grows beyond `limit` bytes: the kernel refuses the write that would, after the part that fits."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_rows_that_a_full_disk_refuses_are_written_later_and_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = RowFile(path, resumed_step=0)
+    rows = [{"step": step, "train/loss": step / 3} for step in range(1, 9)]
+    for row in rows[:2]:
+        file.append(row)
+    limit = path.stat().st_size + 8
+    with full_disk(limit):
+        for row in rows[2:6]:
+            file.append(row)
+    assert "step 4 is not written yet" in caplog.text
+    assert path.stat().st_size == limit  # with a row that was cut short
+    for row in rows[6:]:
+        file.append(row)
+    assert list(read_rows(path)) == rows
+    assert "cut short" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's own
+def test_a_full_disk_ends_tensorboard_but_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = EventLogger(tmp_path, resumed_step=0)
+    logger.log_metrics({"train/loss": 1.0}, 1)
+    logger.save()
+    with full_disk(10):
+        for step in range(2, 40):
+            logger.log_metrics({"train/loss": 1.0}, step)
+            logger.save()
+    assert "TensorBoard stops here" in caplog.text
+    logger.log_metrics({"train/loss": 1.0}, 40)
+    logger.finalize("success")
