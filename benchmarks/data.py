@@ -35,7 +35,7 @@ import numpy as np
 import zstandard
 from datasets import load_dataset
 from torch.utils.data import DataLoader
-from transformers import GPT2Tokenizer
+from transformers import GPT2Tokenizer, default_data_collator
 
 from clippy_train.compose import compose
 from clippy_train.config import CorpusConfig, DataConfig, TrainConfig
@@ -140,9 +140,9 @@ def hugging_face(folder: Path, name: str) -> Source:
         return cut | {"labels": cut["input_ids"].copy()}
 
     tokens = streamed(folder).map(tokenize, batched=True, remove_columns=["text", "meta"])
-    blocks = tokens.map(group_texts, batched=True).with_format("torch")
+    blocks = tokens.map(group_texts, batched=True)
     while True:
-        for batch in DataLoader(blocks, batch_size=MICRO_BATCH):
+        for batch in DataLoader(blocks, batch_size=MICRO_BATCH, collate_fn=default_data_collator):
             yield batch["input_ids"].numel()
 
 
