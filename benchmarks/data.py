@@ -100,12 +100,21 @@ def interleaved(sources: dict[str, Source], num_tokens: int) -> dict[str, list[f
     for number in range(ROUNDS + 1):
         for what, source in sources.items():
             clock = time.perf_counter if "process" in what else time.process_time
-            started, done = clock(), 0
-            while done < num_tokens:
-                done += next(source)
+            if "process" in what:
+                take(source, num_tokens)  # what was made ahead while the other sources had their turn
+            started = clock()
+            done = take(source, num_tokens)
             if number:
                 taken[what].append((clock() - started) * num_tokens / done)
     return taken
+
+
+def take(source: Source, num_tokens: int) -> int:
+    """Consume at least `num_tokens`; how many it was."""
+    done = 0
+    while done < num_tokens:
+        done += next(source)
+    return done
 
 
 def ratio(seconds: dict[str, list[float]], what: str, *others: str) -> float:

@@ -25,6 +25,10 @@ from clippy_train.data.stream import Block, Cursor, Stream
 from clippy_train.errors import DataError
 from clippy_train.sources import Corpus, open_corpus
 
+# Rounds that a loader process makes ahead, 8 kB a block. A stream tokenises several documents at a time, so rounds cost
+# from nothing to a second: processes that take turns must not wait for each other's dear ones.
+PREFETCH_ROUNDS = 32
+
 Batch = dict[str, Tensor]
 
 
@@ -128,7 +132,14 @@ class TrainBatches:
 
 def _loader(source: "Rounds") -> DataLoader:
     """A process that makes rounds. `collate_fn`: torch would give each array of each row its own shared memory."""
-    return DataLoader(source, batch_size=None, num_workers=1, collate_fn=list, worker_init_fn=_init_worker)
+    return DataLoader(
+        source,
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=PREFETCH_ROUNDS,
+        collate_fn=list,
+        worker_init_fn=_init_worker,
+    )
 
 
 Row = tuple[int, Block]  # stream, its block
