@@ -1,6 +1,8 @@
 """The command line: what a person types, what they are told, and the exit code."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -324,3 +326,11 @@ def test_a_sweep_refuses_a_bad_value_before_its_first_trial(capsys, tmp_path: Pa
 def test_wrong_types_are_config_errors() -> None:
     with pytest.raises(ConfigError, match="max_new_tokens"):
         compose(config.GenerateConfig, ["model=m", "prompt=p", "max_new_tokens=many"])
+
+
+def test_a_launcher_needs_no_torch() -> None:
+    """It starts ranks, which take seconds to import it; before them come its checks, which a user waits for."""
+    code = (
+        "import sys, clippy_train.train.launch; sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -323,7 +323,7 @@ def test_a_run_without_warm_up_learns(runs: Runs) -> None:
 
 def test_a_run_that_diverges_fails_and_saves_nothing_of_it(runs: Runs) -> None:
     result = runs.train("diverged", "optim.lr=1e30", "optim.warmup_steps=0", "trainer.audit=true", *SINGLE, code=1)
-    assert "nothing of this step is saved" in result.stderr
+    assert "Nothing of this step is saved" in result.stderr
     assert all(row["step"] < 6 for row in runs.rows("diverged"))
 
 

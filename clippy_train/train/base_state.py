@@ -7,12 +7,14 @@ and in its shape, and in its metadata `step`, the updates made so far. It is bou
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from clippy_train.errors import ConfigError
+
+if TYPE_CHECKING:  # the launcher reads the step, and needs no torch for it
+    from torch import Tensor
 
 OPTIMIZER = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
@@ -30,12 +32,12 @@ class BaseState:
         with safe_open(self.path, "pt") as file:
             return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
 
-    def moments(self, name: str) -> dict[str, Tensor]:
+    def moments(self, name: str) -> dict[str, "Tensor"]:
         """The two moments of a parameter."""
         with safe_open(self.path, "pt") as file:
             return {moment: file.get_tensor(f"{moment}.{name}") for moment in MOMENTS}
 
-    def require_fit(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def require_fit(self, parameters: Iterable[tuple[str, "Tensor"]]) -> None:
         """Raises ConfigError unless the file holds both moments of exactly these parameters."""
         expected = {f"{moment}.{name}": list(each.shape) for name, each in parameters for moment in MOMENTS}
         found = self.shapes()
@@ -49,8 +51,10 @@ class BaseState:
             )
 
 
-def save_base_state(folder: Path, step: int, moments: dict[str, dict[str, Tensor]]) -> None:
+def save_base_state(folder: Path, step: int, moments: dict[str, dict[str, "Tensor"]]) -> None:
     """Write the state of a model to its folder. `moments` maps each of `MOMENTS` to a tensor for each parameter."""
+    from safetensors.torch import save_file
+
     tensors = {f"{moment}.{name}": tensor for moment in MOMENTS for name, tensor in moments[moment].items()}
     save_file(tensors, folder / OPTIMIZER, metadata={"step": str(step)})
 

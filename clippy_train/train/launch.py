@@ -26,7 +26,7 @@ from clippy_train.config import TrainConfig, save
 from clippy_train.data.identity import data_identity
 from clippy_train.errors import CheckpointError, ConfigError, DataError, Interrupted
 from clippy_train.sources import open_corpus, require_text
-from clippy_train.train import watchdog
+from clippy_train.train import stacks
 from clippy_train.train.base_state import BaseState, open_base_state
 from clippy_train.train.checkpoint import Checkpoint, checkpoints, find, layout, open_checkpoint
 
@@ -243,7 +243,7 @@ def run_ranks(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path | 
     finally:
         for process in ranks:
             _kill_group(process)
-        watchdog.tidy(config.run_dir)
+        stacks.tidy(config.run_dir)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
@@ -294,8 +294,8 @@ def _wait(ranks: list[subprocess.Popen], run_dir: Path) -> int:
             return max(codes)
         if codes and deadline == float("inf"):
             deadline = time.monotonic() + STRAGGLER_SECONDS
-        if watchdog.expired(run_dir, len(ranks)):
-            log.error("%s", watchdog.report(run_dir, ranks))
+        if stacks.expired(run_dir, len(ranks)):
+            log.error("%s", stacks.report(run_dir, ranks))
             return 1
         if time.monotonic() > deadline:
             log.error("ranks did not end together (exit codes so far: %s)", codes)

@@ -65,6 +65,14 @@ class Finite(pl.Callback):
         return ", ".join(f"{self.shards[shard]} line {line + 1}" for _, _, shard, line, _, _ in spans.tolist())
 
 
+def _own_part(parameter: Any) -> Tensor:
+    """What this rank holds of a parameter: under ZeRO-3 a part, filled up at the end with whatever was in memory."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    part = parameter.ds_tensor.flatten()
+    return part[: max(0, parameter.ds_numel - collective.rank() * part.numel())]
+
+
 def require_equal_replicas(module: Any, step: int) -> None:
     """Compare the weights that every rank holds in full; look through all of them for numbers that are not finite.
 
@@ -72,7 +80,7 @@ def require_equal_replicas(module: Any, step: int) -> None:
         NonFinite: a weight is not finite.
         Diverged: a weight differs between ranks.
     """
-    tensors = {name: getattr(each, "ds_tensor", each).detach() for name, each in module.model.named_parameters()}
+    tensors = {name: _own_part(each).detach() for name, each in module.model.named_parameters()}
     if collective.anyone(not torch.stack([torch.isfinite(each).all() for each in tensors.values()]).all().item()):
         raise NonFinite(f"step {step}: a weight is not finite, and so nothing is saved")
     if module.config.strategy.stage == 3:
