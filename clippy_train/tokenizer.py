@@ -4,6 +4,7 @@ Promise: decode(encode(x)) == x byte for byte on any text, with and without `ski
 registered the white-space tokens as *special*, so decoding deleted all indentation; here they are plain added tokens.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,6 +52,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, model_max_length: int) -> A
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A hash of what decides the ids of a text, whatever file format and version of the library it came from."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    decisive = [core[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def add_whitespace_tokens(tokenizer: Any, tokens: list[str], matching: str) -> dict[str, list[int]]:

@@ -232,6 +232,20 @@ def test_a_run_refuses_to_continue_on_other_data_or_with_another_optimizer(runs:
     assert "optim.name was adamw, is adafactor" in optimizer
 
 
+def test_a_run_refuses_to_continue_with_another_tokenizer(runs: Runs, reference: str) -> None:
+    (base,) = (each.split("=")[1] for each in runs.settings if each.startswith("tokenizer.base="))
+    other = shutil.copytree(base, runs.root / "other-tokenizer")
+    content = json.loads((other / "tokenizer.json").read_text())
+    merges = content["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+
+    described = (runs.folder(reference) / "hf" / "tokenizer.json").read_bytes()
+    result = runs.train(reference, "trainer.max_steps=8", f"tokenizer.base={other}", code=4)
+    assert "trained with another tokenizer" in result.stderr
+    assert (runs.folder(reference) / "hf" / "tokenizer.json").read_bytes() == described
+
+
 def test_an_exported_run_loads_and_talks_in_plain_transformers(runs: Runs, reference: str) -> None:
     out = runs.root / "exported"
     assert "step 6" in runs.clippy("export", f"run=runs/{reference}", f"out={out}").stdout

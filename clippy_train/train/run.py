@@ -25,11 +25,11 @@ from clippy_train.config import TrainConfig, load
 from clippy_train.data.identity import data_identity
 from clippy_train.data.module import DataModule
 from clippy_train.data.stream import COUNTS
-from clippy_train.errors import ClippyError, Interrupted
+from clippy_train.errors import CheckpointError, ClippyError, Interrupted
 from clippy_train.model.build import build
 from clippy_train.report import quiet_transformers
 from clippy_train.sources import open_corpus
-from clippy_train.tokenizer import token_bytes
+from clippy_train.tokenizer import fingerprint, token_bytes
 from clippy_train.train.base_state import BaseState, open_base_state
 from clippy_train.train.checkpoint import STATE, Checkpoint, read_checkpoint
 from clippy_train.train.consolidate import WEIGHTS_FILE, set_weights
@@ -44,6 +44,8 @@ from clippy_train.train.saving import Checkpointer
 from clippy_train.train.strategy import build_trainer
 from clippy_train.train.watchdog import Watchdog
 
+TOKENIZER = "tokenizer fingerprint"  # in a checkpoint's manifest, beside `data_identity`
+
 
 def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path | None, flag: Flag) -> None:
     """Train from `checkpoint` (or from the start) to `trainer.max_steps`.
@@ -57,6 +59,10 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path |
     watchdog = Watchdog(config.run_dir, rank, config.trainer.watchdog_seconds)
     pl.seed_everything(config.seed + rank, verbose=False)
     model, tokenizer = build(config)
+    corpus = open_corpus(config.data, "train")
+    identity = {**data_identity(config, corpus.fingerprint), TOKENIZER: fingerprint(tokenizer)}
+    if checkpoint:
+        require_same_tokenizer(checkpoint, identity[TOKENIZER])
     if rank == 0:
         save_description(config.run_dir / HF_FOLDER, model, tokenizer)
 
@@ -68,11 +74,9 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path |
     step = manifest.step if manifest else base.step if base else 0
     cursors = np.array(manifest.cursors) if manifest else fresh_cursors(config.data.streams)
     counts = np.array([manifest.counts[name] if manifest else 0 for name in COUNTS])
-    corpus = open_corpus(config.data, "train")
 
     progress, finite = Progress(config, cursors, counts, corpus.shards), Finite(config.micro_steps, corpus.shards)
     monitor = Monitor(config, progress, finite)
-    identity = data_identity(config, corpus.fingerprint)
     checkpointer = Checkpointer(config, progress, finite, monitor, identity, resumed=checkpoint)
     trainer = build_trainer(
         config,
@@ -92,6 +96,15 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path |
     module = CodeLM(config, model, token_bytes(tokenizer, model.config.vocab_size))
     data = DataModule(config, tokenizer, rank, cursors)
     trainer.fit(module, data, ckpt_path=native)
+
+
+def require_same_tokenizer(checkpoint: Checkpoint, found: str) -> None:
+    """Raises CheckpointError if texts have other ids now. (The launcher, which loads no tokenizer, cannot tell.)"""
+    if checkpoint.manifest.data[TOKENIZER] != found:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained with another tokenizer: the same text has other ids now. Restore the files "
+            "that tokenizer.base (or model.base) names, or start a new run with another run.name"
+        )
 
 
 def starting(config: TrainConfig, native: Path | None, base: BaseState | None) -> list[pl.Callback]:
