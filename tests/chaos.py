@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +109,8 @@ class Chaos:
         counts: what was done and seen, by name.
     """
 
-    def __init__(self, runs: Runs, seed: int) -> None:
-        self.runs, self.rng, self.counts = runs, random.Random(seed), Counter[str]()
+    def __init__(self, runs: Runs, seed: int, moments: Sequence[str] = MOMENTS) -> None:
+        self.runs, self.rng, self.moments, self.counts = runs, random.Random(seed), moments, Counter[str]()
         started = time.monotonic()
         process = runs.start("reference", *SETTINGS)
         runs.wait_for_step("reference", 1, process)
@@ -156,7 +156,7 @@ class Chaos:
     def strike(self, name: str, blow: Blow) -> bool:
         """Start a life of a run and strike it once; whether it was still there to be struck."""
         run = Run(self.runs.folder(name), self.runs.start(name, *SETTINGS))
-        moment = self.rng.choice(MOMENTS)
+        moment = self.rng.choice(self.moments)
         self.wait_for(moment, run, name)
         if not run.alive:
             assert run.process.returncode == 0, run.process.communicate()[0]
@@ -225,12 +225,14 @@ def main() -> None:
     parser.add_argument("blow", choices=("kill", "signal"))
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--moment", choices=MOMENTS, help="strike only then")
     options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as root:
         corpus = make_corpus(Path(root))
         runs = Runs(Path(root), corpus, make_tokenizer(corpus, Path(root) / "tokenizer"))
-        counts = Chaos(runs, options.seed).campaign({"kill": kill, "signal": ask}[options.blow], options.trials)
+        chaos = Chaos(runs, options.seed, [options.moment] if options.moment else MOMENTS)
+        counts = chaos.campaign({"kill": kill, "signal": ask}[options.blow], options.trials)
     print(json.dumps({"blow": options.blow, **counts, "seconds": round(time.monotonic() - started)}))
 
 

@@ -51,6 +51,31 @@ def write(run_dir: Path, step: int, bits_per_byte: float | None = None) -> Path:
     return folder(run_dir, step)
 
 
+def test_everything_of_a_checkpoint_reaches_the_disk_before_it_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    renamed: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def recorded_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def checked_rename(aside: Path, final: Path) -> Path:
+        waiting = [path.name for path in (aside, *aside.rglob("*")) if path.stat().st_ino not in synced]
+        assert not waiting
+        renamed.append(final.name)
+        synced.clear()
+        return rename(aside, final)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "rename", checked_rename)
+    path = write(tmp_path / "run", 2)
+    assert renamed == [path.name]
+    assert path.parent.stat().st_ino in synced  # and its name after it
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     for step in (2, 4):
