@@ -228,11 +228,15 @@ def main() -> None:
     parser.add_argument("--moment", choices=MOMENTS, help="strike only then")
     options = parser.parse_args()
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as root:
-        corpus = make_corpus(Path(root))
-        runs = Runs(Path(root), corpus, make_tokenizer(corpus, Path(root) / "tokenizer"))
-        chaos = Chaos(runs, options.seed, [options.moment] if options.moment else MOMENTS)
-        counts = chaos.campaign({"kill": kill, "signal": ask}[options.blow], options.trials)
+    root = Path(tempfile.mkdtemp())  # stays where a run differs, to be looked at
+    corpus = make_corpus(root)
+    chaos = Chaos(
+        Runs(root, corpus, make_tokenizer(corpus, root / "tokenizer")),
+        options.seed,
+        [options.moment] if options.moment else MOMENTS,
+    )
+    counts = chaos.campaign({"kill": kill, "signal": ask}[options.blow], options.trials)
+    shutil.rmtree(root)
     print(json.dumps({"blow": options.blow, **counts, "seconds": round(time.monotonic() - started)}))
 
 

@@ -27,7 +27,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 
 @pytest.fixture(scope="module")
 def reference(runs: Runs) -> str:
-    """An uninterrupted run: two ranks, ZeRO-1, bf16, two loader processes."""
+    """An uninterrupted run: two ranks, ZeRO-1, bf16, two loader processes; after a life that left no checkpoint."""
+    runs.folder("reference").mkdir(parents=True)
+    (runs.folder("reference") / "metrics.jsonl").write_text(
+        '{"step": 0, "val/loss": 9.0}\n{"step": 1, "train/loss": 9.0}\n'
+    )
     runs.train("reference", "trainer.audit=true")
     return "reference"
 

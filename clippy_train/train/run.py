@@ -71,7 +71,7 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path |
     if whole:
         set_weights(model, load_file(whole / WEIGHTS_FILE))
     native = checkpoint.path / STATE if checkpoint and not whole else None
-    step = manifest.step if manifest else base.step if base else 0
+    kept = manifest.step if manifest else -1  # the last step whose rows stay: without a checkpoint, all come again
     cursors = np.array(manifest.cursors) if manifest else fresh_cursors(config.data.streams)
     counts = np.array([manifest.counts[name] if manifest else 0 for name in COUNTS])
 
@@ -85,12 +85,12 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path |
             watchdog,
             finite,
             monitor,
-            *([Ledger(config.run_dir / LEDGER, step, rank)] if config.trainer.audit else []),
+            *([Ledger(config.run_dir / LEDGER, kept, rank)] if config.trainer.audit else []),
             checkpointer,
             Preemption(config, flag, checkpointer),
             *starting(config, native, base),
         ],
-        logger=build_loggers(config, step) if rank == 0 else False,
+        logger=build_loggers(config, kept) if rank == 0 else False,
         num_sanity_val_steps=0 if manifest else -1,
     )
     module = CodeLM(config, model, token_bytes(tokenizer, model.config.vocab_size))
@@ -117,10 +117,10 @@ def starting(config: TrainConfig, native: Path | None, base: BaseState | None) -
     return callbacks
 
 
-def build_loggers(config: TrainConfig, step: int) -> list[Logger]:
-    loggers: list[Logger] = [JsonlLogger(config.run_dir / METRICS, step)]
+def build_loggers(config: TrainConfig, kept: int) -> list[Logger]:
+    loggers: list[Logger] = [JsonlLogger(config.run_dir / METRICS, kept)]
     if config.logger.tensorboard:
-        loggers.append(EventLogger(config.run_dir, step))
+        loggers.append(EventLogger(config.run_dir, kept))
     return loggers
 
 
