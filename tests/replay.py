@@ -1,8 +1,9 @@
 """Feed a recorded run of the original to the framework's own training step: Lightning, strategy, optimizer, schedule.
 
-    python tests/replay.py TRACE OUT KEY=VALUE...
+    python tests/replay.py TRACE OUT KEY=VALUE,KEY=VALUE...
 
-runs one rank of it (RANK, WORLD_SIZE, ... in the environment) and writes what it computed to OUT.
+runs one rank of it (RANK, WORLD_SIZE, ... in the environment), once for each list of settings, and writes what it
+computed to OUT.
 """
 
 import json
@@ -114,13 +115,13 @@ def train(trace: FlaxTrace, config: TrainConfig, rank: int = 0) -> Replay:
     return recorder.seen
 
 
-def train_on_two_ranks(folder: Path, out: Path, *overrides: str) -> Replay:
-    """Train on two real processes; losses are averaged over them."""
+def train_on_two_ranks(folder: Path, out: Path, *layouts: list[str]) -> list[Replay]:
+    """Train once in each layout, one after another on the same two real processes; losses are averaged over them."""
     trace = FlaxTrace(folder)
-    config, port = configuration(trace, "trainer.devices=2", *overrides), _free_port()
+    config, port = configuration(trace, "trainer.devices=2"), _free_port()
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(out / f"{rank}.pt"), "trainer.devices=2", *overrides],
+            [sys.executable, __file__, str(folder), str(out / f"{rank}.pt"), *map(",".join, layouts)],
             env={**os.environ, **rank_environment(config, rank, port), "OMP_NUM_THREADS": "1", "CLIPPY_LAUNCHED": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -134,7 +135,12 @@ def train_on_two_ranks(folder: Path, out: Path, *overrides: str) -> Replay:
         for process in ranks:
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0], json.dumps(said)
-    first, second = (Replay(**torch.load(out / f"{rank}.pt", weights_only=True)) for rank in range(2))
+    seen = [[Replay(**each) for each in torch.load(out / f"{rank}.pt", weights_only=True)] for rank in range(2)]
+    return [joined(first, second) for first, second in zip(*seen, strict=True)]
+
+
+def joined(first: Replay, second: Replay) -> Replay:
+    """What two ranks computed together."""
     assert first.grad_norms == second.grad_norms
     return Replay(
         losses=mean(first.losses, second.losses),
@@ -150,6 +156,6 @@ def mean(first: list[float], second: list[float]) -> list[float]:
 
 
 if __name__ == "__main__":
-    recorded = FlaxTrace(Path(sys.argv[1]))
-    seen = train(recorded, configuration(recorded, *sys.argv[3:]), int(os.environ["RANK"]))
-    torch.save(asdict(seen), sys.argv[2])
+    recorded, rank = FlaxTrace(Path(sys.argv[1])), int(os.environ["RANK"])
+    settings = [["trainer.devices=2", *each.split(",")] for each in sys.argv[3:]]
+    torch.save([asdict(train(recorded, configuration(recorded, *each), rank)) for each in settings], sys.argv[2])

@@ -1,4 +1,4 @@
-"""The short form of `make chaos`: a few random kills and signals, each with another seed than the full form's."""
+"""The short form of `make chaos`: one random kill and one random signal, with another seed than the full form's."""
 
 from collections import Counter
 from pathlib import Path
@@ -18,6 +18,5 @@ def chaos(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_toke
 @pytest.mark.parametrize("blow", [kill, ask])
 def test_a_run_that_is_struck_becomes_the_run_that_nobody_touched(chaos: Chaos, blow: Blow) -> None:
     chaos.counts = Counter()
-    counts = chaos.campaign(blow, trials=2)
-    assert counts["trials"] == 2
-    assert counts["runs compared"] >= 1
+    counts = chaos.campaign(blow, trials=1)
+    assert counts["trials"] == counts["runs compared"] == 1

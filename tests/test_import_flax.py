@@ -301,7 +301,6 @@ LAYOUTS = {
     "single": ["strategy=single", "trainer.devices=1"],
     "ddp": ["strategy=ddp"],
     "zero1": ["strategy=zero1"],
-    "zero2": ["strategy=zero2"],
     "zero3": ["strategy=zero3", "trainer.devices=3"],  # a bias of 8 elements in three equal parts
 }
 
@@ -369,13 +368,13 @@ def test_the_first_update_is_that_of_an_adamw_which_never_stopped(
 
 
 def test_an_interrupted_continuation_resumes_from_its_own_checkpoint(runs: Runs) -> None:
-    name = "twice"
-    runs.train(name, *LAYOUTS["zero1"], "trainer.max_steps=4")
-    assert "from step 4" in runs.train(name, *LAYOUTS["zero1"]).stdout
-    runs.train("once", *LAYOUTS["zero1"])
-    once, twice = (checkpoint_weights(runs, each, 5) for each in ("once", name))
+    name, settings = "twice", ["trainer.precision=fp32", *LAYOUTS["zero1"]]
+    runs.train(name, *settings, "trainer.max_steps=4")
+    assert "from step 4" in runs.train(name, *settings).stdout
+    runs.train("zero1", *settings)  # nothing is left to do where the test above has run
+    once, twice = (checkpoint_weights(runs, each, 5) for each in ("zero1", name))
     assert all(torch.equal(once[key], twice[key]) for key in once)
-    assert [row["train/loss"] for row in runs.rows(name)] == [row["train/loss"] for row in runs.rows("once")]
+    assert [row["train/loss"] for row in runs.rows(name)] == [row["train/loss"] for row in runs.rows("zero1")]
     state = checkpoint_folder(runs.folder(name), 5) / STATE / "checkpoint" / "mp_rank_00_model_states.pt"
     assert torch.load(state, weights_only=False)["global_steps"] == 5  # DeepSpeed's own count
 

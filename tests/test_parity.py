@@ -32,15 +32,11 @@ BF16_LOSS = 5e-3  # absolute, against the recording in fp32
 # The original computes the learning rate in fp32, ours is a double: equal within two roundings of the peak to fp32.
 LEARNING_RATE = 2**-23  # share of the peak
 
-LAYOUTS = {
-    "single": ["strategy=single"],
-    "single-eager": ["strategy=single", "model.attention=eager"],
-    "zero1": ["strategy=zero1", "trainer.devices=2"],
-    "zero2": ["strategy=zero2", "trainer.devices=2"],
-}
-# Minutes each with the real vocabulary, so the larger recordings are replayed in one process and under ZeRO-2 only.
-CASES = [(MICRO, layout) for layout in LAYOUTS]
-CASES += [(folder, layout) for folder in MORE for layout in ("single", "zero2")]
+ONE_RANK = {"single": ["strategy=single"], "single-eager": ["strategy=single", "model.attention=eager"]}
+TWO_RANKS = {"zero1": ["strategy=zero1"], "zero2": ["strategy=zero2"]}
+FP32, BF16 = "trainer.precision=fp32", "trainer.precision=bf16"
+CASES = [(MICRO, layout) for layout in (*ONE_RANK, *TWO_RANKS)]
+CASES += [(folder, layout) for folder in MORE for layout in ("single", *TWO_RANKS)]
 
 pytestmark = pytest.mark.timeout(1200)  # a recording with the real vocabulary takes minutes
 
@@ -54,11 +50,23 @@ def alone() -> Iterator[None]:
         yield
 
 
-def run(trace: FlaxTrace, out: Path, *overrides: str) -> Replay:
-    """Train as `overrides` say; on one rank in this process."""
-    if "trainer.devices=2" in overrides:
-        return train_on_two_ranks(trace.folder, out, *overrides)
-    return train(trace, configuration(trace, *overrides))
+@pytest.fixture(scope="module")
+def replay(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str, str], Replay]:
+    """Train on a recording in a layout; all runs on two ranks are made at the first need of one."""
+    on_two_ranks: dict[Path, dict[tuple[str, str], Replay]] = {}
+
+    def replayed(folder: Path, layout: str, precision: str) -> Replay:
+        if layout in ONE_RANK:
+            trace = FlaxTrace(folder)
+            return train(trace, configuration(trace, precision, *ONE_RANK[layout]))
+        if folder not in on_two_ranks:
+            wanted = [(name, FP32) for name in TWO_RANKS] + ([("zero1", BF16)] if folder == MICRO else [])
+            layouts = [[*TWO_RANKS[name], each] for name, each in wanted]
+            made = train_on_two_ranks(folder, tmp_path_factory.mktemp("ranks"), *layouts)
+            on_two_ranks[folder] = dict(zip(wanted, made, strict=True))
+        return on_two_ranks[folder][layout, precision]
+
+    return replayed
 
 
 @pytest.mark.parametrize("folder", [MICRO, *MORE], ids=lambda folder: folder.name)
@@ -73,9 +81,10 @@ def test_the_recording_is_the_run_that_its_settings_describe(folder: Path) -> No
 
 
 @pytest.mark.parametrize(("folder", "layout"), CASES, ids=[f"{folder.name}-{layout}" for folder, layout in CASES])
-def test_every_step_repeats_the_recording_in_fp32(folder: Path, layout: str, tmp_path: Path) -> None:
-    trace = FlaxTrace(folder)
-    errors = differences(run(trace, tmp_path, "trainer.precision=fp32", *LAYOUTS[layout]), trace)
+def test_every_step_repeats_the_recording_in_fp32(
+    replay: Callable[[Path, str, str], Replay], folder: Path, layout: str
+) -> None:
+    errors = differences(replay(folder, layout, FP32), FlaxTrace(folder))
     print(layout, {name: f"{value:.1e}" for name, value in errors.items()})
     assert errors["loss"] <= LOSS
     assert errors["eval loss"] <= LOSS
@@ -85,10 +94,10 @@ def test_every_step_repeats_the_recording_in_fp32(folder: Path, layout: str, tmp
 
 
 @pytest.mark.parametrize("layout", ["single", "zero1"])
-def test_losses_in_bf16_stay_near_the_recording_in_fp32(layout: str, tmp_path: Path) -> None:
-    trace = FlaxTrace(MICRO)
-    replay = run(trace, tmp_path, "trainer.precision=bf16", *LAYOUTS[layout])
-    assert 1e-6 < largest(replay.losses, trace.losses) <= BF16_LOSS
+def test_losses_in_bf16_stay_near_the_recording_in_fp32(
+    replay: Callable[[Path, str, str], Replay], layout: str
+) -> None:
+    assert 1e-6 < largest(replay(MICRO, layout, BF16).losses, FlaxTrace(MICRO).losses) <= BF16_LOSS
 
 
 def differences(replay: Replay, trace: FlaxTrace) -> dict[str, float]:
@@ -216,6 +225,6 @@ BREAKS = {
 def test_a_broken_detail_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     BREAKS[name](monkeypatch)
     trace = FlaxTrace(MICRO)
-    broken = differences(train(trace, configuration(trace, "trainer.precision=fp32", "strategy=single")), trace)
+    broken = differences(train(trace, configuration(trace, FP32, "strategy=single")), trace)
     print(name, {kind: f"{value:.1e}" for kind, value in broken.items()})
     assert broken["loss"] > LOSS or broken["gradient norm"] > GRAD_NORM

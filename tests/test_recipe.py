@@ -328,12 +328,12 @@ def test_a_run_that_diverges_fails_and_saves_nothing_of_it(runs: Runs) -> None:
 
 
 def test_a_run_as_the_original_trains_and_continues(runs: Runs) -> None:
-    runs.train("original", "recipe=original", "trainer.audit=true")
+    runs.train("original", "recipe=original", "trainer.audit=true", *SINGLE)
     assert runs.rows("original", "val/loss")[-1]["step"] == 6
-    resumed = runs.train("original", "recipe=original", "trainer.audit=true", "trainer.max_steps=8")
+    resumed = runs.train("original", "recipe=original", "trainer.audit=true", "trainer.max_steps=8", *SINGLE)
     assert "from step 6" in resumed.stdout
     assert [row["step"] for row in runs.rows("original")] == list(range(1, 9))
-    changed = runs.train("original", "trainer.max_steps=9", code=4).stderr
+    changed = runs.train("original", "trainer.max_steps=9", *SINGLE, code=4).stderr
     assert "data.eos_between_documents was False, is True" in changed
 
 

@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clippy_train.config import CorpusConfig, load
 from clippy_train.corpus.build import build_corpus
+from clippy_train.export import load_checkpoint_model
+from clippy_train.model.build import build
 from clippy_train.plan import state_bytes
 from clippy_train.train.checkpoint import STATE, checkpoints, find, open_checkpoint, read_checkpoint
+from clippy_train.train.checkpoint import folder as checkpoint_folder
 
 
 @pytest.fixture(scope="module")
@@ -118,28 +121,13 @@ def test_an_interrupted_run_resumes_bit_for_bit(runs: Runs, reference: str) -> N
     assert weights_hash(runs.folder(name)) == weights_hash(runs.folder(reference))
 
 
-def test_a_signal_before_the_first_step_leaves_nothing_behind(runs: Runs, reference: str) -> None:
+def test_a_signal_before_the_first_step_leaves_nothing_behind(runs: Runs) -> None:
     process = runs.start("early", "trainer.audit=true")
     while not rank_pids(runs.folder("early")):
         time.sleep(0.01)
     assert end(process, signal.SIGTERM) == 75
     assert not checkpoints(runs.folder("early"))
-    runs.train("early", "trainer.audit=true")
-    assert list(map(trained, runs.rows("early"))) == list(map(trained, runs.rows(reference)))
-
-
-def test_a_killed_rank_ends_the_run_and_the_run_resumes_bit_for_bit(runs: Runs, reference: str) -> None:
-    process = runs.start("killed", "trainer.audit=true")
-    runs.wait_for_step("killed", 3, process)
-    pids = rank_pids(runs.folder("killed"))
-    os.kill(pids[0], signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert not rank_pids(runs.folder("killed"))
-
-    assert "from step" in runs.train("killed", "trainer.audit=true").stdout
-    assert list(map(trained, runs.rows("killed"))) == list(map(trained, runs.rows(reference)))
-    assert weights_hash(runs.folder("killed")) == weights_hash(runs.folder(reference))
+    assert not runs.rows("early")
 
 
 def test_no_rank_outlives_a_launcher_that_was_killed(runs: Runs) -> None:
@@ -154,18 +142,27 @@ def test_no_rank_outlives_a_launcher_that_was_killed(runs: Runs) -> None:
         time.sleep(0.1)
 
 
-def test_the_order_of_the_data_does_not_depend_on_ranks_strategy_or_loader_processes(
-    runs: Runs, reference: str
+LAYOUTS = {
+    "single-0": ["strategy=single", "trainer.devices=1", "data.num_workers=0"],
+    "ddp-3": ["strategy=ddp", "data.num_workers=3", "trainer.micro_batch_size=4"],
+    "zero2-4": ["strategy=zero2", "trainer.devices=4", "data.num_workers=0"],
+    "zero3-2": ["strategy=zero3"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_neither_data_nor_first_weights_depend_on_ranks_strategy_or_loader_processes(
+    runs: Runs, reference: str, layout: str
 ) -> None:
-    layouts = {
-        "single-0": ["strategy=single", "trainer.devices=1", "data.num_workers=0"],
-        "ddp-3": ["strategy=ddp", "trainer.devices=2", "data.num_workers=3", "trainer.micro_batch_size=4"],
-        "zero2-4": ["strategy=zero2", "trainer.devices=4", "data.num_workers=0"],
-    }
-    digests = [row["data/digest"] for row in runs.rows(reference)]
-    for name, layout in layouts.items():
-        runs.train(name, "trainer.audit=true", *layout)
-        assert [row["data/digest"] for row in runs.rows(name)] == digests
+    """The first update has learning rate 0, so the weights after it are those that the run started from, in fp32."""
+    runs.train(layout, "trainer.audit=true", "checkpoint.every_steps=1", "checkpoint.keep_last=6", *LAYOUTS[layout])
+    assert [row["data/digest"] for row in runs.rows(layout)] == [row["data/digest"] for row in runs.rows(reference)]
+
+    folder = runs.folder(layout)
+    built, _ = build(load(folder / "config.yaml"))
+    found = load_checkpoint_model(folder / "hf", open_checkpoint(checkpoint_folder(folder, 1))).state_dict()
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in built.parameters())
+    assert all(torch.equal(found[name], tensor) for name, tensor in built.named_parameters())
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +171,7 @@ def single_fp32(runs: Runs) -> list[float]:
     return losses_and_norms(runs, "fp32-single")
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "ddp"])
+@pytest.mark.parametrize("strategy", ["zero3", "ddp"])  # the others: test_parity.py
 def test_strategies_agree_on_losses_and_gradient_norms_in_fp32(
     runs: Runs, single_fp32: list[float], strategy: str
 ) -> None:
@@ -184,18 +181,6 @@ def test_strategies_agree_on_losses_and_gradient_norms_in_fp32(
     expected = weights(runs.folder("fp32-single"))
     for key, tensor in weights(runs.folder(name)).items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=2e-5)
-
-
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
-def test_a_bf16_run_starts_from_fp32_weights(runs: Runs, strategy: str) -> None:
-    """The first update has learning rate 0, so the weights after it are those that the run started from."""
-    name = f"start-{strategy}"
-    runs.train(name, "trainer.max_steps=1", f"strategy={strategy}")
-    runs.train("start-fp32", "trainer.max_steps=1", "trainer.precision=fp32", "strategy=single", "trainer.devices=1")
-    expected = weights(runs.folder("start-fp32"))
-    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in expected.values())
-    for key, tensor in weights(runs.folder(name)).items():
-        assert torch.equal(tensor, expected[key])
 
 
 def test_bf16_under_deepspeed_stays_near_fp32(runs: Runs, reference: str, single_fp32: list[float]) -> None:
@@ -279,7 +264,7 @@ def test_a_sweep_runs_its_trials_one_after_another_in_folders_named_by_their_val
 
 
 def test_the_recipes_own_model_takes_two_optimizer_steps(runs: Runs, tmp_path: Path) -> None:
-    """GPT-Neo-125M's exact shape and block length, random weights, on CPU."""
+    """GPT-Neo-125M's exact shape, random weights, short blocks, on CPU."""
     build_corpus(CorpusConfig(src=[str(Path(asyncio.__file__).parent)], out=str(tmp_path / "corpus")))
     tokenizer = AutoTokenizer.from_pretrained(runs.settings[-1].split("=")[1])
     tokenizer.add_tokens([f"<unused-{i}>" for i in range(50257 - len(tokenizer) + 4)])  # the four tokens are there
@@ -289,13 +274,12 @@ def test_the_recipes_own_model_takes_two_optimizer_steps(runs: Runs, tmp_path: P
         f"tokenizer.base={tmp_path / 'tokenizer'}", f"data.path={tmp_path / 'corpus'}", "data.streams=1",
         "trainer.accelerator=cpu", "trainer.devices=1", "trainer.global_batch_size=1", "trainer.micro_batch_size=1",
         "trainer.eval_micro_batch_size=1", "trainer.val_samples=1", "trainer.max_steps=2", "trainer.log_every_steps=1",
-        "optim.warmup_steps=1",
+        "optim.warmup_steps=1", "data.seq_len=512",
     )  # fmt: skip
     first, second = runs.rows("recipe")
-    assert first["tokens"] == 2048
+    assert first["tokens"] == 512
     assert first["train/lr"] == 0
     assert second["train/lr"] == 1e-4
     assert abs(first["train/loss"] - torch.tensor(50261.0).log().item()) < 0.3
-    assert sum(tensor.numel() for tensor in weights(runs.folder("recipe")).values()) == 125_201_664
     planned = state_bytes(125_201_664, load(runs.folder("recipe") / "config.yaml"))["checkpoint"]
     assert read_checkpoint(checkpoints(runs.folder("recipe"))[0]).num_bytes == pytest.approx(planned, rel=0.01)
