@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz chaos bench soak elastic lint clean
+.PHONY: help setup demo test fuzz chaos chaos-selftest bench bench-checkpoint soak elastic lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ chaos: $(READY) ## strike runs at random 200 times with kill -9, and 200 times w
 	$(BIN)/python tests/chaos.py kill
 	$(BIN)/python tests/chaos.py signal
 
+chaos-selftest: $(READY) ## take each protection out and see the gate that guards it turn red
+	$(BIN)/python tests/chaos_selftest.py
+
 fuzz: $(READY) ## the long form of the fuzz tests: 6,000 shards, 180,000 lines
 	FUZZ_SHARDS=1500 $(BIN)/pytest -s --timeout=1800 tests/test_fuzz.py
 
@@ -42,6 +45,9 @@ lint: $(READY) ## style, types, and which room may import which
 
 bench: $(READY) ## the input pipeline's speed against its limit and its rivals, in minutes; on an idle machine
 	$(BIN)/python benchmarks/data.py speed
+
+bench-checkpoint: $(READY) ## seconds and bytes of a checkpoint at GPT-Neo-125M's shape, in minutes
+	$(BIN)/python benchmarks/checkpoint.py
 
 soak: $(READY) ## whether the input pipeline's memory stays flat, in 25 minutes
 	$(BIN)/python benchmarks/soak.py
