@@ -26,7 +26,7 @@ from clippy_train.shards import new_folder
 from clippy_train.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, train_bpe
 from clippy_train.train.launch import HF_FOLDER, train
-from clippy_train.train.monitor import METRICS, TENSORBOARD, read_rows
+from clippy_train.train.record import METRICS, TENSORBOARD, read_rows
 
 EXTENSIONS = [".py", ".c", ".h"]
 

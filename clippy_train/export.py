@@ -19,7 +19,7 @@ from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train.checkpoint import Checkpoint, find
 from clippy_train.train.consolidate import WEIGHTS, set_weights, whole_tensors
 from clippy_train.train.launch import CONFIG, ENVIRONMENT, HF_FOLDER
-from clippy_train.train.monitor import METRICS, read_rows
+from clippy_train.train.record import METRICS, read_rows
 
 
 def export(config: ExportConfig) -> str:

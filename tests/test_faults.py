@@ -18,8 +18,9 @@ from clippy_train.model.build import build
 from clippy_train.sources import open_corpus
 from clippy_train.train import collective
 from clippy_train.train.checkpoint import ASIDE, checkpoints, open_checkpoint, step_of
+from clippy_train.train.loggers import EventLogger
 from clippy_train.train.module import CodeLM
-from clippy_train.train.monitor import EventLogger, RowFile, read_rows
+from clippy_train.train.record import RowFile, read_rows
 from clippy_train.train.sanity import require_equal_replicas
 
 LAST_SAVE = 54  # more than twice the disk operations of a save; every later one fails

@@ -9,7 +9,7 @@ import pytest
 from runs import Runs, rank_pids
 
 from clippy_train.tokenizer import load_tokenizer
-from clippy_train.train.monitor import LEDGER, RowFile, read_rows
+from clippy_train.train.record import LEDGER, RowFile, read_rows
 
 SETTINGS = [
     "trainer.audit=true",

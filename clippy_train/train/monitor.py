@@ -4,12 +4,10 @@ an audit also `ledger.jsonl`, which documents each step was trained on.
 Losses stay on the device until a step is logged. x axis: optimizer step.
 """
 
-import json
 import logging
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,14 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.module import Batch
 from clippy_train.train import collective
 from clippy_train.train.module import CodeLM
 from clippy_train.train.progress import Progress, step_ended
+from clippy_train.train.record import RowFile
 from clippy_train.train.sanity import Finite
-
-METRICS = "metrics.jsonl"
-LEDGER = "ledger.jsonl"
-TENSORBOARD = "tensorboard"
 
 log = logging.getLogger(__name__)
 
@@ -185,95 +179,6 @@ class Ledger(pl.Callback):
             self._spans = []
             if self._rows:
                 self._rows.append({"step": trainer.global_step, "spans": spans})
-
-
-class RowFile:
-    """One JSON object a line. Rows behind `resumed_step`, of another life of the run, go first: they come again.
-
-    Rows that a full disk refuses wait for the next one that it takes.
-    """
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        self.path = path
-        aside = path.with_suffix(".writing")
-        with aside.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= resumed_step)
-        aside.replace(path)
-        self._size = path.stat().st_size
-        self._unwritten = b""
-
-    def append(self, row: dict[str, Any]) -> None:
-        self._unwritten += json.dumps(row).encode() + b"\n"
-        try:
-            with self.path.open("r+b") as file:
-                file.truncate(self._size)  # what is left of a write that failed
-                file.seek(self._size)
-                file.write(self._unwritten)
-        except OSError as error:
-            log.error("%s: step %s is not written yet: %s", self.path, row["step"], error)
-            return
-        self._size += len(self._unwritten)
-        self._unwritten = b""
-
-
-class JsonlLogger(Logger):
-    """One JSON object per logged row."""
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        super().__init__()
-        self._rows = RowFile(path, resumed_step)
-
-    @property
-    def name(self) -> str:
-        return "jsonl"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self._rows.append({"step": step, **metrics})
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The resolved configuration lies beside this file."""
-
-
-class EventLogger(TensorBoardLogger):
-    """TensorBoard, numbers only. Its writer does not survive a disk error: nothing more is written after one."""
-
-    def __init__(self, run_dir: Path, resumed_step: int) -> None:
-        super().__init__(run_dir, name="", version=TENSORBOARD, purge_step=resumed_step + 1)
-        self._broken = False
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
-        self._unless_broken(lambda: super(EventLogger, self).log_metrics(numbers, step))
-
-    def save(self) -> None:
-        self._unless_broken(super().save)
-
-    def finalize(self, status: str) -> None:
-        self._unless_broken(lambda: super(EventLogger, self).finalize(status))
-
-    def _unless_broken(self, write: Callable[[], None]) -> None:
-        try:
-            if not self._broken:
-                write()
-        except OSError as error:
-            self._broken = True
-            log.error("TensorBoard stops here, %s goes on: %s", METRICS, error)
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON objects; one that a crash cut short is left out."""
-    if not path.exists():
-        return
-    with path.open() as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                log.warning("%s: a line that was cut short is dropped", path)
 
 
 def row_digest(tokens: np.ndarray) -> int:

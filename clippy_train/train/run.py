@@ -18,7 +18,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
 
 from clippy_train.config import TrainConfig, load
@@ -35,10 +34,12 @@ from clippy_train.train.checkpoint import STATE, Checkpoint, read_checkpoint
 from clippy_train.train.consolidate import WEIGHTS_FILE, set_weights
 from clippy_train.train.continuation import Continuation, ExactWeights
 from clippy_train.train.launch import CONFIG, HF_FOLDER, base_state
+from clippy_train.train.loggers import build_loggers
 from clippy_train.train.module import CodeLM
-from clippy_train.train.monitor import LEDGER, METRICS, EventLogger, JsonlLogger, Ledger, Monitor
+from clippy_train.train.monitor import Ledger, Monitor
 from clippy_train.train.preempt import Flag, Preemption
 from clippy_train.train.progress import Progress, fresh_cursors
+from clippy_train.train.record import LEDGER
 from clippy_train.train.sanity import Finite
 from clippy_train.train.saving import Checkpointer
 from clippy_train.train.strategy import build_trainer
@@ -115,13 +116,6 @@ def starting(config: TrainConfig, native: Path | None, base: BaseState | None) -
     if base:
         callbacks.append(Continuation(config, base))
     return callbacks
-
-
-def build_loggers(config: TrainConfig, kept: int) -> list[Logger]:
-    loggers: list[Logger] = [JsonlLogger(config.run_dir / METRICS, kept)]
-    if config.logger.tensorboard:
-        loggers.append(EventLogger(config.run_dir, kept))
-    return loggers
 
 
 def save_description(folder: Path, model: Any, tokenizer: Any) -> None:
