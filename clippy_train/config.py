@@ -104,7 +104,9 @@ class FilterConfig:
 
 
 @dataclass
-class DataConfig:
+class SourceConfig:
+    """Where documents come from."""
+
     path: str | None = key(
         "where the corpus lies: a folder with train/ and validation/, or a pattern such as /data/{split}/*.parquet; a "
         "path, or a URL that fsspec knows (https://, s3://, hf://datasets/...)",
@@ -113,10 +115,16 @@ class DataConfig:
     )
     hub: str | None = key("dataset of the hub instead of data.path: NAME or NAME@REVISION", None, text=True)
     hub_config: str | None = key("configuration of the hub dataset; null takes its default", None, text=True)
-    validation_split: str = key("name of the split that is validated on", "validation", text=True)
     filter: FilterConfig = field(default_factory=FilterConfig)
-    seq_len: int = key("tokens in a block", minimum=2)
     text_column: str = key("name of the text field of a document", "text", text=True)
+
+
+@dataclass
+class DataConfig(SourceConfig):
+    """What a run reads, and in what order."""
+
+    validation_split: str = key("name of the split that is validated on", "validation", text=True)
+    seq_len: int = key("tokens in a block", minimum=2)
     streams: int = key(
         "logical streams that the corpus is read in: part of the order of the data, so keep it for the life of a run; "
         "global_batch_size must be a multiple of it, and it of the number of processes",
@@ -432,8 +440,8 @@ def _model_checks(config: TrainConfig) -> Iterator[Check]:
     )
 
 
-def _data_checks(config: TrainConfig) -> Iterator[Check]:
-    data = config.data
+def _data_checks(config: Any) -> Iterator[Check]:
+    data: SourceConfig = config.data
     yield (
         bool(data.path) != bool(data.hub),
         f"data.path={data.path} and data.hub={data.hub}: set one of them, and the other to null",

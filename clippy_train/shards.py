@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import zstandard
 
 from clippy_train.config import FilterConfig
 from clippy_train.errors import ConfigError
-from clippy_train.filters import META_COLUMNS, RULES, broken_rule
+from clippy_train.filters import META_COLUMNS, RULES, broken_rule, code_clippy_meta
 
 SPLITS = ("train", "validation", "test")
 SUFFIX = ".jsonl.zst"  # what is written
@@ -41,7 +41,12 @@ REASONS = ("not_json", "no_text", "not_utf8", "too_long", "damaged_shard")
 # Why a document was left out on purpose: the rule of data.filter that it breaks.
 FILTERED = tuple(f"filtered/{rule}" for rule in RULES)
 
-Entry = tuple[int, str | None, str]  # number of the line or row, its text or None, why there is none
+Entry = tuple[int, Any, str]  # number of the line or row, its text (or `Described`) or None, why there is none
+
+
+class Described(NamedTuple):
+    text: str
+    meta: dict[str, Any]  # Code Clippy meta
 
 
 class ByteFile(Protocol):
@@ -52,15 +57,19 @@ class ByteFile(Protocol):
 
 @dataclass(frozen=True)
 class Fields:
-    """Which field of a document is its text, and the rules that choose among documents; None keeps all."""
+    """Which field of a document is its text, and the rules that choose among documents; None keeps all.
+
+    A `described` document comes as `Described`, instead of as its text alone.
+    """
 
     text: str = "text"
     rules: FilterConfig | None = None
+    described: bool = False
 
     def columns(self, names: list[str]) -> list[str]:
         """Those of a table's columns that are needed."""
         needed = {self.text}
-        if self.rules:
+        if self.rules or self.described:
             needed |= {"meta", *chain.from_iterable(META_COLUMNS.values())}
         return [name for name in names if name in needed]
 
@@ -100,8 +109,8 @@ def documents(file: ByteFile, name: str, fields: Fields, wanted: Selection = ALL
             yield number, *parse(line, fields)
 
 
-def parse(line: bytes, fields: Fields) -> tuple[str | None, str]:
-    """The text of a document line and an empty reason, or None and the reason why it cannot be used."""
+def parse(line: bytes, fields: Fields) -> tuple[Any, str]:
+    """The text (or `Described`) of a line and an empty reason, or None and the reason why it cannot be used."""
     try:
         document = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError:
@@ -111,8 +120,8 @@ def parse(line: bytes, fields: Fields) -> tuple[str | None, str]:
     return usable(document, fields)
 
 
-def usable(document: Any, fields: Fields) -> tuple[str | None, str]:
-    """The text of a document and an empty reason, or None and the reason why it cannot be used."""
+def usable(document: Any, fields: Fields) -> tuple[Any, str]:
+    """The text (or `Described`) of a document and an empty reason, or None and the reason why it cannot be used."""
     text = document.get(fields.text) if isinstance(document, dict) else None
     if not isinstance(text, str) or not text:
         return None, "no_text"
@@ -123,7 +132,9 @@ def usable(document: Any, fields: Fields) -> tuple[str | None, str]:
     except UnicodeEncodeError:
         return None, "not_utf8"
     broken = broken_rule(document, text, fields.rules) if fields.rules else None
-    return (None, f"filtered/{broken}") if broken else (text, "")
+    if broken:
+        return None, f"filtered/{broken}"
+    return (Described(text, code_clippy_meta(document)) if fields.described else text), ""
 
 
 def _lines(chunks: Iterator[bytes | None], wanted: Selection) -> Iterator[tuple[int, bytes | str]]:
@@ -217,7 +228,7 @@ def _rows(file: ByteFile, fields: Fields, wanted: Selection) -> Iterator[Entry]:
             yield number, None, "damaged_shard"
 
 
-def _row(batch: Any, row: int, fields: Fields) -> tuple[str | None, str]:
+def _row(batch: Any, row: int, fields: Fields) -> tuple[Any, str]:
     try:
         return usable({name: batch[name][row].as_py() for name in batch.schema.names}, fields)
     except UnicodeDecodeError:

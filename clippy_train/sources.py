@@ -20,7 +20,7 @@ import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
-from clippy_train.config import DataConfig, FilterConfig
+from clippy_train.config import DataConfig, FilterConfig, SourceConfig
 from clippy_train.errors import ClippyError, DataError
 from clippy_train.shards import FILTERED, SUFFIXES, Entry, Fields, Selection, documents, usable
 
@@ -109,14 +109,14 @@ class HubCorpus(Corpus):
                 yield number, None, "damaged_shard"
 
 
-def open_corpus(data: DataConfig, split: str) -> Corpus:
-    """Find the shards of `train` or `validation`.
+def open_corpus(data: SourceConfig, split: str, described: bool = False) -> Corpus:
+    """Find the shards of `train`, `validation` or `test`; `described` ones give documents with their meta.
 
     Raises:
         DataError: there is nothing, or no shard in it; the message names the key and the fix.
     """
-    fields = Fields(data.text_column, data.filter if data.filter != FilterConfig() else None)
-    name = data.validation_split if split == "validation" else split
+    fields = Fields(data.text_column, data.filter if data.filter != FilterConfig() else None, described)
+    name = data.validation_split if isinstance(data, DataConfig) and split == "validation" else split
     return _open_hub(data, name, fields) if data.hub else _open_files(str(data.path), name, fields)
 
 
@@ -224,7 +224,7 @@ def _filesystem(name: str) -> Any:
     return fsspec.core.url_to_fs(name, **options)[0]
 
 
-def _open_hub(data: DataConfig, split: str, fields: Fields) -> HubCorpus:
+def _open_hub(data: SourceConfig, split: str, fields: Fields) -> HubCorpus:
     import datasets
 
     name, _, revision = str(data.hub).partition("@")

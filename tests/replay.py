@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
+from clippy_train.model.score import new_sums
 from clippy_train.train.launch import _free_port, rank_environment
 from clippy_train.train.module import CodeLM
 from clippy_train.train.progress import step_ended
@@ -45,7 +46,7 @@ class Replay:
 class Recorder(pl.Callback):
     def __init__(self) -> None:
         self.seen = Replay()
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._sums = new_sums(1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if step_ended(trainer, batch_idx):
@@ -55,11 +56,11 @@ class Recorder(pl.Callback):
             pl_module.micro_losses = []
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._sums = new_sums(1)
         self.seen.evals[trainer.global_step] = []
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        nats, targets, _ = (pl_module.val_sums - self._sums).tolist()
+        nats, targets, _ = (pl_module.val_sums - self._sums)[1].tolist()
         self._sums = pl_module.val_sums.clone()
         self.seen.evals[trainer.global_step].append(nats / targets)
 
@@ -69,6 +70,7 @@ class RecordedData(pl.LightningDataModule):
 
     def __init__(self, trace: FlaxTrace, rank: int, world_size: int) -> None:
         super().__init__()
+        self.languages = ["any"]
         self.train = [ids.chunk(world_size)[rank] for ids in trace.train_ids]
         self.eval = [ids.chunk(world_size)[rank] for ids in trace.eval_ids]
 
@@ -76,7 +78,7 @@ class RecordedData(pl.LightningDataModule):
         return DataLoader([{"input_ids": ids} for ids in self.train], batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
-        batches = [{"input_ids": ids, "weight": torch.ones(len(ids), dtype=torch.long)} for ids in self.eval]
+        batches = [{"input_ids": ids, "group": torch.ones_like(ids)} for ids in self.eval]
         return DataLoader(batches, batch_size=None)
 
 

@@ -23,7 +23,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig, save
-from clippy_train.data.module import DataModule, encoder, first_blocks, val_batches
+from clippy_train.data.module import DataModule, encoder, val_batches
+from clippy_train.data.rows import Row as ScoredRow
+from clippy_train.data.rows import first_blocks
 from clippy_train.data.stream import COUNTS, Cursor, Stream
 from clippy_train.errors import DataError
 from clippy_train.sources import open_corpus
@@ -348,15 +350,17 @@ def test_waiting_for_data_is_measured(config, tokenizer) -> None:
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 7))
 def test_validation_rows_are_spread_evenly_and_each_counts_once(num_rows, world_size, batch_size) -> None:
-    rows = [np.full(3, number, dtype=np.int32) for number in range(num_rows)]
+    rows = [ScoredRow(np.full(3, n, dtype=np.int32), np.full(3, n + 1, dtype=np.int64)) for n in range(num_rows)]
     ranks = [val_batches(rows, rank, world_size, batch_size) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for rank in ranks for batch in rank]
     assert {tuple(batch["input_ids"].shape) for batch in batches} == {(batch_size, 3)}
     assert {tensor.dtype for batch in batches for tensor in batch.values()} == {torch.int64}
-    ids, weights = (torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "weight"))
-    assert set(weights.tolist()) <= {0, 1}
-    assert sorted(ids[weights == 1].tolist()) == [row.tolist() for row in rows]
+    ids, group = (torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "group"))
+    assert group[:, 0].bool().sum() == num_rows
+    assert torch.equal(group, group[:, :1].expand(-1, 3))
+    assert sorted(ids[group[:, 0] > 0].tolist()) == [row.tokens.tolist() for row in rows]
+    assert torch.equal(ids[group[:, 0] > 0] + 1, group[group[:, 0] > 0])
     assert len(ranks[0]) == -(-num_rows // (world_size * batch_size))
 
 
@@ -367,7 +371,7 @@ def test_validation_is_the_start_of_the_split_as_it_lies(config, tokenizer, worl
     ids = [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     modules = [DataModule(settings, tokenizer, rank, START) for rank in range(world_size)]
     batches = [batch for module in modules for batch in module.val_dataloader()]
-    shown = [row.tolist() for batch in batches for row in batch["input_ids"][batch["weight"] == 1]]
+    shown = [row.tolist() for batch in batches for row in batch["input_ids"][batch["group"][:, 0] > 0]]
     assert sorted(shown) == sorted(ids[start : start + 32] for start in range(0, 5 * 32, 32))
 
 
@@ -387,4 +391,4 @@ def test_a_small_split_is_validated_once_and_not_again(config, tokenizer) -> Non
 def test_a_split_smaller_than_a_block_is_an_error(config, tokenizer) -> None:
     stream = Stream(open_corpus(config().data, "validation"), encoder(tokenizer), seq_len=10**6, shuffle=False)
     with pytest.raises(DataError, match=r"data\.path=.*validation has less than one block"):
-        first_blocks(stream, 1)
+        list(first_blocks(stream, 1))

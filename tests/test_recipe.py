@@ -261,8 +261,8 @@ def test_the_choice_of_the_loss_reaches_training_and_validation(train_config, lo
     expected = token_losses(model, ids, "sdpa", loss_dtype)
     assert module.training_step({"input_ids": ids}, 0).item() == expected.mean().item()
     with torch.no_grad():
-        module.validation_step({"input_ids": ids, "weight": torch.ones(3, dtype=torch.long)}, 0)
-    assert module.val_sums[0].item() == expected.double().sum().item()
+        module.validation_step({"input_ids": ids, "group": torch.ones_like(ids)}, 0)
+    assert module.val_sums[1, 0].item() == pytest.approx(expected.double().sum().item(), rel=1e-12)
 
 
 def test_a_bf16_loss_follows_the_recorded_bf16_run_closer_than_an_fp32_loss() -> None:

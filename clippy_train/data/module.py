@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from clippy_train.config import TrainConfig
+from clippy_train.data.rows import Groups, Row, block_rows, collate_rows, first_blocks, language
 from clippy_train.data.stream import Block, Cursor, Stream
 from clippy_train.errors import DataError
 from clippy_train.sources import Corpus, open_corpus
@@ -37,16 +38,20 @@ class DataModule(pl.LightningDataModule):
 
     Training batches: `input_ids` `[micro_batch, seq]`, `cursor` `[micro_batch, 1 + 5]` (stream, then `Cursor`),
     `counts` `[micro_batch, len(COUNTS)]`, `rejected` `[any number, 2]` (shard, lines) and `spans` `[spans of all rows
-    in turn, 1 + 5]` (stream, then `Span`), all int64. Validation batches: `input_ids` and `weight`
-    `[eval_micro_batch]` (0 for a row that only fills up the last batch).
+    in turn, 1 + 5]` (stream, then `Span`), all int64. Validation batches: `input_ids` and `group`
+    `[eval_micro_batch, seq]` (1 + its language, or 0 in a row that only fills up the last batch; `model.score`).
 
     Args:
         cursors: `[streams, 5]`, where each stream continues.
+
+    Attributes:
+        languages: those of the validation rows; known from the first `val_dataloader` on.
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Any, rank: int, cursors: np.ndarray) -> None:
         super().__init__()
         self.config, self.tokenizer, self.rank, self.cursors = config, tokenizer, rank, cursors
+        self.languages: list[str] = []
         self._val_batches: list[Batch] | None = None
 
     def train_dataloader(self) -> "TrainBatches":
@@ -60,9 +65,11 @@ class DataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         if self._val_batches is None:
             trainer = self.config.trainer
-            corpus = open_corpus(self.config.data, "validation")
-            blocks = first_blocks(self._stream(corpus, shuffle=False), trainer.val_samples)
-            rows = [block.tokens for block in blocks]
+            described = open_corpus(self.config.data, "validation", described=True)
+            stream = self._stream(open_corpus(self.config.data, "validation"), shuffle=False)
+            groups: Groups[str] = Groups()
+            rows = list(block_rows(first_blocks(stream, trainer.val_samples), described, language, groups))
+            self.languages = list(groups)
             self._val_batches = val_batches(rows, self.rank, self.config.world_size, trainer.eval_micro_batch_size)
         return DataLoader(self._val_batches, batch_size=None)  # type: ignore[arg-type]
 
@@ -102,7 +109,7 @@ class TrainBatches:
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
-        rows: list[Row] = []
+        rows: list[StreamBlock] = []
         rounds = self._rounds()
         while True:
             started = time.perf_counter()
@@ -112,7 +119,7 @@ class TrainBatches:
                 yield collate(rows[: self.batch_size])
                 del rows[: self.batch_size]
 
-    def _rounds(self) -> Iterator[list["Row"]]:
+    def _rounds(self) -> Iterator[list["StreamBlock"]]:
         shares = max(1, self.num_workers)
         sources = [Rounds(self.streams[w::shares], self.starts[w::shares]) for w in range(shares)]
         if not self.num_workers:
@@ -142,7 +149,7 @@ def _loader(source: "Rounds") -> DataLoader:
     )
 
 
-Row = tuple[int, Block]  # stream, its block
+StreamBlock = tuple[int, Block]  # stream, its block
 
 
 class Rounds(IterableDataset):
@@ -151,13 +158,13 @@ class Rounds(IterableDataset):
     def __init__(self, streams: list[Stream], starts: list[Cursor]) -> None:
         self.streams, self.starts = streams, starts
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Iterator[list[StreamBlock]]:
         blocks = [stream.blocks(start) for stream, start in zip(self.streams, self.starts, strict=True)]
         while True:
             yield [(stream.index, next(source)) for stream, source in zip(self.streams, blocks, strict=True)]
 
 
-def collate(rows: list[Row]) -> Batch:
+def collate(rows: list[StreamBlock]) -> Batch:
     return {
         "input_ids": torch.from_numpy(np.stack([block.tokens for _, block in rows]).astype(np.int64)),
         "cursor": torch.tensor([[stream, *block.cursor] for stream, block in rows]),
@@ -167,34 +174,14 @@ def collate(rows: list[Row]) -> Batch:
     }
 
 
-def first_blocks(stream: Stream, count: int) -> list[Block]:
-    """The first `count` blocks of an unshuffled stream, or as many as the split has.
-
-    Raises:
-        DataError: the split has less text than one block.
-    """
-    within = []
-    for block in islice(stream.blocks(), count):
-        if block.cursor.epoch > 0:
-            break
-        within.append(block)
-    if not within:
-        raise DataError(f"{stream.corpus.place} has less than one block of data.seq_len={stream.seq_len} tokens")
-    return within
-
-
-def val_batches(rows: list[np.ndarray], rank: int, world_size: int, batch_size: int) -> list[Batch]:
+def val_batches(rows: list[Row], rank: int, world_size: int, batch_size: int) -> list[Batch]:
     """A rank's share of the validation rows, in as many full batches on every rank: the last are filled up."""
     mine = rows[rank::world_size]
     per_rank = -(-len(rows) // world_size)
-    num_batches = -(-per_rank // batch_size)
-    weights = [1] * len(mine) + [0] * (num_batches * batch_size - len(mine))
-    mine = mine + [rows[0]] * (len(weights) - len(mine))
-    ids = torch.from_numpy(np.stack(mine).astype(np.int64)).split(batch_size)
-    return [
-        {"input_ids": rows_, "weight": weight}
-        for rows_, weight in zip(ids, torch.tensor(weights).split(batch_size), strict=True)
-    ]
+    missing = -(-per_rank // batch_size) * batch_size - len(mine)
+    filler = Row(rows[0].tokens, np.zeros_like(rows[0].group))
+    mine = mine + [filler] * missing
+    return [collate_rows(mine[begin : begin + batch_size]) for begin in range(0, len(mine), batch_size)]
 
 
 def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:

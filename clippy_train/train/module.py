@@ -11,6 +11,7 @@ from torch import Tensor
 from clippy_train.config import TrainConfig
 from clippy_train.data.module import Batch
 from clippy_train.model.loss import token_losses
+from clippy_train.model.score import add_scores, new_sums
 from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm
 from clippy_train.train.strategy import partitioned
 
@@ -22,7 +23,7 @@ class CodeLM(pl.LightningModule):
         micro_losses: mean loss of each micro-batch since the last optimizer step, on the device.
         lr: learning rate of the last update.
         grad_norm: global gradient norm of the last update, before clipping; on the device where it was computed there.
-        val_sums: over the validation so far: loss in nats, targets, bytes of the targets; float64.
+        val_sums: over the validation so far, by group (`model.score`); group `1 + i` is language `i` of the data.
     """
 
     def __init__(self, config: TrainConfig, model: Any, token_bytes: np.ndarray) -> None:
@@ -32,7 +33,7 @@ class CodeLM(pl.LightningModule):
         self.micro_losses: list[Tensor] = []
         self.lr = 0.0
         self._grad_norm: Tensor | float = 0.0
-        self.val_sums = torch.zeros(3, dtype=torch.float64)
+        self.val_sums = new_sums(1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self._losses(batch).mean()
@@ -40,15 +41,10 @@ class CodeLM(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self.val_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.val_sums = new_sums(len(self.trainer.datamodule.languages), self.device)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        losses = self._losses(batch)  # [batch, seq - 1]
-        weight = batch["weight"][:, None].expand_as(losses)
-        num_bytes = self.token_bytes[batch["input_ids"][:, 1:]] * weight  # type: ignore[index]
-        self.val_sums += torch.stack(
-            [(losses * weight).double().sum(), weight.sum().double(), num_bytes.sum().double()]
-        )
+        add_scores(self.val_sums, self._losses(batch), batch["input_ids"], batch["group"], self.token_bytes)  # type: ignore[arg-type]
 
     def _losses(self, batch: Batch) -> Tensor:
         settings = self.config.model

@@ -5,7 +5,6 @@ Losses stay on the device until a step is logged. x axis: optimizer step.
 """
 
 import logging
-import math
 import resource
 import time
 from hashlib import blake2b
@@ -18,6 +17,7 @@ import torch
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.module import Batch
+from clippy_train.model.score import measures
 from clippy_train.train import collective
 from clippy_train.train.module import CodeLM
 from clippy_train.train.progress import Progress, step_ended
@@ -64,20 +64,14 @@ class Monitor(pl.Callback):
         self._clock.pause()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        nats, targets, num_bytes = collective.total(pl_module.val_sums.cpu().numpy())
-        loss = nats / targets
-        row = {
-            "val/loss": loss,
-            "val/perplexity": math.exp(min(loss, 700.0)),
-            "val/bits_per_byte": nats / math.log(2) / num_bytes,
-        }
+        row = validation_row(trainer, collective.total(pl_module.val_sums.cpu().numpy()))
         self.validated = {trainer.global_step: row["val/bits_per_byte"]}
         self.write(trainer, row)
         _say(
             trainer,
             "step %d: validation loss %.4f, %.4f bits per byte",
             trainer.global_step,
-            loss,
+            row["val/loss"],
             row["val/bits_per_byte"],
         )
 
@@ -133,6 +127,16 @@ class Monitor(pl.Callback):
         """Log a row at the current step."""
         for logger in trainer.loggers:
             logger.log_metrics(row, trainer.global_step)
+
+
+def validation_row(trainer: pl.Trainer, sums: np.ndarray) -> dict[str, float]:
+    """`val/<measure>` of all languages together, and loss and bits per byte as `val/<measure>/<language>`."""
+    row = {f"val/{name}": value for name, value in measures(sums[1:].sum(axis=0)).items()}
+    for language, its_sums in zip(trainer.datamodule.languages, sums[1:], strict=True):  # type: ignore[attr-defined]
+        if its_sums[1]:  # a language whose only token is a block's first has no target
+            of_language = measures(its_sums)
+            row |= {f"val/{name}/{language}": of_language[name] for name in ("loss", "bits_per_byte")}
+    return row
 
 
 class Clock:

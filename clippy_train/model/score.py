@@ -1,0 +1,41 @@
+"""How well a model predicts text: nats, targets and bytes of the targets, summed by group of text.
+
+The one home of loss, perplexity and bits per byte, for validation during training and for `clippy evaluate`. A group is
+a language, or whatever else is reported apart. Costs: a scatter of three float64 numbers for each target.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def new_sums(groups: int, device: torch.device | str = "cpu") -> Tensor:
+    """Sums for groups 1 to `groups`: `[1 + groups, 3]` float64 of nats, targets and bytes. Group 0 is not scored."""
+    return torch.zeros(1 + groups, 3, dtype=torch.float64, device=device)
+
+
+def add_scores(sums: Tensor, losses: Tensor, input_ids: Tensor, group: Tensor, token_bytes: Tensor) -> None:
+    """Add the targets of a batch to `sums` in place.
+
+    Args:
+        losses: `[batch, seq - 1]` nats, as `model.loss.token_losses` gives them.
+        input_ids: `[batch, seq]`.
+        group: `[batch, seq]`, of each token; 0 where it only fills up a row or is context.
+        token_bytes: `[vocab]`, as `tokenizer.token_bytes` gives them.
+    """
+    num_bytes = token_bytes[input_ids[:, 1:]]
+    values = torch.stack([each.double().flatten() for each in (losses, torch.ones_like(losses), num_bytes)], dim=1)
+    sums.index_add_(0, group[:, 1:].flatten(), values)
+
+
+def measures(sums: np.ndarray) -> dict[str, float]:
+    """Loss in nats per target, perplexity per target, and bits per byte, of `[3]` nats, targets and bytes."""
+    nats, targets, num_bytes = sums.tolist()
+    loss = nats / targets
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else math.inf,
+    }
