@@ -97,11 +97,19 @@ def test_a_bad_number_stops_the_run_and_names_step_rank_and_text(runs: Runs, tin
     assert step_of(checkpoints(runs.folder("broken"))[0]) == LAST_SAVE
 
 
-@pytest.mark.parametrize(("world_size", "odd"), [(2, 1), (4, 0), (4, 3)])
-def test_a_rank_whose_weights_differ_is_named(
+@pytest.mark.usefixtures("broken")
+def test_a_run_stops_before_it_saves_weights_that_differ_between_ranks(runs: Runs) -> None:
+    with faults(runs, f"diverge:1:{LAST_SAVE + 1}"):
+        said = runs.train("broken", *SETTINGS, code=1).stderr
+    assert f"step {LAST_SAVE + 1}: the weights of ranks [1] are no longer those of the other ranks: 1 tensors" in said
+    assert step_of(checkpoints(runs.folder("broken"))[0]) == LAST_SAVE
+
+
+@pytest.mark.parametrize(("world_size", "odd"), [(4, 0), (4, 3)])
+def test_the_one_rank_of_many_whose_weights_differ_is_named(
     monkeypatch: pytest.MonkeyPatch, train_config: Callable[..., TrainConfig], world_size: int, odd: int
 ) -> None:
-    """What other ranks would send is computed from their weights; a run of real ranks differs in nothing else."""
+    """What other ranks would send is computed from their weights."""
     config = train_config("strategy=ddp", "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2")
     module = CodeLM(config, build(config)[0], np.zeros(1))
     sent: list[Any] = []
