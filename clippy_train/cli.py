@@ -168,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--report", action="store_true", help="corpus: the statistics of the finished corpus in out=DIR"
     )
+    parser.add_argument(
+        "--launch-dir", action="version", version=str(compose.LAUNCH), help="print the folder of the Slurm scripts"
+    )
     parser.add_argument("--version", action="version", version=f"clippy_train {__version__}")
     return parser
 
@@ -214,7 +217,7 @@ def _explain(verb: Verb, overrides: list[str]) -> int:
     console.print(table)
     if verb.schema is config.TrainConfig:
         console.print(f"Groups: experiment ({', '.join(compose.experiments())}),")
-        console.print("recipe (original), model, optim, strategy.")
+        console.print("recipe (original), model, optim, strategy, launcher.")
         console.print("Values are those of the experiment given: clippy train experiment=NAME --help")
     return 0
 

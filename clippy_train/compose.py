@@ -22,12 +22,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clippy_train.config import TrainConfig, keys, typed
 from clippy_train.errors import ConfigError
+from clippy_train.train.cluster import fill_in
 
 T = TypeVar("T")
 
 _HERE = Path(__file__).parent
-# In a wheel conf/ lies inside the package; in the source tree, beside it.
-CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
+# In a wheel conf/ and launch/ lie inside the package; in the source tree, beside it.
+_FILES = _HERE if (_HERE / "conf").is_dir() else _HERE.parent
+CONF, LAUNCH = _FILES / "conf", _FILES / "launch"
 
 
 def compose(schema: type[T], overrides: list[str]) -> T:
@@ -36,7 +38,13 @@ def compose(schema: type[T], overrides: list[str]) -> T:
     Raises:
         ConfigError: an unknown key or choice, a value of the wrong type, a missing value, a contradiction.
     """
-    return typed(_composed(schema, overrides), schema)
+    return _validated(_composed(schema, overrides), schema)
+
+
+def _validated(composed: DictConfig, schema: type[T]) -> T:
+    if schema is TrainConfig:
+        fill_in(composed)
+    return typed(composed, schema)
 
 
 def sweep(overrides: list[str], run_trial: Callable[[TrainConfig], int]) -> int:
@@ -59,7 +67,7 @@ def sweep(overrides: list[str], run_trial: Callable[[TrainConfig], int]) -> int:
         composed.run.root = str(Path(composed.run.root) / composed.run.name)
         composed.run.name = ",".join(re.sub(r"[^\w.=+-]+", "_", item) for item in chosen) or "trial"
         try:
-            codes.append(run_trial(typed(composed, TrainConfig)))
+            codes.append(run_trial(_validated(composed, TrainConfig)))
         except ConfigError as error:
             print(f"trial {composed.run.name}: {error}", file=sys.stderr)
             codes.append(error.exit_code)

@@ -168,9 +168,16 @@ class TrainerConfig:
     global_batch_size: int = key("sequences in an optimizer step, over all ranks", minimum=1)
     micro_batch_size: int = key("sequences in one forward and backward pass of a rank", minimum=1)
     eval_micro_batch_size: int = key("sequences in one validation pass of a rank", minimum=1)
-    accelerator: str = key("device that ranks run on", choices=("cpu", "cuda"))
-    devices: int = key("ranks on each node", minimum=1)
-    num_nodes: int = key("nodes", 1, minimum=1)
+    accelerator: str = key(
+        "device that ranks run on; auto is cuda where it is visible", "auto", choices=("auto", "cpu", "cuda")
+    )
+    devices: int | None = key(
+        "ranks on each node; null: its CUDA devices (those of the Slurm job, in one), or on CPU the job's tasks on a "
+        "node, or one",
+        None,
+        minimum=1,
+    )
+    num_nodes: int | None = key("nodes; null: those of the Slurm job, or one", None, minimum=1)
     precision: str = key("arithmetic of the forward and backward pass", choices=("bf16", "fp32"))
     log_every_steps: int = key("steps between two logged rows", minimum=1)
     val_every_steps: int = key("steps between two validations", minimum=1)
@@ -202,6 +209,20 @@ class CheckpointConfig:
 
 
 @dataclass
+class LauncherConfig:
+    name: str = key(
+        "what starts the ranks: this command on this machine, srun in a Slurm job, or the torchrun that runs this "
+        "command; auto is whichever of them it runs under",
+        "auto",
+        choices=("auto", "local", "slurm", "torchrun"),
+    )
+    preflight: bool = key(
+        "slurm: before training, count the devices of every node and time an all-reduce; takes seconds", True
+    )
+    max_requeues: int = key("slurm: times that an interrupted job is put back into the queue", 100, minimum=0)
+
+
+@dataclass
 class LoggerConfig:
     tensorboard: bool = key("write TensorBoard events to the run folder", True)
 
@@ -219,6 +240,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     resume: str = key(
         "auto continues from the last complete checkpoint if there is one, must needs one, never refuses one; "
         "or the folder of a checkpoint to start from",
@@ -232,8 +254,17 @@ class TrainConfig:
         return Path(self.run.root) / self.run.name
 
     @property
+    def nodes_and_devices(self) -> tuple[int, int]:
+        """Nodes, and ranks on each of them."""
+        nodes, devices = self.trainer.num_nodes, self.trainer.devices
+        assert nodes is not None
+        assert devices is not None, "train.cluster fills these in when a configuration is composed"
+        return nodes, devices
+
+    @property
     def world_size(self) -> int:
-        return self.trainer.num_nodes * self.trainer.devices
+        nodes, devices = self.nodes_and_devices
+        return nodes * devices
 
     @property
     def deepspeed(self) -> bool:
@@ -468,8 +499,15 @@ def _batch_checks(config: TrainConfig) -> Iterator[Check]:
     yield (
         streams % max(1, config.world_size) == 0,
         f"data.streams={streams} is not a multiple of the {config.world_size} ranks "
-        "(trainer.num_nodes x trainer.devices): every rank owns the same number of streams",
+        "(trainer.num_nodes x trainer.devices): every rank owns the same number of streams. Change the ranks, or, for "
+        f"a run that has not started yet, set data.streams={nearest_streams(config)}",
     )
+
+
+def nearest_streams(config: TrainConfig) -> int:
+    """The fewest streams, no fewer than now, that every rank can own the same number of."""
+    ranks = max(1, config.world_size)
+    return -(-config.data.streams // ranks) * ranks
 
 
 def _optimizer_checks(config: TrainConfig) -> Iterator[Check]:

@@ -45,3 +45,9 @@ class Diverged(ClippyError):
     """Ranks that must hold the same weights do not; nothing of it is saved."""
 
     exit_code = 1
+
+
+class Stuck(ClippyError):
+    """A job came back again and again without making a step."""
+
+    exit_code = 1

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
 from clippy_train.model.score import new_sums
-from clippy_train.train.launch import _free_port, rank_environment
 from clippy_train.train.module import CodeLM
+from clippy_train.train.node import here, rank_environment
 from clippy_train.train.progress import step_ended
 from clippy_train.train.strategy import build_trainer
 
@@ -120,11 +120,11 @@ def train(trace: FlaxTrace, config: TrainConfig, rank: int = 0) -> Replay:
 def train_on_two_ranks(folder: Path, out: Path, *layouts: list[str]) -> list[Replay]:
     """Train once in each layout, one after another on the same two real processes; losses are averaged over them."""
     trace = FlaxTrace(folder)
-    config, port = configuration(trace, "trainer.devices=2"), _free_port()
+    config, place = configuration(trace, "trainer.devices=2"), here()
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), str(out / f"{rank}.pt"), *map(",".join, layouts)],
-            env={**os.environ, **rank_environment(config, rank, port), "OMP_NUM_THREADS": "1", "CLIPPY_LAUNCHED": ""},
+            env={**os.environ, **rank_environment(config, rank, place), "OMP_NUM_THREADS": "1", "CLIPPY_LAUNCHED": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -57,7 +57,7 @@ def test_every_strategy_composes(strategy: str) -> None:
 
 def test_the_recipe_is_planned_without_a_gpu_or_a_network(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["plan", "experiment=code_clippy_125m"]) == 0
+    assert main(["plan", "experiment=code_clippy_125m", "trainer.devices=8"]) == 0
     plan = capsys.readouterr().out
     for expected in (
         "EleutherAI/gpt-neo-125m",
@@ -175,7 +175,8 @@ def test_a_cuda_run_without_cuda_is_refused(capsys, tiny_corpus: Path, tmp_path:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     monkeypatch.chdir(tmp_path)
-    message = fails(capsys, 2, "train", "experiment=code_clippy_125m", f"data.path={tiny_corpus}")
+    settings = ["experiment=code_clippy_125m", "trainer.accelerator=cuda", f"data.path={tiny_corpus}"]
+    message = fails(capsys, 2, "train", *settings)
     assert "trainer.accelerator=cuda" in message
     assert "trainer.accelerator=cpu" in message
 

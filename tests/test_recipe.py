@@ -28,7 +28,8 @@ from clippy_train.train.monitor import Clock
 HERE = Path(__file__).parent
 COMMAND = HERE / "data" / "card_command.txt"  # the flags of the model card's command line
 DOCUMENT = HERE.parent / "docs" / "recipe.md"
-CARD = ["experiment=code_clippy_125m"]
+DEVICES = "trainer.devices=8"  # the card's; a machine has what it has
+CARD = ["experiment=code_clippy_125m", DEVICES]
 
 # What a flag of the card says of a configuration of ours, as text. Flags that are missing here have no such value.
 CARD_SAYS: dict[str, Callable[[TrainConfig], Any]] = {
@@ -194,8 +195,8 @@ def test_the_value_that_the_script_hard_codes_is_ours_too() -> None:
     ],
 )
 def test_another_published_recipe_is_a_change_of_the_cards(experiment: str, expected: dict[str, Any]) -> None:
-    assert differences(CARD, [f"experiment={experiment}"]) == expected
-    composed = compose(TrainConfig, [f"experiment={experiment}"])
+    assert differences(CARD, [f"experiment={experiment}", DEVICES]) == expected
+    composed = compose(TrainConfig, [f"experiment={experiment}", DEVICES])
     accumulated = {"code_clippy_dedup_125m": 32, "code_clippy_readme_125m": 16, "code_clippy_1_3b": 64}
     assert composed.micro_steps == accumulated[experiment]
 
@@ -203,7 +204,7 @@ def test_another_published_recipe_is_a_change_of_the_cards(experiment: str, expe
 def test_a_changed_recipe_repeats_nothing_of_the_one_that_it_changes() -> None:
     for path in (CONF / "experiment").glob("*.yaml"):
         if "code_clippy_125m" in OmegaConf.load(path).get("defaults", []):
-            assert set_in(path).items() <= differences(CARD, [f"experiment={path.stem}"]).items(), path
+            assert set_in(path).items() <= differences(CARD, [f"experiment={path.stem}", DEVICES]).items(), path
 
 
 def test_the_document_names_every_recipe() -> None:

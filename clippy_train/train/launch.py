@@ -1,43 +1,32 @@
 """Start a run: check what it needs, fix its folder, freeze its configuration, choose its checkpoint, start its ranks.
 
-All of that happens once, in one process, before any rank exists. Each rank is a child process that reads the frozen
-file; signals are passed on to the ranks; the exit code is that of the first rank that ends with an error. (torchrun's
-agent would replace the ranks' exit codes by its own exception, so it is not used here.)
+All of that happens once, in one process, before any rank trains; ranks read the frozen file. Who starts them follows
+from `launcher`: `train.node` on this machine, `train.slurm` on the nodes of a job, or torchrun, which already has.
 """
 
 import json
-import logging
 import os
 import platform
-import signal
 import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from clippy_train import __version__
 from clippy_train.config import TrainConfig, save
 from clippy_train.data.identity import data_identity
-from clippy_train.errors import CheckpointError, ConfigError, DataError, Interrupted
+from clippy_train.errors import CheckpointError, ConfigError, DataError
 from clippy_train.sources import open_corpus, require_text
-from clippy_train.train import stacks
+from clippy_train.train import slurm, torchrun
 from clippy_train.train.base_state import BaseState, open_base_state
 from clippy_train.train.checkpoint import Checkpoint, checkpoints, find, layout, open_checkpoint
+from clippy_train.train.cluster import misfits
+from clippy_train.train.node import CONFIG, handling_signals, here, interrupt, run_ranks
 
-CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 HF_FOLDER = "hf"  # configuration and tokenizer of the model in training, as Hugging Face files
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "deepspeed", "hydra-core", "numpy", "zstandard")
-STRAGGLER_SECONDS = 60.0  # how long the other ranks may take once one has ended well
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # each asks the run to save and stop
-
-log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> int:
@@ -46,11 +35,23 @@ def train(config: TrainConfig) -> int:
     Raises:
         ConfigError, DataError, CheckpointError, Interrupted: before any rank starts.
     """
-    with handling_signals(_interrupt):
-        return _train(config)
+    with handling_signals(interrupt):
+        if config.launcher.name == "torchrun":
+            return torchrun.run_rank(config, prepare)
+        arguments = prepare(config)
+        if isinstance(arguments, int):
+            return arguments
+        if config.launcher.name == "slurm":
+            return slurm.run_nodes(config, arguments)
+        return run_ranks(config, here(), arguments)
 
 
-def _train(config: TrainConfig) -> int:
+def prepare(config: TrainConfig) -> list[str] | int:
+    """Do all that is done once for a run; what its ranks are told beside its folder, or the exit code where it is done.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the run cannot start.
+    """
     blocked = obstacles(config)
     if blocked:
         raise blocked[0] if len(blocked) == 1 else type(blocked[0])("\n".join(map(str, blocked)))
@@ -76,30 +77,12 @@ def _train(config: TrainConfig) -> int:
         )
     else:
         print(f"starting {config.run_dir}", flush=True)
-    return run_ranks(config, checkpoint, whole)
+    return [str(path) for path in (checkpoint and checkpoint.path, whole) if path]
 
 
 def obstacles(config: TrainConfig) -> list[ConfigError | DataError]:
     """What this machine lacks for the run: devices, corpus, base model. Reads listings and first lines only."""
-    found: list[ConfigError | DataError] = []
-    if config.trainer.num_nodes > 1:
-        found.append(
-            ConfigError(
-                f"trainer.num_nodes={config.trainer.num_nodes}: this command starts the ranks of one node only; set "
-                "trainer.num_nodes=1"
-            )
-        )
-    if config.trainer.accelerator == "cuda":
-        import torch
-
-        visible = torch.cuda.device_count()
-        if visible < config.trainer.devices:
-            found.append(
-                ConfigError(
-                    f"trainer.accelerator=cuda with trainer.devices={config.trainer.devices}: this machine has "
-                    f"{visible} visible CUDA devices; set trainer.devices to that, or trainer.accelerator=cpu"
-                )
-            )
+    found: list[ConfigError | DataError] = list(misfits(config))
     for split in ("train", "validation"):
         try:
             require_text(open_corpus(config.data, split))
@@ -209,113 +192,6 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "gpus": _gpu_names(),
     }
-
-
-def run_ranks(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path | None) -> int:
-    """Start one process per device of this node, pass signals on to them, and return the run's exit code.
-
-    Children die with this process, however it ends: each holds the read end of a pipe to it.
-    """
-    command = [sys.executable, "-m", "clippy_train.train.run", str(config.run_dir)]
-    command += [str(path) for path in (checkpoint and checkpoint.path, whole) if path]
-    port = _free_port()
-    ranks: list[subprocess.Popen] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        for process in ranks:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    # Ranks inherit the blocked signals, so one that comes while they start waits until they can handle it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        with handling_signals(forward):
-            for rank in range(config.trainer.devices):
-                process = subprocess.Popen(
-                    command,
-                    env={**os.environ, **rank_environment(config, rank, port)},
-                    stdin=subprocess.PIPE,
-                    start_new_session=True,  # a terminal's Ctrl-C reaches the ranks once, through `forward`
-                )
-                ranks.append(process)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            return _wait(ranks, config.run_dir)
-    finally:
-        for process in ranks:
-            _kill_group(process)
-        stacks.tidy(config.run_dir)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-@contextmanager
-def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `handler` called for each of `SIGNALS` while the block runs."""
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted("interrupted before the run started: nothing is lost, the same command starts it")
-
-
-def rank_environment(config: TrainConfig, rank: int, port: int) -> dict[str, str]:
-    devices = config.trainer.devices
-    variables = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(config.world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "CLIPPY_LAUNCHED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if config.trainer.accelerator == "cpu":
-        variables["DS_ACCELERATOR"] = "cpu"
-        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
-    else:
-        variables["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return variables
-
-
-def _wait(ranks: list[subprocess.Popen], run_dir: Path) -> int:
-    """Wait for all ranks; the first that fails or stands still decides, and ends the others."""
-    deadline = float("inf")
-    while True:
-        codes = [code for code in (process.poll() for process in ranks) if code is not None]
-        failed = [code for code in codes if code not in (0, Interrupted.exit_code)]
-        if failed:
-            return failed[0] if failed[0] > 0 else 1
-        if len(codes) == len(ranks):
-            return max(codes)
-        if codes and deadline == float("inf"):
-            deadline = time.monotonic() + STRAGGLER_SECONDS
-        if stacks.expired(run_dir, len(ranks)):
-            log.error("%s", stacks.report(run_dir, ranks))
-            return 1
-        if time.monotonic() > deadline:
-            log.error("ranks did not end together (exit codes so far: %s)", codes)
-            return 1
-        time.sleep(0.05)
-
-
-def _kill_group(process: subprocess.Popen) -> None:
-    """End a rank and everything that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdin:
-        process.stdin.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _git_commit() -> str | None:

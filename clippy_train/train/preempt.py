@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from clippy_train.config import TrainConfig
 from clippy_train.errors import Interrupted
 from clippy_train.train import collective
-from clippy_train.train.launch import SIGNALS
+from clippy_train.train.node import SIGNALS
 from clippy_train.train.progress import step_ended, validation_due
 from clippy_train.train.saving import Checkpointer
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 STACKS = "stacks"
@@ -16,22 +17,22 @@ def stacks(run_dir: Path, rank: int) -> Path:
     return run_dir / STACKS / f"rank-{rank}.txt"
 
 
-def expired(run_dir: Path, num_ranks: int) -> bool:
-    """Whether a rank stands still."""
-    return any(EXPIRED in _read(stacks(run_dir, rank)) for rank in range(num_ranks))
+def expired(run_dir: Path, ranks: Iterable[int]) -> bool:
+    """Whether one of these ranks stands still."""
+    return any(EXPIRED in _read(stacks(run_dir, rank)) for rank in ranks)
 
 
-def report(run_dir: Path, ranks: list[subprocess.Popen]) -> str:
-    """Ask all ranks for their stacks; in words, where each of them is."""
-    files = [stacks(run_dir, rank) for rank in range(len(ranks))]
-    for process, file in zip(ranks, files, strict=True):
-        if process.poll() is None and not _read(file):
+def report(run_dir: Path, ranks: Mapping[int, subprocess.Popen]) -> str:
+    """Ask these ranks for their stacks; in words, where each of them is."""
+    files = {rank: stacks(run_dir, rank) for rank in ranks}
+    for rank, process in ranks.items():
+        if process.poll() is None and not _read(files[rank]):
             process.send_signal(signal.SIGQUIT)
     deadline = time.monotonic() + ANSWER_SECONDS
-    while not all(map(_read, files)) and time.monotonic() < deadline:
+    while not all(map(_read, files.values())) and time.monotonic() < deadline:
         time.sleep(0.05)
-    places = [f"rank {rank} {_innermost(_read(file))}" for rank, file in enumerate(files)]
-    return f"a rank has made no progress for too long: {'; '.join(places)}. Stacks of all: {files[0].parent}"
+    places = [f"rank {rank} {_innermost(_read(file))}" for rank, file in files.items()]
+    return f"a rank has made no progress for too long: {'; '.join(places)}. Stacks of all: {run_dir / STACKS}"
 
 
 def tidy(run_dir: Path) -> None:

@@ -58,13 +58,13 @@ class CPUDeepSpeedStrategy(ExactDeepSpeedStrategy):
 
 def build_trainer(config: TrainConfig, **kwargs: Any) -> pl.Trainer:
     """A Trainer that runs exactly what the configuration says: our own callbacks, loggers and checkpoints only."""
-    settings = config.trainer
+    settings, (num_nodes, devices) = config.trainer, config.nodes_and_devices
     _quiet()
     return pl.Trainer(
         strategy=build_strategy(config),
         accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
+        devices=devices,
+        num_nodes=num_nodes,
         precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
         plugins=[TorchElasticEnvironment()],  # RANK, WORLD_SIZE, ... are set by our launcher, torchrun or srun
         max_steps=settings.max_steps,
