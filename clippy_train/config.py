@@ -19,6 +19,7 @@ from clippy_train.errors import ConfigError
 
 T = TypeVar("T")
 WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]  # the model card's, in its order
+PROMPT = "def greet(name):\n  '''A function to greet user. Given a user name it should say hello'''\n"  # the card's
 Check = tuple[bool, str]  # whether it holds, and what to say where it does not
 
 
@@ -225,6 +226,14 @@ class LauncherConfig:
 @dataclass
 class LoggerConfig:
     tensorboard: bool = key("write TensorBoard events to the run folder", True)
+    wandb: bool = key(
+        "log to Weights & Biases as well: needs clippy_train[wandb], and WANDB_API_KEY or WANDB_MODE=offline", False
+    )
+    sample_prompts: list[str] = key(
+        "prompts that the model in training completes, greedily, at every validation; [] for none", [PROMPT]
+    )
+    sample_tokens: int = key("tokens of such a completion; each costs a forward pass of a row", 64, minimum=1)
+    hparams: list[str] = key("NAME=VALUE of what TensorBoard's HPARAMS tab compares; a sweep sets what it varies", [])
 
 
 @dataclass
@@ -385,11 +394,7 @@ class DemoConfig:
 
     root: str = key("folder for the demo's corpus and tokenizer", "demo", text=True)
     vocab_size: int = key("size of the byte-level BPE before the white-space tokens", 4096, minimum=300)
-    prompt: str = key(
-        "prompt for the trained model (the model card's)",
-        "def greet(name):\n  '''A function to greet user. Given a user name it should say hello'''\n",
-        text=True,
-    )
+    prompt: str = key("prompt for the trained model (the model card's)", PROMPT, text=True)
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:

@@ -33,6 +33,7 @@ SMALL = [
     "trainer.val_every_steps=4",
     "trainer.log_every_steps=2",
     "checkpoint.every_steps=2",
+    "logger.sample_prompts=[]",
     "optim.warmup_steps=2",
     "optim.decay_steps=4",
 ]

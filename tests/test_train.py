@@ -274,7 +274,7 @@ def test_the_recipes_own_model_takes_two_optimizer_steps(runs: Runs, tmp_path: P
         f"tokenizer.base={tmp_path / 'tokenizer'}", f"data.path={tmp_path / 'corpus'}", "data.streams=1",
         "trainer.accelerator=cpu", "trainer.devices=1", "trainer.global_batch_size=1", "trainer.micro_batch_size=1",
         "trainer.eval_micro_batch_size=1", "trainer.val_samples=1", "trainer.max_steps=2", "trainer.log_every_steps=1",
-        "optim.warmup_steps=1", "data.seq_len=512",
+        "optim.warmup_steps=1", "logger.sample_prompts=[]", "data.seq_len=512",
     )  # fmt: skip
     first, second = runs.rows("recipe")
     assert first["tokens"] == 512

@@ -10,6 +10,7 @@ import platform
 import socket
 import subprocess
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,10 @@ def obstacles(config: TrainConfig) -> list[ConfigError | DataError]:
         base_state(config)
     except ConfigError as error:
         found.append(error)
+    if config.logger.wandb and find_spec("wandb") is None:
+        found.append(ConfigError("logger.wandb=true: wandb is not installed; pip install 'clippy_train[wandb]'"))
+    elif config.logger.wandb and not ({"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()):
+        found.append(ConfigError("logger.wandb=true: set WANDB_API_KEY, or WANDB_MODE=offline, in the environment"))
     if not (config.model.base or config.tokenizer.base):
         found.append(ConfigError("tokenizer.base: needed when model.base=null (folder or hub name of a tokenizer)"))
     return found

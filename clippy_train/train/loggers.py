@@ -1,14 +1,55 @@
 """Where rank 0 writes what a run reports: `metrics.jsonl` (the source of truth) and TensorBoard, by the same names."""
 
+import hashlib
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from clippy_train.config import TrainConfig
 from clippy_train.train.record import METRICS, TENSORBOARD, RowFile
+
+METRICS_COMPARED = ("val/bits_per_byte", "val/loss", "val/perplexity", "train/loss", "throughput/tokens_per_sec")
+# TensorBoard's custom scalars: group -> chart -> the names that share it, as regular expressions.
+CHARTS = {
+    "Training": {
+        "loss": ["train/loss$", "val/loss$"],
+        "learning rate": ["train/lr$"],
+        "gradient norm": ["train/grad_norm$"],
+        "tokens": ["^tokens$"],
+    },
+    "Validation": {
+        "bits per byte": ["val/bits_per_byte$"],
+        "bits per byte by language": ["val/bits_per_byte/.+"],
+        "perplexity": ["val/perplexity$"],
+        "loss by language": ["val/loss/.+"],
+    },
+    "Speed": {
+        "tokens per second": ["throughput/tokens_per_sec$"],
+        "model FLOP utilisation": ["throughput/mfu"],
+        "share of time waiting for data": ["throughput/data_wait$"],
+        "seconds a step": ["throughput/step_time"],
+    },
+    "Checkpoints": {
+        "age of the last one, in seconds": ["checkpoint/age$"],
+        "seconds to save": ["checkpoint/seconds$"],
+        "bytes": ["checkpoint/bytes$"],
+        "failed saves in a row": ["checkpoint/failed$"],
+    },
+    "System": {
+        "memory, in bytes": ["system/rss$", "system/gpu_memory"],
+        "free disk, in bytes": ["system/disk_free$"],
+    },
+    "Data": {
+        "documents": ["data/documents$"],
+        "lines left out, by reason": ["data/rejected/.+"],
+    },
+}
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +58,11 @@ def build_loggers(config: TrainConfig, kept: int) -> list[Logger]:
     """The loggers of a run whose rows up to step `kept` stay."""
     loggers: list[Logger] = [JsonlLogger(config.run_dir / METRICS, kept)]
     if config.logger.tensorboard:
-        loggers.append(EventLogger(config.run_dir, kept))
+        events = EventLogger(config.run_dir, kept, config.logger.hparams)
+        events.describe()
+        loggers.append(events)
+    if config.logger.wandb:
+        loggers.append(WandbRun(config.run_dir))
     return loggers
 
 
@@ -44,26 +89,84 @@ class JsonlLogger(Logger):
 
 
 class EventLogger(TensorBoardLogger):
-    """TensorBoard, numbers only. Its writer does not survive a disk error: nothing more is written after one."""
+    """TensorBoard: numbers, text, and how to lay them out. What it was given is in its file when a call returns.
 
-    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+    Its writer does not survive a disk error: nothing more is written after one.
+
+    Args:
+        resumed_step: what another life of the run logged behind it is hidden.
+        hparams: NAME=VALUE for the HPARAMS tab.
+    """
+
+    def __init__(self, run_dir: Path, resumed_step: int, hparams: Sequence[str] = ()) -> None:
         super().__init__(run_dir, name="", version=TENSORBOARD, purge_step=resumed_step + 1)
         self._broken = False
+        self._hparams = dict(each.split("=", 1) for each in hparams)
+
+    def describe(self) -> None:
+        """Write the layout of the charts, and that this run compares by its `hparams`."""
+        groups = {
+            group: {chart: ["Multiline", names] for chart, names in charts.items()} for group, charts in CHARTS.items()
+        }
+        self._write(lambda: self.experiment.add_custom_scalars(groups))
+        if self._hparams:
+            experiment, session_start, _ = self._hparams_summaries()
+            self._add_summaries(experiment, session_start)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
-        self._unless_broken(lambda: super(EventLogger, self).log_metrics(numbers, step))
+        self._write(lambda: super(EventLogger, self).log_metrics(numbers, step))
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Show code as it is."""
+        markdown = "\n".join(f"    {line}" for line in text.splitlines())
+        self._write(lambda: self.experiment.add_text(name, markdown, step))
 
     def save(self) -> None:
         self._unless_broken(super().save)
 
     def finalize(self, status: str) -> None:
+        if self._hparams and status == "success":
+            self._add_summaries(self._hparams_summaries()[2])
         self._unless_broken(lambda: super(EventLogger, self).finalize(status))
 
-    def _unless_broken(self, write: Callable[[], None]) -> None:
+    def _hparams_summaries(self) -> tuple[Any, Any, Any]:
+        """What the HPARAMS tab reads: names of settings and metrics, this run's settings, that it has ended well."""
+        settings = {name: _number(text) for name, text in self._hparams.items()}
+        return hparams_summaries(settings, dict.fromkeys(METRICS_COMPARED))
+
+    def _add_summaries(self, *summaries: Any) -> None:
+        for each in summaries:
+            self._write(partial(self.experiment.file_writer.add_summary, each))
+
+    def _write(self, write: Callable[[], Any]) -> None:
+        """Write and flush: a curve has no gap then where a run was killed and continued."""
+        self._unless_broken(write)
+        self._unless_broken(lambda: self.experiment.flush())
+
+    def _unless_broken(self, write: Callable[[], Any]) -> None:
         try:
             if not self._broken:
                 write()
         except OSError as error:
             self._broken = True
             log.error("TensorBoard stops here, %s goes on: %s", METRICS, error)
+
+
+class WandbRun(WandbLogger):
+    """Weights & Biases. The run has one id for life, so a run that was interrupted continues its curves."""
+
+    def __init__(self, run_dir: Path) -> None:
+        where = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+        project = os.environ.get("WANDB_PROJECT", "clippy_train")
+        super().__init__(name=run_dir.name, save_dir=run_dir, id=where, project=project, resume="allow")
+
+    def finalize(self, status: str) -> None:
+        self.experiment.finish(exit_code=int(status != "success"))  # the rank ends without waiting for its threads
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -37,6 +37,7 @@ class Monitor(pl.Callback):
         self._clock = Clock()
         self._steps_timed = 0
         self._wait = 0.0
+        self._saved_at = time.monotonic()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._clock.run()
@@ -90,6 +91,7 @@ class Monitor(pl.Callback):
             "train/epoch": float(self.progress.cursors[:, 0].max()),
             **self._throughput(trainer),
             **{f"data/{name}": value for name, value in counts.items()},
+            "checkpoint/age": time.monotonic() - self._saved_at,
             "system/rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         if trainer.strategy.root_device.type == "cuda":
@@ -122,6 +124,11 @@ class Monitor(pl.Callback):
             "throughput/step_time": step_time,
             "throughput/data_wait": min(1.0, waited / seconds),
         }
+
+    def saved(self, trainer: pl.Trainer, seconds: float, num_bytes: int) -> None:
+        """Log what a checkpoint that is complete has cost; training stood still meanwhile."""
+        self._saved_at = time.monotonic()
+        self.write(trainer, {"checkpoint/seconds": seconds, "checkpoint/bytes": num_bytes})
 
     def write(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
         """Log a row at the current step."""

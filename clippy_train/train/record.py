@@ -8,6 +8,7 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
+SAMPLES = "samples.jsonl"
 TENSORBOARD = "tensorboard"
 
 log = logging.getLogger(__name__)

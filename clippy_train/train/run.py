@@ -40,6 +40,7 @@ from clippy_train.train.monitor import Ledger, Monitor
 from clippy_train.train.preempt import Flag, Preemption
 from clippy_train.train.progress import Progress, fresh_cursors
 from clippy_train.train.record import LEDGER
+from clippy_train.train.samples import Samples
 from clippy_train.train.sanity import Finite
 from clippy_train.train.saving import Checkpointer
 from clippy_train.train.strategy import build_trainer
@@ -87,6 +88,7 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path |
             finite,
             monitor,
             *([Ledger(config.run_dir / LEDGER, kept, rank)] if config.trainer.audit else []),
+            *([Samples(config, tokenizer, kept, rank)] if config.logger.sample_prompts else []),
             checkpointer,
             Preemption(config, flag, checkpointer),
             *starting(config, native, base),

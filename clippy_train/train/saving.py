@@ -54,6 +54,7 @@ class Checkpointer(pl.Callback):
         self.failed_saves = 0
         self._saved_step = -1
         self._saved_at = time.monotonic()
+        self._bytes = 0  # of the last checkpoint; rank 0 knows
         self._disk = Disk()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -101,7 +102,7 @@ class Checkpointer(pl.Callback):
             self._fail(trainer, aside, failures, last)
             return
         self.failed_saves, self._saved_step = 0, step
-        self.monitor.write(trainer, {"checkpoint/seconds": self._saved_at - started})
+        self.monitor.saved(trainer, self._saved_at - started, self._bytes)
 
     def _write(self, trainer: pl.Trainer, aside: Path) -> list[str]:
         """What went wrong on any rank; nothing if the checkpoint is complete."""
@@ -129,6 +130,7 @@ class Checkpointer(pl.Callback):
             files=seal(aside),
         )
         publish(aside, folder(self.config.run_dir, step), manifest)
+        self._bytes = sum(size for size, _ in manifest.files.values())
         try:
             prune(self.config.run_dir, step, self.config.checkpoint)
         except OSError as error:

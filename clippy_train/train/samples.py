@@ -1,0 +1,57 @@
+"""What the model in training writes: greedy completions of fixed prompts at every validation, in `samples.jsonl` and in
+TensorBoard's text tab.
+
+All ranks write the same tokens together, and always as many: under ZeRO-3 each holds a part of every weight, and one
+that stopped earlier would leave the others waiting. Costs `logger.sample_tokens` forward passes of one row for each
+prompt.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from clippy_train.config import TrainConfig
+from clippy_train.train.loggers import EventLogger
+from clippy_train.train.record import SAMPLES, RowFile
+
+NO_TOKEN = -1  # as end of text: generation then stops at its length only
+
+
+class Samples(pl.Callback):
+    """Must come before the checkpointer: what a checkpoint's step has written is there when the checkpoint is.
+
+    Args:
+        resumed_step: rows behind it, of another life of the run, go.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, resumed_step: int, rank: int) -> None:
+        self.config, self.tokenizer = config.logger, tokenizer
+        self._rows = RowFile(config.run_dir / SAMPLES, resumed_step) if rank == 0 else None
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        texts = [self._complete(pl_module, prompt) for prompt in self.config.sample_prompts]
+        if not self._rows:
+            return
+        for number, (prompt, text) in enumerate(zip(self.config.sample_prompts, texts, strict=True)):
+            self._rows.append({"step": trainer.global_step, "prompt": prompt, "completion": text})
+            for logger in trainer.loggers:
+                if isinstance(logger, EventLogger):
+                    logger.log_text(f"samples/{number}", prompt + text, trainer.global_step)
+
+    def _complete(self, module: Any, prompt: str) -> str:
+        """What follows the prompt, up to the end of the text. Of a prompt that is too long, the end is read."""
+        positions = module.model.config.max_position_embeddings
+        length = min(self.config.sample_tokens, positions // 2)
+        ids = self.tokenizer(prompt, return_tensors="pt").input_ids[:, length - positions :].to(module.device)
+        end = self.tokenizer.eos_token_id
+        out = module.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=length,
+            do_sample=False,
+            eos_token_id=NO_TOKEN,
+            pad_token_id=end,
+        )
+        written = out[0, ids.size(1) :].tolist()
+        return self.tokenizer.decode(written[: written.index(end)] if end in written else written)

@@ -1,0 +1,84 @@
+"""What TensorBoard reads from a run's folder, as its own readers read it."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata
+
+from clippy_train.config import TrainConfig
+from clippy_train.errors import ConfigError
+from clippy_train.train.launch import obstacles
+from clippy_train.train.loggers import CHARTS, METRICS_COMPARED, EventLogger
+from clippy_train.train.record import TENSORBOARD
+
+
+def read(run_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run_dir / TENSORBOARD), size_guidance={TENSORS: 0})
+    events.Reload()
+    return events
+
+
+def test_a_curve_is_continuous_after_a_rollback(tmp_path: Path) -> None:
+    """A life that was killed at step 7, and one that goes on from the checkpoint of step 4."""
+    first = EventLogger(tmp_path, resumed_step=-1)
+    for step in range(1, 8):
+        first.log_metrics({"train/loss": float(step), "val/loss": 9.0, "data/digest": "ff"}, step)
+    second = EventLogger(tmp_path, resumed_step=4)
+    for step in range(5, 9):
+        second.log_metrics({"train/loss": 10.0 + step}, step)
+
+    events = read(tmp_path)
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 15), (6, 16), (7, 17), (8, 18)]
+    assert [event.step for event in events.Scalars("val/loss")] == [1, 2, 3, 4]
+
+
+def test_each_row_is_readable_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    logger = EventLogger(tmp_path, resumed_step=-1)
+    logger.log_metrics({"train/loss": 1.0}, 1)
+    assert [event.step for event in read(tmp_path).Scalars("train/loss")] == [1]
+    logger.log_text("samples/0", "def f():\n    return 1", 1)
+    assert b"        return 1" in read(tmp_path).Tensors("samples/0/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_charts_are_grouped(tmp_path: Path) -> None:
+    EventLogger(tmp_path, resumed_step=-1).describe()
+    (event,) = read(tmp_path).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert {group.title: [chart.title for chart in group.chart] for group in layout.category} == {
+        group: list(charts) for group, charts in CHARTS.items()
+    }
+    patterns = [tag for group in layout.category for chart in group.chart for tag in chart.multiline.tag]
+    assert all(any(re.match(pattern, name) for pattern in patterns) for name in METRICS_COMPARED)
+
+
+@pytest.mark.parametrize(("status", "ended"), [("success", True), ("failed", False)])
+def test_a_run_that_failed_has_no_successful_end(tmp_path: Path, status: str, ended: bool) -> None:
+    logger = EventLogger(tmp_path, -1, ["optim.lr=1e-3", "optim.name=adafactor"])
+    logger.describe()
+    logger.finalize(status)
+    written = read(tmp_path).PluginTagToContent(metadata.PLUGIN_NAME)
+    start = metadata.parse_session_start_info_plugin_data(written[metadata.SESSION_START_INFO_TAG])
+    assert start.hparams["optim.lr"].number_value == 1e-3
+    assert start.hparams["optim.name"].string_value == "adafactor"
+    experiment = metadata.parse_experiment_plugin_data(written[metadata.EXPERIMENT_TAG])
+    assert [info.name.tag for info in experiment.metric_infos] == list(METRICS_COMPARED)
+    assert (metadata.SESSION_END_INFO_TAG in written) == ended
+
+
+def test_what_weights_and_biases_needs_is_asked_for_before_anything_starts(train_config, monkeypatch) -> None:
+    config: TrainConfig = train_config("logger.wandb=true")
+    monkeypatch.setattr("clippy_train.train.launch.find_spec", lambda name: None)
+    (error,) = obstacles(config)
+    assert isinstance(error, ConfigError)
+    assert "pip install 'clippy_train[wandb]'" in str(error)
+    monkeypatch.setattr("clippy_train.train.launch.find_spec", lambda name: object())
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    (error,) = obstacles(config)
+    assert "WANDB_MODE=offline" in str(error)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert obstacles(config) == []
