@@ -84,12 +84,20 @@ def run_export(settings: config.ExportConfig) -> int:
 
 
 def run_generate(settings: config.GenerateConfig) -> int:
-    from clippy_train.generate import generate
+    from clippy_train.generate import generate, prompt_of
 
     quiet_transformers()
-    prompt = sys.stdin.read() if settings.prompt == "-" else settings.prompt
-    for completion in generate(settings, prompt):
-        print(prompt + completion, flush=True)
+    generate(settings, prompt_of(settings), sys.stdout)
+    return 0
+
+
+def run_interactive(settings: config.GenerateConfig) -> int:
+    from clippy_train.generate import interact
+
+    if settings.prompt is not None or settings.file is not None:
+        raise ConfigError("--interactive asks for prompts: leave out prompt and file")
+    quiet_transformers()
+    interact(settings, sys.stdin, sys.stdout)
     return 0
 
 
@@ -171,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--launch-dir", action="version", version=str(compose.LAUNCH), help="print the folder of the Slurm scripts"
     )
+    parser.add_argument("--interactive", action="store_true", help="generate: ask for prompts, one after another")
     parser.add_argument("--version", action="version", version=f"clippy_train {__version__}")
     return parser
 
@@ -185,6 +194,10 @@ def _call(verb: Verb, options: argparse.Namespace) -> int:
         if verb.schema is not config.CorpusConfig:
             raise ConfigError("--report is for clippy corpus")
         return report_corpus(compose.compose(config.CorpusConfig, overrides))
+    if options.interactive:
+        if verb.schema is not config.GenerateConfig:
+            raise ConfigError("--interactive is for clippy generate")
+        return run_interactive(compose.compose(config.GenerateConfig, overrides))
     if verb.schema is not config.TrainConfig:
         return verb.run(compose.compose(verb.schema, overrides))
     if options.multirun:

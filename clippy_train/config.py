@@ -380,11 +380,17 @@ class GenerateConfig:
     """`clippy generate`."""
 
     model: str = key("folder or hub name of a model with its tokenizer", text=True)
-    prompt: str = key("text to continue; - reads standard input", text=True)
+    prompt: str | None = key("text to continue; - reads standard input", None, text=True)
+    file: str | None = key("file with the text to continue, instead of prompt", None, text=True)
     max_new_tokens: int = key("longest completion in tokens", 128, minimum=1)
     temperature: float = key("sampling temperature; 0 is greedy", 0.0, minimum=0.0)
-    top_p: float = key("share of probability mass to sample from", 0.95, minimum=0.0)
-    num_samples: int = key("completions", 1, minimum=1)
+    top_p: float = key("share of probability mass to sample from", 0.95, minimum=0.0, maximum=1.0)
+    num_samples: int = key("completions; a single one is shown while it grows", 1, minimum=1)
+    stop: str = key(
+        "where a completion ends before max_new_tokens: at the end of the function that it writes, or none",
+        "function",
+        choices=("function", "none"),
+    )
     seed: int = key("seed of the sampling", 42, minimum=0)
 
 
