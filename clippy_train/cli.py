@@ -101,6 +101,23 @@ def run_interactive(settings: config.GenerateConfig) -> int:
     return 0
 
 
+def run_evaluate(settings: config.EvaluateConfig) -> int:
+    from clippy_train.evaluate.humaneval import humaneval
+    from clippy_train.evaluate.perplexity import perplexity, tables
+    from clippy_train.results import write_results
+
+    quiet_transformers()
+    if settings.task == "humaneval":
+        results = humaneval(settings)
+        print_table("HumanEval", [(name, f"{value:.4f}") for name, value in results.items()])
+    else:
+        results = {"results": perplexity(settings)}
+        for title, header, rows in tables(results["results"]):
+            print_columns(title, header, rows)
+    write_results(settings, results)
+    return 0
+
+
 def run_demo(settings: config.DemoConfig) -> int:
     from clippy_train.demo import demo
 
@@ -134,6 +151,11 @@ VERBS = {
     ),
     "export": Verb(config.ExportConfig, run_export, "run=DIR out=DIR  checkpoint -> Hugging Face folder"),
     "generate": Verb(config.GenerateConfig, run_generate, "model=DIR prompt=TEXT  complete a prompt"),
+    "evaluate": Verb(
+        config.EvaluateConfig,
+        run_evaluate,
+        "model=DIR task=perplexity|humaneval  bits per byte on a split; problems that samples solve",
+    ),
     "demo": Verb(config.DemoConfig, run_demo, "the whole pipeline on the source code of this Python, in minutes"),
 }
 

@@ -104,6 +104,8 @@ def checked(schema: type, overrides: list[str]) -> list[Override]:
             raise ConfigError(f"unknown key {name}{hint}")
         if name in known and known[name].metadata["text"] and schema is not TrainConfig:
             text = f"{name}={quoted(value)}" if value != "null" else text
+        if name in known and known[name].type in (list[str], list[int]) and value[:1] not in ("[", ""):
+            text = f"{name}=[{quoted(value) if known[name].type == list[str] else value}]"  # one is a list of one
         is_text = name in known and known[name].metadata["text"]
         parsed.append(_parsed(text, f"{name}={quoted(value)}" if is_text else None))
     return parsed

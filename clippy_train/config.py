@@ -20,6 +20,7 @@ from clippy_train.errors import ConfigError
 T = TypeVar("T")
 WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]  # the model card's, in its order
 PROMPT = "def greet(name):\n  '''A function to greet user. Given a user name it should say hello'''\n"  # the card's
+STOP_SEQUENCES = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # those of the paper that introduced HumanEval
 Check = tuple[bool, str]  # whether it holds, and what to say where it does not
 
 
@@ -395,6 +396,55 @@ class GenerateConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """`clippy evaluate`."""
+
+    task: str = key(
+        "perplexity: loss and bits per byte on a split; humaneval: share of programming problems that samples solve",
+        choices=("perplexity", "humaneval"),
+    )
+    model: list[str] = key("folders or hub names of models with their tokenizers; [A,B] compares them", [])
+    out: str | None = key("file for the results as JSON", None, text=True)
+    batch_size: int = key("sequences in one forward pass", 8, minimum=1)
+    data: SourceConfig = field(default_factory=lambda: SourceConfig())
+    split: str = key("perplexity: split to score", "validation", text=True)
+    seq_len: int | None = key("perplexity: tokens in a row; null takes what all models can", None, minimum=2)
+    max_rows: int | None = key(
+        "perplexity: rows to score, from the start of the split; null takes all", None, minimum=1
+    )
+    stride: int | None = key(
+        "perplexity: null scores blocks, as validation during training does; a number scores each document by itself, "
+        "in windows of seq_len tokens that move on by so many, of which a window scores the new ones",
+        None,
+        minimum=1,
+    )
+    eos_between_documents: bool = key("perplexity: end documents in blocks with the end-of-text token", True)
+    problems: str | None = key(
+        "humaneval: file in HumanEval's format (.jsonl, .jsonl.gz), or a dataset of the hub", None, text=True
+    )
+    samples: str | None = key(
+        "humaneval: file of samples (JSON lines of task_id and completion); with a model, what it lacks is added to it",
+        None,
+        text=True,
+    )
+    n: int = key("humaneval: samples for each problem", 1, minimum=1)
+    ks: list[int] = key("humaneval: k of pass@k; those above the number of samples are left out", [1, 10, 100])
+    temperature: float = key("humaneval: sampling temperature; 0 is greedy", 0.0, minimum=0.0)
+    top_p: float = key("humaneval: share of probability mass to sample from", 0.95, minimum=0.0, maximum=1.0)
+    max_new_tokens: int = key("humaneval: longest completion in tokens", 384, minimum=1)
+    stop: list[str] = key("humaneval: strings that end a completion", STOP_SEQUENCES)
+    seed: int = key("humaneval: seed of the sampling", 42, minimum=0)
+    allow_code_execution: bool = key(
+        "humaneval: run the samples, which are programs that nobody has read, to score them (docs/evaluate.md tells "
+        "what the sandbox does not stop)",
+        False,
+    )
+    timeout: float = key("humaneval: seconds for one sample and its checks", 5.0, minimum=0.1)
+    memory_mb: int = key("humaneval: memory of one process of a sample, in MB", 1024, minimum=64)
+    workers: int | None = key("humaneval: samples run at a time; null takes the number of cores", None, minimum=1)
+
+
+@dataclass
 class DemoConfig:
     """`clippy demo`."""
 
@@ -426,6 +476,8 @@ def typed(composed: DictConfig, schema: type[T]) -> T:
     found = limits_broken(config)
     if isinstance(config, TrainConfig):
         found += problems(config)
+    if isinstance(config, EvaluateConfig):
+        found += evaluation_problems(config)
     if found:
         raise ConfigError("\n".join(found))
     return config
@@ -453,6 +505,33 @@ def problems(config: TrainConfig) -> list[str]:
     groups = (_model_checks, _data_checks, _batch_checks, _optimizer_checks, _strategy_checks, _checkpoint_checks)
     checks = chain.from_iterable(group(config) for group in groups)
     return [message for holds, message in checks if not holds]
+
+
+def evaluation_problems(config: EvaluateConfig) -> list[str]:
+    """What contradicts what in an evaluation."""
+    group = _perplexity_checks if config.task == "perplexity" else _humaneval_checks
+    return [message for holds, message in group(config) if not holds]
+
+
+def _perplexity_checks(config: EvaluateConfig) -> Iterator[Check]:
+    yield bool(config.model), "task=perplexity needs model=DIR, or model=[A,B]"
+    yield from _data_checks(config)
+    yield (
+        config.stride is None or config.seq_len is None or config.stride < config.seq_len,
+        f"stride={config.stride} must be below seq_len={config.seq_len}: windows must overlap by a token at least",
+    )
+
+
+def _humaneval_checks(config: EvaluateConfig) -> Iterator[Check]:
+    yield bool(config.problems), "task=humaneval needs problems=FILE"
+    yield len(config.model) <= 1, f"model={config.model}: task=humaneval takes one model"
+    yield bool(config.samples), "task=humaneval needs samples=FILE: where samples are, or are to be written"
+    yield all(k >= 1 for k in config.ks), f"ks={config.ks}: each must be at least 1"
+    yield (
+        bool(config.model) or config.allow_code_execution,
+        "scoring samples runs them: add allow_code_execution=true if you mean it, after reading docs/evaluate.md "
+        "(or model=DIR to generate samples only)",
+    )
 
 
 def _model_checks(config: TrainConfig) -> Iterator[Check]:

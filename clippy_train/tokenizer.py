@@ -122,6 +122,18 @@ def take_out(tokenizer: Any, tokens: set[str]) -> None:
     tokenizer._tokenizer = without  # the library can add tokens to a tokenizer, but not remove one
 
 
+def without_whitespace_tokens(tokenizer: Any) -> Tokenizer:
+    """The core of a tokenizer without its plain added tokens of white space; ids behind them may differ."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["added_tokens"] = [t for t in core["added_tokens"] if t["special"] or not t["content"].isspace()]
+    return Tokenizer.from_str(json.dumps(core))
+
+
+def is_byte_level(tokenizer: Any) -> bool:
+    """Whether its tokens are made of bytes, as `token_bytes` needs."""
+    return (json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}).get("type") == "ByteLevel"
+
+
 def token_bytes(tokenizer: Any, vocab_size: int) -> np.ndarray:
     """How many bytes of text each id stands for, `[vocab_size]` int32; 0 for special tokens and unused ids.
 

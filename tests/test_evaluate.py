@@ -2,7 +2,9 @@
 
 import json
 import math
+import shlex
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import gpt_neo, small_bpe
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from clippy_train.cli import main
 from clippy_train.config import DataConfig, TrainConfig
 from clippy_train.data.module import DataModule, encoder
 from clippy_train.data.rows import Groups, block_rows, first_blocks, language, window_rows
 from clippy_train.data.stream import Stream
 from clippy_train.model.score import add_scores, measures, new_sums
+from clippy_train.results import weights_hash
 from clippy_train.sources import open_corpus
 from clippy_train.tokenizer import load_tokenizer
 
@@ -143,3 +149,125 @@ def test_validation_knows_the_languages_of_its_rows_on_every_rank(
     ]
     assert counted == Counter(expected[: 9 * 16])
     assert len(counted) > 1
+
+
+# The verb
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A GPT-Neo with the tiny tokenizer, and a GPT-2 with another tokenizer, without white-space tokens."""
+    root = tmp_path_factory.mktemp("models")
+    gpt_neo(vocab_size=len(tokenizer), seed=1).save_pretrained(root / "neo")
+    tokenizer.save_pretrained(root / "neo")
+    other = small_bpe()
+    config = GPT2Config(vocab_size=len(other), n_positions=48, n_embd=32, n_layer=2, n_head=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(root / "gpt2")
+    other.save_pretrained(root / "gpt2")
+    return {"neo": root / "neo", "gpt2": root / "gpt2"}
+
+
+def evaluated(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    out = tmp_path / "results.json"
+    assert main(["evaluate", "task=perplexity", f"out={out}", *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_scores_are_those_of_plain_transformers_one_row_at_a_time(
+    stride: int | None, models: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    """The oracle walks through the documents itself and asks for the logits of one row at a time, without batches."""
+    both = f"model=[{models['neo']},{models['gpt2']}]"
+    ways = [] if stride is None else [f"stride={stride}"]
+    found = evaluated(
+        tmp_path, both, f"data.path={corpus}", "seq_len=24", "batch_size=3", *ways
+    )["results"]  # fmt: skip
+    for folder in models.values():
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        sums: dict[str, np.ndarray] = {}
+        for ids, labels, first in oracle_rows(corpus, tokenizer, 24, stride):
+            with torch.no_grad():
+                log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            for position in range(first, len(ids)):
+                nats = -log_probs[position - 1, ids[position]].item()
+                special = ids[position] == tokenizer.eos_token_id
+                size = 0 if special else len(tokenizer.convert_ids_to_tokens(ids[position]))  # a character a byte
+                for key in ("total", *labels[position]):
+                    sums[key] = sums.get(key, np.zeros(3)) + np.array([nats, 1, size])
+        shown = found[str(folder)]
+        flat = {"total": shown["total"], **shown["languages"], **shown["repositories"]}
+        assert flat.keys() == sums.keys()
+        for key, (nats, targets, size) in sums.items():
+            assert flat[key]["loss"] == pytest.approx(nats / targets, rel=1e-5)
+            assert flat[key]["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+            assert (flat[key]["tokens"], flat[key]["bytes"]) == (targets, size)
+    if stride:  # every model is scored on every byte
+        size = sum(len(each["text"].encode()) for each in documents(corpus))
+        assert {each["total"]["bytes"] for each in found.values()} == {size}
+
+
+def oracle_rows(corpus: Path, tokenizer: Any, seq_len: int, stride: int | None) -> Iterator[tuple[list, list, int]]:
+    """(ids, labels of each token, first scored position) of each row."""
+    end = tokenizer.eos_token_id
+    packed: list[tuple[int, tuple[str, str]]] = []
+    for each in documents(corpus):
+        label = (each["meta"]["repo_language"] or "unknown", each["meta"]["repo_name"])
+        ids = tokenizer(each["text"])["input_ids"]
+        packed += [(token, label) for token in [*ids, end]]
+        for position, token in enumerate(ids if stride else []):
+            # the window that scores this token: the first that reaches it
+            begin = max(0, -(-(position + 2 - seq_len) // stride) * stride)
+            context = [end, *ids][begin : position + 1]
+            yield [*context, token], [label] * (len(context) + 1), len(context)
+    for begin in range(0, len(packed) - seq_len + 1, seq_len) if not stride else ():
+        ids, labels = zip(*packed[begin : begin + seq_len], strict=True)
+        yield list(ids), list(labels), 1
+
+
+def test_tokens_per_byte_are_told_with_and_without_the_whitespace_tokens(
+    models: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    names = [str(models["neo"]), str(models["gpt2"])]
+    found = evaluated(tmp_path, f"model={names}".replace("'", ""), f"data.path={corpus}", "seq_len=24", "stride=8")[
+        "results"
+    ]
+    texts = [each["text"] for each in documents(corpus)]
+    size = sum(len(text.encode()) for text in texts)
+    for name in names:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        count = sum(len(tokenizer(text)["input_ids"]) for text in texts)
+        assert found[name]["tokens_per_byte"] == pytest.approx(count / size)
+    neo, other = (found[name] for name in names)
+    assert neo["tokens_per_byte"] < neo["tokens_per_byte_without_whitespace_tokens"]
+    assert other["tokens_per_byte"] == other["tokens_per_byte_without_whitespace_tokens"]
+
+
+def test_the_results_name_their_command_and_their_models(models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    arguments = [f"model={models['neo']}", f"data.path={corpus}", "seq_len=24", "max_rows=3"]
+    found = evaluated(tmp_path, *arguments)
+    assert found["results"][str(models["neo"])]["total"]["tokens"] == 3 * 23
+    again = shlex.split(found["about"]["command"])[1:]
+    assert evaluated(tmp_path, *again[1:]) == found
+    assert found["about"]["models"] == {str(models["neo"]): weights_hash(models["neo"])}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["data.path=x"], 2, "model=DIR"),
+        (["model={neo}"], 2, "data.path"),
+        (["model=[{neo}]", "data.path={corpus}", "seq_len=100"], 2, "64 positions"),
+        (["model=[{neo}]", "data.path={corpus}", "seq_len=8", "stride=8"], 2, "stride=8 must be below seq_len=8"),
+        (["model=[{neo}]", "data.path={corpus}", "split=test"], 3, "test"),
+        (["model=[{neo}/none]", "data.path={corpus}"], 2, "no model could be loaded"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    arguments: list[str], code: int, expected: str, models: dict[str, Path], corpus: Path, capsys
+) -> None:
+    filled = [argument.format(neo=models["neo"], corpus=corpus) for argument in arguments]
+    assert main(["evaluate", "task=perplexity", *filled]) == code
+    assert expected in capsys.readouterr().err

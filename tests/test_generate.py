@@ -71,6 +71,7 @@ def test_text_behind_the_end_of_a_function_does_not_move_it(text: str) -> None:
     ends = [at_function_end(text[:length]) for length in range(len(text) + 1)]
     found = [end for end in ends if end is not None]
     assert len(set(found)) <= 1
+    assert all(end >= ends.index(end) - 1 for end in found)  # nothing is taken back that was there before
     assert ends == [None] * (len(ends) - len(found)) + found
 
 

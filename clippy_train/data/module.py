@@ -186,10 +186,10 @@ def val_batches(rows: list[Row], rank: int, world_size: int, batch_size: int) ->
 
 def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     """Texts -> ids through the tokenizer's Rust core, without special tokens."""
-    return partial(_encode, tokenizer.backend_tokenizer)
+    return partial(encode, tokenizer.backend_tokenizer)
 
 
-def _encode(core: Any, texts: list[str]) -> list[list[int]]:
+def encode(core: Any, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=False)]
 
 

@@ -1,8 +1,8 @@
 """Sampling from a causal LM: the one home of generation, for `clippy generate`, HumanEval and samples during training.
 
 Rows are padded on the left and share a key-value cache. A row ends where a `Stop` says so, which looks at the text
-after each token (tokens do not end where a stop sequence begins). Costs, beside the model: decoding a completion as often as
-it has tokens.
+after each token (tokens do not end where a stop sequence begins). Costs, beside the model: decoding each
+completion as often as it has tokens.
 """
 
 import re

@@ -1,0 +1,173 @@
+"""`clippy evaluate task=perplexity`: how well models predict a split, in total, by language and by repository.
+
+Promises: rows, sums and measures are those of validation during training (`data.rows`, `model.score`), so the same
+blocks give the same numbers. Bits per byte do not depend on the tokenizer and are the number to compare models by; with
+`stride` every model is scored on exactly the same bytes. Costs one forward pass over the rows; memory for one batch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from clippy_train.config import EvaluateConfig
+from clippy_train.data.module import encode
+from clippy_train.data.rows import (
+    Groups,
+    Row,
+    block_rows,
+    collate_rows,
+    first_blocks,
+    language_and_repository,
+    window_rows,
+)
+from clippy_train.data.stream import Stream
+from clippy_train.errors import ConfigError, DataError
+from clippy_train.generate import load_both
+from clippy_train.model.loss import token_losses
+from clippy_train.model.score import add_scores, measures, new_sums
+from clippy_train.sources import open_corpus
+from clippy_train.tokenizer import is_byte_level, token_bytes, without_whitespace_tokens
+
+Label = tuple[str, str]  # language, repository
+
+
+def perplexity(config: EvaluateConfig) -> dict[str, Any]:
+    """The results of each model, by its name: `total`, `languages`, `repositories` and `tokens_per_byte`.
+
+    Raises:
+        ConfigError: a model cannot be loaded, or cannot take rows of `seq_len` tokens.
+        DataError: the split has nothing to score.
+    """
+    models = {name: load_both(name) for name in config.model}
+    seq_len = config.seq_len or min(filter(None, map(_positions, models.values())), default=1024)
+    results = {}
+    for name, (model, tokenizer) in models.items():
+        positions = _positions((model, tokenizer)) or seq_len
+        if positions < seq_len:
+            raise ConfigError(f"seq_len={seq_len} is more than the {positions} positions of {name}")
+        if not is_byte_level(tokenizer):
+            raise ConfigError(f"{name}: the tokenizer is no byte-level BPE, so the bytes of its tokens are not known")
+        results[name] = score_model(config, model, tokenizer, seq_len, name)
+    return results
+
+
+def _positions(both: tuple[Any, Any]) -> int | None:
+    return getattr(both[0].config, "max_position_embeddings", None)
+
+
+def score_model(config: EvaluateConfig, model: Any, tokenizer: Any, seq_len: int, name: str) -> dict[str, Any]:
+    """One model's results on the split."""
+    groups: Groups[Label] = Groups()
+    counter = TokenCounter(tokenizer)
+    rows = split_rows(config, tokenizer, counter.encode, seq_len, groups)
+    bar = tqdm(islice(rows, config.max_rows), name, config.max_rows, unit=" rows", leave=False, disable=None)
+    sums = score_rows(model, token_bytes(tokenizer, len(model.get_input_embeddings().weight)), bar, config.batch_size)
+    if not sums[:, 1].any():
+        raise DataError(f"split={config.split} of {config.data.path or config.data.hub} has nothing to score")
+    return {**by_group(sums, list(groups)), "seq_len": seq_len, **counter.tokens_per_byte()}
+
+
+def split_rows(
+    config: EvaluateConfig, tokenizer: Any, encode: Callable[[list[str]], list[list[int]]], seq_len: int, groups: Groups
+) -> Iterator[Row]:
+    """The rows of the split, cut as `stride` says."""
+    described = open_corpus(config.data, config.split, described=True)
+    end = tokenizer.eos_token_id
+    if config.stride is not None:
+        return window_rows(described, encode, end, seq_len, config.stride, language_and_repository, groups)
+    eos = end if config.eos_between_documents else None
+    stream = Stream(open_corpus(config.data, config.split), encode, seq_len, eos=eos, shuffle=False)
+    return block_rows(first_blocks(stream), described, language_and_repository, groups)
+
+
+@torch.no_grad()
+def score_rows(model: Any, num_bytes: np.ndarray, rows: Iterable[Row], batch_size: int) -> np.ndarray:
+    """Sums by group without group 0, `[groups, 3]`."""
+    device = next(model.parameters()).device
+    per_token = torch.from_numpy(num_bytes).to(device)
+    sums = new_sums(0, device)
+    rows = iter(rows)
+    while some := list(islice(rows, batch_size)):
+        batch = {name: each.to(device) for name, each in collate_rows(some).items()}
+        missing = int(batch["group"].max()) + 1 - len(sums)
+        sums = F.pad(sums, (0, 0, 0, max(0, missing)))
+        add_scores(sums, losses(model, batch["input_ids"]), batch["input_ids"], batch["group"], per_token)
+    return sums[1:].cpu().numpy()
+
+
+def losses(model: Any, input_ids: Tensor) -> Tensor:
+    """As `token_losses`, for any causal LM: `[batch, seq - 1]` nats in fp32."""
+    if model.config.model_type == "gpt_neo":
+        return token_losses(model, input_ids, "auto")
+    logits = model(input_ids, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
+
+
+def by_group(sums: np.ndarray, labels: list[Label]) -> dict[str, Any]:
+    """Measures in total, by language and by repository, those with the most bytes first."""
+    found: dict[str, Any] = {"total": _measured(sums.sum(axis=0))}
+    for part, name in enumerate(("languages", "repositories")):
+        added: dict[str, np.ndarray] = {}
+        for label, its_sums in zip(labels, sums, strict=False):
+            added[label[part]] = added.get(label[part], 0) + its_sums
+        ordered = sorted(added.items(), key=lambda item: -item[1][2])
+        found[name] = {label: _measured(its_sums) for label, its_sums in ordered if its_sums[1]}
+    return found
+
+
+def _measured(sums: np.ndarray) -> dict[str, float]:
+    return {**measures(sums), "tokens": int(sums[1]), "bytes": int(sums[2])}
+
+
+class TokenCounter:
+    """Encodes texts, and counts their bytes and their tokens with and without the white-space tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._cores = [tokenizer.backend_tokenizer, without_whitespace_tokens(tokenizer)]
+        self._tokens = [0, 0]
+        self._bytes = 0
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        ids, plain = (encode(core, texts) for core in self._cores)
+        for index, each in enumerate((ids, plain)):
+            self._tokens[index] += sum(map(len, each))
+        self._bytes += sum(len(text.encode()) for text in texts)
+        return ids
+
+    def tokens_per_byte(self) -> dict[str, float]:
+        names = ("tokens_per_byte", "tokens_per_byte_without_whitespace_tokens")
+        return {name: tokens / self._bytes for name, tokens in zip(names, self._tokens, strict=True)}
+
+
+MAX_ROWS = 30  # of a table; the file has all
+HEADER = ["", "bits per byte", "loss", "perplexity", "tokens", "bytes"]
+
+
+def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, headings and rows of what a person sees: the models in total, then each part by model."""
+    header = ["model", *HEADER[1:], "tokens per byte", "without white-space tokens"]
+    totals = [
+        [name, *_cells(each["total"]), *(f"{each[key]:.4f}" for key in each if key.startswith("tokens_per_byte"))]
+        for name, each in results.items()
+    ]
+    yield "total", header, totals
+    for part in ("languages", "repositories"):
+        labels = dict.fromkeys(label for each in results.values() for label in each[part])
+        rows = [
+            [f"{label}, {name}" if len(results) > 1 else label, *_cells(each[part][label])]
+            for label in labels
+            for name, each in results.items()
+            if label in each[part]
+        ]
+        yield part, HEADER, rows[:MAX_ROWS]
+
+
+def _cells(measured: dict[str, float]) -> list[str]:
+    numbers = [f"{measured[name]:.4f}" for name in ("bits_per_byte", "loss")]
+    return [*numbers, f"{measured['perplexity']:.2f}", f"{measured['tokens']:,}", f"{measured['bytes']:,}"]
