@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz chaos chaos-selftest bench bench-checkpoint soak elastic lint clean
+.PHONY: help setup demo test fuzz chaos chaos-selftest bench bench-checkpoint soak elastic test-slurm lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ fuzz: $(READY) ## the long form of the fuzz tests: 6,000 shards, 180,000 lines
 
 elastic: $(READY) ## move a run through eleven layouts of ranks and strategies, 50 steps in each
 	CLIPPY_ELASTIC_STEPS=50 $(BIN)/pytest --timeout 3600 tests/test_elastic.py
+
+test-slurm: $(READY) ## real jobs on the Slurm that sbatch reaches: two nodes that share this folder
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m slurm tests/test_slurm.py
 
 lint: $(READY) ## style, types, and which room may import which
 	$(BIN)/ruff check .

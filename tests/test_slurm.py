@@ -1,0 +1,188 @@
+"""Real jobs on whatever Slurm `sbatch` reaches: `make test-slurm`. Needs two nodes that share this file system.
+
+Where CLIPPY_SLURM_CLUSTER is a command that can `hurry`, `fail NODE` and `boot NODE` a throwaway cluster, nodes die as
+well; without it they do not, and each requeue takes the two minutes that Slurm gives it.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from runs import Runs, environment, trained, weights_hash
+
+from clippy_train.compose import LAUNCH
+from clippy_train.train.slurm import LIVES
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+CLUSTER = shlex.split(os.environ.get("CLIPPY_SLURM_CLUSTER", ""))
+PATIENCE = 240.0  # seconds for a job to get from one state to the next
+STEPS = 200  # more than a strike lets pass
+SETTINGS = [
+    "trainer.audit=true", f"trainer.max_steps={STEPS}", f"optim.decay_steps={STEPS}", "trainer.val_every_steps=1000",
+    "checkpoint.every_steps=1000", "trainer.val_samples=2", "data.num_workers=0", "model.num_layers=1",
+]  # fmt: skip
+
+
+def run(*command: str, check: bool = True) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=check, timeout=60).stdout.strip()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> None:
+    """Skip where there is no Slurm with two nodes."""
+    if not shutil.which("sbatch"):
+        pytest.skip("no sbatch on the PATH")
+    if len(run("sinfo", "-h", "-N", "-o", "%N", check=False).split()) < 2:
+        pytest.skip("sbatch reaches no cluster of two nodes")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("slurm"), tiny_corpus, tiny_tokenizer)
+    runs.settings.append("trainer.devices=null")  # the launcher's
+    return runs
+
+
+class Job:
+    """A training, submitted as a user does it."""
+
+    def __init__(self, runs: Runs, name: str, *overrides: str, tasks: int = 1, nodes: int = 2) -> None:
+        self.runs, self.name = runs, name
+        options = ["--parsable", f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--time=20", "--output=%j.out"]
+        script = [str(LAUNCH / "train.sbatch"), *runs.settings, *SETTINGS, f"run.name={name}", *overrides]
+        submitted = subprocess.run(
+            ["sbatch", *options, *script],
+            cwd=runs.root, env=environment(runs.root), capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        self.number = submitted.stdout.strip()
+
+    @property
+    def log(self) -> str:
+        path = self.runs.root / f"{self.number}.out"
+        return path.read_text() if path.exists() else ""
+
+    def fact(self, name: str) -> str:
+        return re.search(rf"\b{name}=(\S*)", run("scontrol", "show", "job", "-o", self.number))[1]
+
+    def wait(self, reached: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not reached():
+            assert time.monotonic() < deadline, f"{what} in time: {self.fact('JobState')}\n{self.log}"
+            time.sleep(0.1)
+
+    def wait_for_end(self) -> str:
+        self.wait(lambda: self.fact("JobState") not in ("PENDING", "RUNNING", "COMPLETING"), "no end")
+        return self.fact("ExitCode")
+
+    def last_step(self) -> int:
+        rows = self.runs.rows(self.name)
+        return rows[-1]["step"] if rows else 0
+
+    def let_it_train(self) -> None:
+        """Until it has made a step in this life."""
+        first = self.last_step() + 1
+        if self.fact("JobState") == "PENDING" and CLUSTER:
+            run(*CLUSTER, "hurry")
+        self.wait(lambda: self.last_step() >= first, f"no step {first}")
+
+    def wait_for_requeue(self, restarts: int) -> None:
+        self.wait(lambda: (self.fact("JobState"), self.fact("Restarts")) == ("PENDING", str(restarts)), "no requeue")
+
+
+def warned(job: Job) -> None:
+    """Slurm's warning before the time limit, as `#SBATCH --signal` asks for it."""
+    run("scancel", "--batch", "--signal=USR1", job.number)
+
+
+def signalled(job: Job) -> None:
+    run("scancel", "--signal=USR1", job.number)
+
+
+def requeued(job: Job) -> None:
+    run("scontrol", "requeue", job.number)
+
+
+def preempted(job: Job) -> None:
+    if "high" not in run("sinfo", "-h", "-o", "%P").split():
+        pytest.skip("no partition `high` that pre-empts")
+    sized = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    run("sbatch", *sized)
+
+
+def powered_off(job: Job) -> None:
+    """The second node, in the middle of a step; and on again once Slurm has seen it."""
+    if not CLUSTER:
+        pytest.skip("these nodes are needed")
+    node = run("scontrol", "show", "hostnames", job.fact("NodeList")).split()[1]
+    run(*CLUSTER, "fail", node)
+    run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    run(*CLUSTER, "boot", node)
+
+
+STRIKES = [warned, signalled, requeued, preempted, powered_off]
+SAVES = STRIKES[:-1]  # those that leave a run the time
+
+
+@pytest.fixture(scope="module")
+def reference(runs: Runs) -> str:
+    """Two ranks on this machine that nobody touches."""
+    runs.train("reference", *SETTINGS, "trainer.devices=2", "launcher=local")
+    return "reference"
+
+
+@pytest.fixture(scope="module")
+def job(runs: Runs) -> Job:
+    """Two nodes of one rank each, under ZeRO-1."""
+    return Job(runs, "struck", "launcher.preflight=false")
+
+
+@pytest.mark.parametrize("strike", STRIKES)
+def test_a_job_that_is_struck_comes_back(runs: Runs, job: Job, strike: Callable[[Job], None]) -> None:
+    restarts = int(job.fact("Restarts"))
+    job.let_it_train()
+    strike(job)
+    job.wait_for_requeue(restarts + 1)
+    if strike in SAVES:
+        assert f"interrupted after step {job.last_step()}: saved" in job.log
+
+
+def test_it_then_equals_the_run_that_nobody_touched(runs: Runs, reference: str, job: Job) -> None:
+    job.let_it_train()
+    assert job.wait_for_end() == "0:0", job.log
+    assert "finished" not in job.log
+    assert list(map(trained, runs.rows(job.name))) == list(map(trained, runs.rows(reference)))
+    assert weights_hash(runs.folder(job.name)) == weights_hash(runs.folder(reference))
+    assert runs.rows(job.name, "val/loss") == runs.rows(reference, "val/loss")
+
+
+def test_two_nodes_of_two_ranks_are_checked_and_train_on_the_same_data(runs: Runs, reference: str) -> None:
+    job = Job(runs, "four", "strategy=zero2", "trainer.max_steps=3", tasks=2)
+    assert job.wait_for_end() == "0:0", job.log
+    assert "preflight: 2 nodes x 2 cpu, gloo: all-reduce of 64 MB in" in job.log
+    rows, expected = runs.rows("four"), runs.rows(reference)[:3]
+    assert [row["data/digest"] for row in rows] == [row["data/digest"] for row in expected]
+    assert [row["train/loss"] for row in rows] == pytest.approx([row["train/loss"] for row in expected], abs=1e-3)
+
+
+def test_a_job_that_wants_three_nodes_of_two_is_refused_and_ends(runs: Runs) -> None:
+    job = Job(runs, "wrong", "trainer.num_nodes=3", "data.streams=6", "trainer.global_batch_size=12")
+    assert job.wait_for_end() == "2:0"
+    assert job.fact("Restarts") == "0"
+    assert "trainer.num_nodes=3, but slurm has 2 nodes for this run: ask for --nodes=3" in job.log
+    assert not runs.folder("wrong").exists()
+
+
+def test_a_job_is_not_requeued_for_ever(runs: Runs) -> None:
+    job = Job(runs, "capped", "launcher.max_requeues=0", "launcher.preflight=false", nodes=1)
+    job.wait((runs.folder("capped") / LIVES).exists, "no start")
+    signalled(job)
+    job.wait(lambda: job.fact("JobState") != "RUNNING" or bool(run("scancel", "--signal=USR1", job.number)), "no end")
+    assert job.wait_for_end() == "75:0", job.log
+    assert "is not requeued: it was requeued launcher.max_requeues=0 times" in job.log
