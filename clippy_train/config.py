@@ -60,7 +60,13 @@ class ModelConfig:
     window_size: int = key("tokens that a local layer sees, itself included", minimum=1)
     max_position_embeddings: int = key("longest sequence in tokens", minimum=2)
     vocab_size: int = key("vocabulary before new tokens; with base=null the tokenizer decides", minimum=1)
-    attention: str = key("how attention is computed; auto is sdpa", "auto", choices=("auto", "sdpa", "eager"))
+    attention: str = key(
+        "how attention is computed (docs/performance.md); auto is varlen on CUDA in bf16, else sdpa; eager is Hugging "
+        "Face's forward pass",
+        "auto",
+        choices=("auto", "eager", "sdpa", "flex", "varlen"),
+    )
+    compile: bool = key("compile the forward and backward pass; takes a minute or two at the start", False)
     loss_dtype: str = key(
         "precision of the log-softmax over the vocabulary; bf16, as in the original, rounds every token's loss",
         "fp32",
@@ -135,6 +141,11 @@ class DataConfig(SourceConfig):
     window: int = key("documents that a stream reads ahead and permutes", 256, minimum=1)
     num_workers: int = key("loader processes for each rank; 0 tokenises in the training process", 1, minimum=0)
     eos_between_documents: bool = key("end every document with the end-of-text token (the original did not)", True)
+    document_mask: bool = key(
+        "keep attention inside a document (the original did not); positions count from the start of the block all the "
+        "same",
+        False,
+    )
     max_bad_fraction: float = key("share of unreadable lines beyond which the run stops", 0.01, minimum=0.0)
 
 
@@ -280,6 +291,13 @@ class TrainConfig:
     def deepspeed(self) -> bool:
         """Whether ranks run under DeepSpeed. Its ZeRO flattens parameters into one vector: Adafactor needs shapes."""
         return self.strategy.name == "zero" and self.optim.name != "adafactor"
+
+    @property
+    def attention(self) -> str:
+        """The kernel that `model.attention` stands for."""
+        if self.model.attention != "auto":
+            return self.model.attention
+        return "varlen" if self.trainer.accelerator == "cuda" and self.trainer.precision == "bf16" else "sdpa"
 
     @property
     def micro_steps(self) -> int:
@@ -502,7 +520,15 @@ def limits_broken(config: Any) -> list[str]:
 
 def problems(config: TrainConfig) -> list[str]:
     """What contradicts what in a training configuration: one line each, naming the keys and the fix."""
-    groups = (_model_checks, _data_checks, _batch_checks, _optimizer_checks, _strategy_checks, _checkpoint_checks)
+    groups = (
+        _model_checks,
+        _kernel_checks,
+        _data_checks,
+        _batch_checks,
+        _optimizer_checks,
+        _strategy_checks,
+        _checkpoint_checks,
+    )
     checks = chain.from_iterable(group(config) for group in groups)
     return [message for holds, message in checks if not holds]
 
@@ -558,6 +584,34 @@ def _model_checks(config: TrainConfig) -> Iterator[Check]:
         model.base_optimizer == "ignore" or (model.base is not None and config.optim.name == "adamw"),
         f"model.base_optimizer={model.base_optimizer} needs a model.base and optim=adamw, but model.base={model.base} "
         f"and optim.name={config.optim.name}",
+    )
+
+
+def _kernel_checks(config: TrainConfig) -> Iterator[Check]:
+    model, trainer = config.model, config.trainer
+    yield (
+        model.attention not in ("flex", "varlen") or trainer.accelerator == "cuda",
+        f"model.attention={model.attention} runs on CUDA only, but trainer.accelerator={trainer.accelerator}: set "
+        "model.attention=auto",
+    )
+    yield (
+        model.attention != "varlen" or trainer.precision == "bf16",
+        f"model.attention=varlen computes in bf16 only, but trainer.precision={trainer.precision}: set "
+        "model.attention=auto",
+    )
+    yield (
+        not config.data.document_mask or model.attention not in ("eager", "flex"),
+        f"data.document_mask=true: model.attention={model.attention} has no mask for documents; set "
+        "model.attention=auto",
+    )
+    yield (
+        not config.data.document_mask or config.data.eos_between_documents,
+        "data.document_mask=true finds documents by the token that ends them: set data.eos_between_documents=true",
+    )
+    yield (
+        not model.compile or config.strategy.stage != 3,
+        "model.compile=true: ZeRO-3 fetches weights between modules, which breaks every graph; choose strategy=zero2, "
+        "zero1 or ddp, or set model.compile=false",
     )
 
 

@@ -1,4 +1,8 @@
-"""Our attention is Hugging Face's eager attention, in value and gradient, for every length around the window."""
+"""Our attention is Hugging Face's eager attention, in value and gradient, for every length around the window.
+
+FlashAttention needs CUDA: here a stand-in does by its documentation what it would do with what we hand to it.
+FlexAttention has no backward on CPU, so only its values are compared.
+"""
 
 import copy
 from typing import Any
@@ -8,16 +12,52 @@ import torch
 from models import gpt_neo, token_ids
 from torch import Tensor
 
+from clippy_train.errors import ConfigError
+from clippy_train.model import attention
 from clippy_train.model.attention import hidden_states, local_attention
 
 LOGITS = 1e-5  # largest absolute difference allowed in fp32
 GRADIENT = 1e-5  # the same, as a share of the gradient's largest entry
 
-LENGTHS = [(256, seq) for seq in (1, 255, 256, 257, 300, 1024)] + [(16, seq) for seq in (2, 15, 16, 17, 31, 32, 33, 57)]
+LENGTHS = [(256, seq) for seq in (1, 255, 256, 257, 300, 1024, 2048)] + [
+    (16, seq) for seq in (2, 15, 16, 17, 31, 32, 33, 57)
+]
 
 
-def logits(model: Any, ids: Tensor) -> Tensor:
-    return model.lm_head(hidden_states(model.transformer, ids))
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.varlen, "varlen_attn", flash_attention)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    key_bounds: Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """`torch.nn.attention.varlen.varlen_attn` of `[tokens, heads, head_dim]`, sequence by sequence in plain torch."""
+    left, right = window_size
+    assert right == 0
+    assert bounds.dtype == torch.int32
+    assert longest == longest_key >= (bounds[1:] - bounds[:-1]).max()
+    out = torch.empty_like(q)
+    for first, end in zip(bounds.tolist(), key_bounds.tolist()[1:], strict=False):
+        position = torch.arange(end - first)
+        before = position[:, None] - position
+        mask = (before >= 0) & ((before <= left) | (left < 0))
+        scores = scale * torch.einsum("qhd,khd->hqk", q[first:end], k[first:end])
+        out[first:end] = torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v[first:end])
+    return out
+
+
+def logits(model: Any, ids: Tensor, kernel: str = "sdpa", eos: int | None = None) -> Tensor:
+    return model.lm_head(hidden_states(model.transformer, ids, kernel, eos))
 
 
 def gradients(model: Any, scores: Tensor) -> dict[str, Tensor]:
@@ -39,6 +79,37 @@ def test_logits_and_gradients_are_those_of_hugging_face(kinds: tuple[str, ...], 
     largest = {name: gradient.abs().max().item() for name, gradient in expected.items()}
     for name, gradient in gradients(model, ours).items():  # for a single token, those of query and key are exactly 0
         assert (gradient - expected[name]).abs().max() <= GRADIENT * (largest[name] or max(largest.values())), name
+
+
+@pytest.mark.parametrize("seq", [1, 16, 17, 57])
+@torch.no_grad()
+def test_flex_attention_has_the_values_of_hugging_face(seq: int) -> None:
+    model, ids = gpt_neo(("global", "local"), window=16), token_ids(2, seq)
+    torch.testing.assert_close(logits(model, ids, "flex"), model(ids, use_cache=False).logits, atol=LOGITS, rtol=0)
+
+
+@pytest.mark.parametrize("seq", [1, 16, 17, 57])
+def test_flash_attention_is_called_for_what_hugging_face_computes(flash: None, seq: int) -> None:
+    model, ids = gpt_neo(("global", "local"), window=16), token_ids(2, seq)
+    torch.testing.assert_close(logits(model, ids, "varlen"), model(ids, use_cache=False).logits, atol=LOGITS, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+def test_with_a_document_mask_a_document_is_all_there_is(flash: None, kernel: str) -> None:
+    """Hugging Face's eager attention under a mask that we write out here."""
+    model, eos = gpt_neo(("global", "local"), window=16), 3
+    ids = token_ids(4, 57, vocab_size=8)  # documents of some 8 tokens, of single tokens, and longer than the window
+    ids[0, 10:40], ids[1] = 5, 4
+    document = [[(row[:i] == eos).sum().item() for i in range(57)] for row in ids]
+    same = torch.tensor([[[a == b for b in row] for a in row] for row in document]).tril()
+    bias = torch.zeros(same.shape).masked_fill(~same, torch.finfo(torch.float32).min)[:, None]
+    expected = model(ids, attention_mask=bias, use_cache=False).logits
+    ours = logits(model, ids, kernel, eos)
+    assert (ours - expected).abs().max() <= LOGITS
+    assert (ours - logits(model, ids, kernel)).abs().max() > 0.1
+    theirs = gradients(model, expected)
+    for name, gradient in gradients(model, ours).items():
+        assert (gradient - theirs[name]).abs().max() <= GRADIENT * theirs[name].abs().max(), name
 
 
 @pytest.mark.parametrize("position", [0, 1, 15, 16, 17, 31, 32, 50, 56])
@@ -99,3 +170,30 @@ def test_dropout_acts_in_training_only() -> None:
     expected = model.eval()(ids, use_cache=False).logits
     torch.testing.assert_close(logits(model, ids), expected, atol=LOGITS, rtol=0)
     assert (logits(model.train(), ids) - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.attention=flex"], r"model\.attention=flex runs on CUDA only"),
+        (["model.attention=varlen"], r"model\.attention=varlen runs on CUDA only"),
+        (["trainer.accelerator=cuda", "trainer.precision=fp32", "model.attention=varlen"], r"in bf16 only"),
+        (["data.document_mask=true", "model.attention=eager"], r"model\.attention=eager has no mask for documents"),
+        (["data.document_mask=true", "data.eos_between_documents=false"], r"set data\.eos_between_documents=true"),
+        (["model.compile=true", "strategy=zero3"], r"choose strategy=zero2, zero1 or ddp"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused_before_anything_starts(
+    train_config, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train_config(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "precision", "kernel"),
+    [("cpu", "bf16", "sdpa"), ("cuda", "fp32", "sdpa"), ("cuda", "bf16", "varlen")],
+)
+def test_auto_takes_what_the_device_and_the_precision_allow(train_config, accelerator, precision, kernel) -> None:
+    config = train_config(f"trainer.accelerator={accelerator}", f"trainer.precision={precision}")
+    assert config.attention == kernel

@@ -1,15 +1,29 @@
-"""The loss is Hugging Face's, in fp32, with the shift inside a row and each micro-batch weighing the same."""
+"""The loss is Hugging Face's, in fp32, with the shift inside a row and each micro-batch weighing the same.
 
+Chunks are made small here, so that a loss and its gradient come from several of them, the last one not full.
+"""
+
+import copy
+import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from models import gpt_neo, token_ids
 from torch import Tensor
 
+from clippy_train.model import loss
 from clippy_train.model.attention import hidden_states
-from clippy_train.model.loss import token_losses
+from clippy_train.model.loss import mean_loss, token_losses
+from clippy_train.train.module import CodeLM
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.CHUNK, "cpu", 50)
+
 
 BOTH = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 
@@ -18,7 +32,57 @@ BOTH = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_mean_is_hugging_faces_own_loss(attention: str) -> None:
     model, ids = gpt_neo(), token_ids(3, 57)
     expected = model(ids, labels=ids, use_cache=False).loss
+    assert mean_loss(model, ids, attention).item() == pytest.approx(expected.item(), abs=2e-6)
     assert token_losses(model, ids, attention).mean().item() == pytest.approx(expected.item(), abs=2e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_gradient_is_that_of_hugging_faces_loss(attention: str, scale: float) -> None:
+    model, ids = gpt_neo(), token_ids(3, 57)
+    expected = gradients(model, scale * model(ids, labels=ids, use_cache=False).loss)
+    for name, gradient in gradients(model, scale * mean_loss(model, ids, attention)).items():
+        assert (gradient - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+
+
+@BOTH
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bf16_the_error_is_that_of_its_rounding(attention: str, autocast: bool) -> None:
+    """Not larger than Hugging Face's, against gradients in fp32."""
+    model, ids = gpt_neo(), token_ids(3, 57)
+    exact = gradients(model, model(ids, labels=ids, use_cache=False).loss)
+    low = model if autocast else copy.deepcopy(model).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        theirs = gradients(low, low(ids, labels=ids, use_cache=False).loss)
+        mean = mean_loss(low, ids, attention)
+        ours = gradients(low, mean)
+    assert mean.dtype == torch.float32
+    assert all(ours[name].dtype == theirs[name].dtype for name in exact)
+    mine, others = (torch.cat([(each[name] - exact[name]).flatten() for name in exact]) for each in (ours, theirs))
+    assert mine.norm() <= 1.25 * others.norm()
+
+
+def test_no_logits_outlive_their_chunk() -> None:
+    """Nothing is kept for backward that grows with tokens x vocabulary."""
+    model, ids, kept = gpt_neo(vocab_size=997), token_ids(3, 57), []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mean_loss(model, ids, "sdpa")
+    assert 997 * 32 <= max(kept) < 3 * 56 * 997
+
+
+def test_a_padded_vocabulary_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = gpt_neo(), token_ids(3, 57)
+    padded = mean_loss(model, ids, "sdpa")
+    found = gradients(model, padded)
+    monkeypatch.setattr(loss, "VOCAB_MULTIPLE", 1)
+    plain = mean_loss(model, ids, "sdpa")
+    torch.testing.assert_close(padded, plain)
+    torch.testing.assert_close(found, gradients(model, plain))
 
 
 @BOTH
@@ -76,30 +140,16 @@ def test_a_bf16_loss_is_rounded_also_under_autocast_and_the_default_is_not(atten
 
 def test_a_bf16_loss_has_gradients_near_those_of_fp32() -> None:
     model, ids = gpt_neo(), token_ids(3, 57)
-    exact, rounded = (gradients(model, token_losses(model, ids, "sdpa", kind).mean()) for kind in ("fp32", "bf16"))
+    exact, rounded = (gradients(model, mean_loss(model, ids, "sdpa", kind)) for kind in ("fp32", "bf16"))
     for name, gradient in exact.items():
         torch.testing.assert_close(rounded[name], gradient, atol=0.05 * gradient.abs().max().item(), rtol=0)
-
-
-def test_targets_are_never_one_hot() -> None:
-    """The original held one-hot rows of the vocabulary beside the log-softmax; nothing of that size is held twice."""
-    model, ids, kept = gpt_neo(), token_ids(3, 57), set()
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.numel() == 3 * 56 * 97:
-            kept.add(tensor.data_ptr())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        token_losses(model, ids, "sdpa").mean()
-    assert len(kept) <= 1
 
 
 @BOTH
 def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(attention: str) -> None:
     model, ids = gpt_neo(), token_ids(8, 57)
-    whole = gradients(model, token_losses(model, ids, attention).mean())
-    parts = [gradients(model, token_losses(model, part, attention).mean() / 4) for part in ids.split(2)]
+    whole = gradients(model, mean_loss(model, ids, attention))
+    parts = [gradients(model, mean_loss(model, part, attention) / 4) for part in ids.split(2)]
     for name, gradient in whole.items():
         accumulated = sum(part[name] for part in parts)
         assert (accumulated - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
@@ -108,3 +158,28 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(attentio
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+def test_compiled_training_steps_are_the_same_and_compile_once(train_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated as `model.compile=true` does it, but without the minutes of code generation."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = gpt_neo()
+    plain, compiled = (
+        CodeLM(train_config(f"model.compile={each}"), model, np.ones(97, dtype=np.int32)) for each in ("false", "true")
+    )
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    counts = []
+    for seed in range(4):
+        batch = {"input_ids": token_ids(3, 57, seed=seed), "group": torch.ones(3, 57, dtype=torch.int64)}
+        loss, expected = (module.training_step(batch, 0) for module in (compiled, plain))
+        torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(gradients(model, loss), gradients(model, expected), atol=1e-6, rtol=1e-5)
+        with torch.no_grad():
+            for module in (compiled, plain):
+                module.validation_step(batch, 0)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch.testing.assert_close(compiled.val_sums, plain.val_sums)
+    assert counts == [2] * 4  # training and validation, each in one piece
+    assert not torch._dynamo.utils.counters["graph_break"]

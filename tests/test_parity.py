@@ -167,34 +167,31 @@ def coupled_decay(ours: torch.optim.Optimizer, model: Any) -> torch.optim.Optimi
     return ours
 
 
-def targets_across_rows(model: Any, input_ids: torch.Tensor, *settings: str) -> torch.Tensor:
+def targets_across_rows(model: Any, input_ids: torch.Tensor, *settings: Any) -> torch.Tensor:
     """A row's first token is the target of the row before."""
     logits = model.lm_head(attention.hidden_states(model.transformer, input_ids)).flatten(0, 1)
-    return F.cross_entropy(logits[:-1], input_ids.flatten()[1:]).expand_as(input_ids[:, 1:])
+    return F.cross_entropy(logits[:-1], input_ids.flatten()[1:])
 
 
 def summed_step(module: CodeLM, batch: Any, batch_idx: int) -> torch.Tensor:
     return training_step(module, batch, batch_idx) * module.config.micro_steps
 
 
-def all_global(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def all_global(layer: Any, x: torch.Tensor, *settings: Any) -> torch.Tensor:
     layer.attention_type = "global"
-    return self_attention(layer, x)
+    return self_attention(layer, x, *settings)
 
 
 def default_scale(*args: Any, scale: float, **kwargs: Any) -> torch.Tensor:
     return F.scaled_dot_product_attention(*args, **kwargs)
 
 
-def erf_gelu(trace: FlaxTrace) -> Any:
-    model = initial_model(trace)
-    for block in model.transformer.h:
-        block.mlp.act = torch.nn.GELU()
-    return model
+def erf_gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    return gelu(x)
 
 
 # Kept, since the names are replaced while a test runs.
-optim_config, initial_model, training_step = FlaxTrace.optim_config, FlaxTrace.initial_model, CodeLM.training_step
+optim_config, training_step, gelu = FlaxTrace.optim_config, CodeLM.training_step, F.gelu
 self_attention, local_attention = attention.self_attention, attention.local_attention
 
 BREAKS = {
@@ -206,18 +203,19 @@ BREAKS = {
     "lr index off by one": replaced("clippy_train.optim.lr_at", lambda step, config: lr_at(step + 1, config)),
     "all layers global": replaced("clippy_train.model.attention.self_attention", all_global),
     "no clipping": setting("grad_clip", lambda config: 0.0),
-    "targets across rows": replaced("clippy_train.train.module.token_losses", targets_across_rows),
+    "targets across rows": replaced("clippy_train.train.module.mean_loss", targets_across_rows),
     "decay on all": optimizer(decay_all),
     "scaled attention": replaced(
-        "clippy_train.model.attention.F", SimpleNamespace(pad=F.pad, scaled_dot_product_attention=default_scale)
+        "clippy_train.model.attention.F",
+        SimpleNamespace(pad=F.pad, gelu=F.gelu, scaled_dot_product_attention=default_scale),
     ),
     "no decay on embeddings": optimizer(decay_no_embedding),
     "window off by one": replaced(
         "clippy_train.model.attention.local_attention",
-        lambda q, k, v, window, dropout: local_attention(q, k, v, window - 1, dropout),
+        lambda q, k, v, window, *settings: local_attention(q, k, v, window - 1, *settings),
     ),
     "eps 1e-6": setting("eps", lambda config: 1e-6),
-    "erf GELU": replaced("flax_trace.FlaxTrace.initial_model", erf_gelu),
+    "erf GELU": replaced("clippy_train.model.attention.F.gelu", erf_gelu),
 }
 
 

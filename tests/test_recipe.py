@@ -19,7 +19,7 @@ from clippy_train.compose import CONF, compose
 from clippy_train.config import DataConfig, TrainConfig, keys
 from clippy_train.data.stream import Stream
 from clippy_train.errors import ConfigError
-from clippy_train.model.loss import token_losses
+from clippy_train.model.loss import mean_loss, token_losses
 from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm
 from clippy_train.sources import open_corpus
 from clippy_train.train.module import CodeLM
@@ -266,6 +266,14 @@ def test_the_choice_of_the_loss_reaches_training_and_validation(train_config, lo
     assert module.val_sums[1, 0].item() == pytest.approx(expected.double().sum().item(), rel=1e-12)
 
 
+def test_the_document_mask_reaches_training(train_config) -> None:
+    model, ids = gpt_neo(), token_ids(3, 57, vocab_size=8)
+    model.config.eos_token_id = 3
+    module = CodeLM(train_config("data.document_mask=true"), model, np.ones(97, dtype=np.int32))
+    loss = module.training_step({"input_ids": ids}, 0)
+    assert loss.item() == mean_loss(model, ids, "sdpa", eos=3).item() != mean_loss(model, ids, "sdpa").item()
+
+
 def test_a_bf16_loss_follows_the_recorded_bf16_run_closer_than_an_fp32_loss() -> None:
     """The original's bf16 losses differ from ours mainly by their log-softmax."""
     recorded = json.loads((HERE / "data" / "flax_micro" / "losses_bf16.json").read_text())
@@ -283,7 +291,7 @@ def bf16_losses(loss_dtype: str, updates: int) -> list[float]:
     for update in range(updates):
         for ids in trace.micro_batches(update):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = token_losses(model, ids, "sdpa", loss_dtype).mean()
+                loss = mean_loss(model, ids, "sdpa", loss_dtype)
             (loss / trace.accumulation).backward()
             losses.append(loss.item())
         clip_grad_norm(model.parameters(), settings.grad_clip)

@@ -1,54 +1,116 @@
-"""GPT-Neo's causal attention through `scaled_dot_product_attention`, global and local.
+"""GPT-Neo's forward pass with fast causal attention, global and local, in place of Hugging Face's.
 
 Hugging Face's GPT-Neo computes full S x S scores in fp32 in every layer (and its FlashAttention-2 path ignores the
-local window). Here a global layer is one causal call, and a local layer scores each block of queries against its own
-and the previous block of keys only: exact, and linear in S. Scale is 1.0: GPT-Neo does not divide by sqrt(head_dim).
-State dict and generation are untouched, since only the forward pass of training and evaluation goes through here.
+local window). Here a global layer is one fused causal call, and a local layer costs S x window. Scale is 1.0: GPT-Neo
+does not divide by sqrt(head_dim). State dict and generation are untouched, since only the forward pass of training and
+evaluation goes through here.
+
+    sdpa     anywhere. Global: torch's fused kernel; local: blocks of queries against their own and the previous block
+    varlen   CUDA in bf16: FlashAttention with a window, through torch.nn.attention.varlen
+    flex     CUDA: FlexAttention with a block mask
+
+Attention dropout, which no published GPT-Neo has, always takes sdpa. varlen and flex have not been run on CUDA yet:
+tests look at what they hand to the kernel, on CPU.
 """
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention import varlen
 
 
-def hidden_states(transformer: Any, input_ids: Tensor) -> Tensor:
+def hidden_states(transformer: Any, input_ids: Tensor, kernel: str = "sdpa", eos: int | None = None) -> Tensor:
     """GPT-Neo's last hidden states for full, unpadded rows.
 
     Args:
-        transformer: a `GPTNeoModel`.
+        transformer: a `GPTNeoModel` with the `gelu_new` activation, which every GPT-Neo has.
         input_ids: `[batch, seq]` int64.
+        kernel: `sdpa`, `varlen` or `flex`.
+        eos: the token that ends a document, where attention must not leave documents. Positions still count from the
+            start of the row.
 
     Returns:
-        `[batch, seq, hidden]`, equal to `transformer(input_ids).last_hidden_state` up to rounding.
+        `[batch, seq, hidden]`; without `eos` equal to `transformer(input_ids).last_hidden_state` up to rounding.
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    documents = None if eos is None else document_numbers(input_ids, eos)
+    bounds = sequence_bounds(input_ids, documents) if kernel == "varlen" else None
     x = transformer.drop(transformer.wte(input_ids) + transformer.wpe(positions))
     for block in transformer.h:
-        x = x + self_attention(block.attn.attention, block.ln_1(x))
-        x = x + block.mlp(block.ln_2(x))
+        x = x + self_attention(block.attn.attention, block.ln_1(x), kernel, documents, bounds)
+        x = x + feed_forward(block.mlp, block.ln_2(x))
     return transformer.ln_f(x)
 
 
-def self_attention(layer: Any, x: Tensor) -> Tensor:
+def document_numbers(input_ids: Tensor, eos: int) -> Tensor:
+    """`[batch, seq]`: how many documents of the row have ended before each token; `eos` belongs to the one it ends."""
+    ended = (input_ids == eos).long()
+    return ended.cumsum(dim=1) - ended
+
+
+def sequence_bounds(input_ids: Tensor, documents: Tensor | None) -> Tensor:
+    """Where the sequences of a batch, its rows laid end to end, begin and end: `[sequences + 1]` int32.
+
+    A sequence is a row, or a document of a row; to count documents, the host waits for the device.
+    """
+    size, seq = input_ids.numel(), input_ids.shape[1]
+    if documents is None:
+        return torch.arange(0, size + 1, seq, dtype=torch.int32, device=input_ids.device)
+    first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return F.pad(first.flatten().nonzero()[:, 0], (0, 1), value=size).int()
+
+
+def feed_forward(layer: Any, x: Tensor) -> Tensor:
+    """A `GPTNeoMLP` with its activation in one kernel: Hugging Face's takes eight, and keeps what each returns."""
+    return layer.dropout(layer.c_proj(F.gelu(layer.c_fc(x), approximate="tanh")))
+
+
+def self_attention(
+    layer: Any, x: Tensor, kernel: str = "sdpa", documents: Tensor | None = None, bounds: Tensor | None = None
+) -> Tensor:
     """One attention layer, `[batch, seq, hidden]` to the same; `layer` is a `GPTNeoSelfAttention`."""
     batch, seq, hidden = x.shape
     q, k, v = (
         proj(x).view(batch, seq, layer.num_heads, layer.head_dim).transpose(1, 2)
         for proj in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
+    local = layer.attention_type == "local" and seq > layer.config.window_size
+    window = layer.config.window_size if local else None
     dropout = layer.attn_dropout.p if layer.training else 0.0
-    if layer.attention_type == "local" and seq > layer.config.window_size:
-        out = local_attention(q, k, v, layer.config.window_size, dropout)
+    if dropout:
+        kernel = "sdpa"
+    if kernel == "flex":
+        out = flex_attention(q, k, v, window)
+    elif kernel == "varlen" and (window or documents is not None):
+        assert bounds is not None
+        out = varlen_attention(q, k, v, window, bounds)
+    elif window:
+        out = local_attention(q, k, v, window, dropout, documents)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, dropout_p=dropout)
+        out = global_attention(q, k, v, dropout, documents)
     out = out.transpose(1, 2).reshape(batch, seq, hidden)
     return layer.resid_dropout(layer.out_proj(out))
 
 
-def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float = 0.0) -> Tensor:
-    """Attention of every token to itself and the `window - 1` tokens before it, `[batch, heads, seq, head_dim]`."""
+# All of them: `[batch, heads, seq, head_dim]` to the same. A window of None sees everything before.
+
+
+def global_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, documents: Tensor | None = None) -> Tensor:
+    """Attention of every token to itself and everything before it in its document."""
+    if documents is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, dropout_p=dropout)
+    mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, dropout_p=dropout)
+
+
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float = 0.0, documents: Tensor | None = None
+) -> Tensor:
+    """Attention of every token to itself and the `window - 1` tokens before it in its document."""
     batch, heads, seq, dim = q.shape
     num_blocks = -(-seq // window)
     padding = num_blocks * window - seq
@@ -60,6 +122,40 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float
     band = (keys <= query) & (keys > query - window)
     exists = (torch.arange(num_blocks, device=q.device) > 0)[:, None, None] | (keys >= window)[None]
     mask = (band[None] & exists)[None]  # [1, block, query, key]: block 0 has no previous block
+    if documents is not None:
+        own = F.pad(documents, (0, padding)).view(batch, num_blocks, window)
+        both = torch.cat((F.pad(own[:, :-1], (0, 0, 1, 0)), own), dim=2)
+        mask = (mask & (own[..., None] == both[:, :, None])).repeat_interleave(heads, dim=0)
     q, k, v = (each.reshape(batch * heads, num_blocks, -1, dim) for each in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, dropout_p=dropout)
     return out.reshape(batch, heads, num_blocks * window, dim)[:, :, :seq]
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, bounds: Tensor) -> Tensor:
+    """The same by FlashAttention, over sequences that lie end to end between `bounds`."""
+    batch, _, seq, _ = q.shape
+    q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (q, k, v))
+    left = window - 1 if window else -1  # FlashAttention counts the tokens before a query
+    out = varlen.varlen_attn(q, k, v, bounds, bounds, seq, seq, scale=1.0, window_size=(left, 0))
+    return cast(Tensor, out).unflatten(0, (batch, seq)).transpose(1, 2)
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """The same by FlexAttention."""
+    mask = block_mask(q.shape[2], window or q.shape[2], q.device)
+    call = compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex.flex_attention
+    return call(q, k, v, block_mask=mask, scale=1.0)
+
+
+@lru_cache
+def block_mask(seq: int, window: int, device: torch.device) -> flex.BlockMask:
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key > query - window)
+
+    return flex.create_block_mask(visible, None, None, seq, seq, device=device)
+
+
+@lru_cache
+def compiled_flex() -> Any:
+    """FlexAttention is a kernel only when compiled; uncompiled it computes S x S scores."""
+    return torch.compile(flex.flex_attention)

@@ -91,6 +91,10 @@ def check_shape(base: Any, settings: ModelConfig) -> None:
         for name in SHAPE
         if getattr(base, name) != getattr(settings, name)
     ]
+    if base.activation_function != "gelu_new":  # what every GPT-Neo has, and all that model.attention computes
+        raise ConfigError(
+            f"model.base={settings.base} has activation_function={base.activation_function}, not gelu_new"
+        )
     if wrong:
         raise ConfigError("\n".join([*wrong, "set these keys to the base model's values"]))
 

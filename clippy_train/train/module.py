@@ -1,5 +1,6 @@
 """What one rank computes: loss of a micro-batch, validation sums, optimizer. Lightning and the strategy do the rest."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.module import Batch
-from clippy_train.model.loss import token_losses
+from clippy_train.model.loss import loss_head, mean_loss, token_losses
 from clippy_train.model.score import add_scores, new_sums
 from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm
 from clippy_train.train.strategy import partitioned
@@ -29,6 +30,8 @@ class CodeLM(pl.LightningModule):
     def __init__(self, config: TrainConfig, model: Any, token_bytes: np.ndarray) -> None:
         super().__init__()
         self.config, self.model = config, model
+        model.lm_head = loss_head(model)
+        self._mean_loss, self._token_losses = map(self._compiled, (mean_loss, token_losses))
         self.register_buffer("token_bytes", torch.from_numpy(token_bytes), persistent=False)
         self.micro_losses: list[Tensor] = []
         self.lr = 0.0
@@ -36,7 +39,7 @@ class CodeLM(pl.LightningModule):
         self.val_sums = new_sums(1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._losses(batch).mean()
+        loss = self._loss(self._mean_loss, batch)
         self.micro_losses.append(loss.detach())
         return loss
 
@@ -44,11 +47,16 @@ class CodeLM(pl.LightningModule):
         self.val_sums = new_sums(len(self.trainer.datamodule.languages), self.device)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        add_scores(self.val_sums, self._losses(batch), batch["input_ids"], batch["group"], self.token_bytes)  # type: ignore[arg-type]
+        losses = self._loss(self._token_losses, batch)
+        add_scores(self.val_sums, losses, batch["input_ids"], batch["group"], self.token_bytes)  # type: ignore[arg-type]
 
-    def _losses(self, batch: Batch) -> Tensor:
-        settings = self.config.model
-        return token_losses(self.model, batch["input_ids"], settings.attention, settings.loss_dtype)
+    def _compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`model.compile`: forward and backward pass as one graph each. Modules and the keys of their state stay."""
+        return torch.compile(function, dynamic=False) if self.config.model.compile else function
+
+    def _loss(self, function: Callable[..., Tensor], batch: Batch) -> Tensor:
+        eos = self.model.config.eos_token_id if self.config.data.document_mask else None
+        return function(self.model, batch["input_ids"], self.config.attention, self.config.model.loss_dtype, eos)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optim)
