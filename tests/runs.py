@@ -38,6 +38,8 @@ SMALL = [
     "optim.decay_steps=4",
 ]
 
+MEASURED = ("throughput/", "system/", "checkpoint/")  # names of what differs from run to run
+
 
 class Runs:
     """Runs in one folder, on one corpus and tokenizer."""
@@ -123,7 +125,7 @@ def end(process: subprocess.Popen, number: signal.Signals) -> int:
 
 def trained(row: dict) -> dict:
     """What a step computed, without what was measured about it."""
-    return {name: value for name, value in row.items() if not name.startswith(("throughput/", "system/"))}
+    return {name: value for name, value in row.items() if not name.startswith(MEASURED)}
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
