@@ -107,11 +107,12 @@ def run_evaluate(settings: config.EvaluateConfig) -> int:
     from clippy_train.results import write_results
 
     quiet_transformers()
+    results: dict[str, Any] = {}
     if settings.task == "humaneval":
-        results = humaneval(settings)
+        results.update(humaneval(settings))
         print_table("HumanEval", [(name, f"{value:.4f}") for name, value in results.items()])
     else:
-        results = {"results": perplexity(settings)}
+        results["results"] = perplexity(settings)
         for title, header, rows in tables(results["results"]):
             print_columns(title, header, rows)
     write_results(settings, results)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2Tokenizer
 
 from clippy_train.errors import ConfigError
 
@@ -38,20 +38,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, model_max_length: int) -> A
     """Train a byte-level BPE as GPT-2's: no normaliser, its splitting rule, end-of-text as the last id."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     core.train_from_iterator(texts, trainer)
-    core.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        unk_token=END_OF_TEXT,
-        model_max_length=model_max_length,
-        clean_up_tokenization_spaces=False,
-    )
+    trained = json.loads(core.to_str())["model"]
+    # GPT-2's own class, and not the general one of today, which transformers 4 cannot load
+    tokenizer = GPT2Tokenizer(trained["vocab"], [tuple(merge) for merge in trained["merges"]])
+    tokenizer.model_max_length = model_max_length
+    return tokenizer
 
 
 def fingerprint(tokenizer: Any) -> str:

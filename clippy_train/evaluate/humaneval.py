@@ -133,10 +133,10 @@ def finished_batches(config: EvaluateConfig, path: Path, work: list[Problem]) ->
         path.touch()
         return 0
     found = json.loads(settings.read_text()) if settings.exists() else {}
-    changed = [f"{name} was {found.get(name)!r}, is {value!r}" for name, value in wanted.items() if found.get(name) != value]
+    changed = [name for name, value in wanted.items() if found.get(name) != value]
     if changed:
-        raise ConfigError(f"samples={path} was made otherwise ({'; '.join(changed)}): name another file, or score it "
-                          "without a model")  # fmt: skip
+        differs = "; ".join(f"{name} was {found.get(name)!r}, is {wanted[name]!r}" for name in changed)
+        raise ConfigError(f"samples={path} was made otherwise ({differs}): name another file, or leave out model")
     lines = path.read_bytes().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith(b"\n")]
     batches = min(len(whole), len(work)) // config.batch_size
