@@ -17,6 +17,8 @@ from rich.table import Table
 from clippy_train import __version__, compose, config
 from clippy_train.errors import CheckpointError, ClippyError, ConfigError
 from clippy_train.report import print_columns, print_table, quiet_transformers
+from clippy_train.sweep import sweep
+from clippy_train.trials import follow_sweep
 
 
 def run_corpus(settings: config.CorpusConfig) -> int:
@@ -54,6 +56,7 @@ def run_import(settings: config.ImportConfig) -> int:
 def run_train(settings: config.TrainConfig) -> int:
     from clippy_train.train.launch import train
 
+    follow_sweep()
     return train(settings)
 
 
@@ -224,7 +227,7 @@ def _call(verb: Verb, options: argparse.Namespace) -> int:
     if verb.schema is not config.TrainConfig:
         return verb.run(compose.compose(verb.schema, overrides))
     if options.multirun:
-        return compose.sweep(overrides, run_plan if options.dry_run else verb.run)
+        return sweep(overrides, run_plan if options.dry_run else None)
     if options.dry_run:
         return run_plan(compose.compose(config.TrainConfig, overrides))
     return verb.run(compose.compose(config.TrainConfig, overrides))

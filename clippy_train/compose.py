@@ -6,14 +6,11 @@
 
 import difflib
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -38,47 +35,14 @@ def compose(schema: type[T], overrides: list[str]) -> T:
     Raises:
         ConfigError: an unknown key or choice, a value of the wrong type, a missing value, a contradiction.
     """
-    return _validated(_composed(schema, overrides), schema)
+    return validated(composition(schema, overrides), schema)
 
 
-def _validated(composed: DictConfig, schema: type[T]) -> T:
+def validated(composed: DictConfig, schema: type[T]) -> T:
+    """As `compose`, for what is composed already."""
     if schema is TrainConfig:
         fill_in(composed)
     return typed(composed, schema)
-
-
-def sweep(overrides: list[str], run_trial: Callable[[TrainConfig], int]) -> int:
-    """Run every combination of the comma-separated values, one after another, through Hydra's own sweeper.
-
-    A trial is named after the values that it varies and lies in the folder `run.root`/`run.name`. The exit code is the
-    worst of the trials'.
-
-    Raises:
-        ConfigError: as `compose`, before the first trial.
-    """
-    parsed = checked(TrainConfig, overrides)
-    varied = {override.key_or_group for override in parsed if override.is_sweep_override()}
-    for first in _first_values(parsed):
-        _composed(TrainConfig, first)
-    codes: list[int] = []
-
-    def trial(composed: DictConfig) -> None:
-        chosen = [item for item in HydraConfig.get().overrides.task if item.split("=")[0].lstrip("+") in varied]
-        composed.run.root = str(Path(composed.run.root) / composed.run.name)
-        composed.run.name = ",".join(re.sub(r"[^\w.=+-]+", "_", item) for item in chosen) or "trial"
-        try:
-            codes.append(run_trial(_validated(composed, TrainConfig)))
-        except ConfigError as error:
-            print(f"trial {composed.run.name}: {error}", file=sys.stderr)
-            codes.append(error.exit_code)
-
-    _register(TrainConfig)
-    argv, sys.argv = sys.argv, ["clippy train", "--multirun", *map(_input_line, parsed)]
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(trial)()
-    finally:
-        sys.argv = argv
-    return max(codes)
 
 
 def checked(schema: type, overrides: list[str]) -> list[Override]:
@@ -129,14 +93,15 @@ def quoted(text: str) -> str:
     return '"' + backslashes.replace('"', '\\"') + '"'
 
 
-def _composed(schema: type, overrides: list[str]) -> DictConfig:
-    name = _register(schema)
-    lines = [_input_line(override) for override in checked(schema, overrides)]
+def composition(schema: type, overrides: list[str]) -> DictConfig:
+    """As `compose`, without looking at values beyond their types."""
+    name = register(schema)
+    lines = [input_line(override) for override in checked(schema, overrides)]
     try:
         with _search_path(schema):
             return hydra.compose(name, overrides=lines)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_reason(error)) from error
+        raise ConfigError(reason(error)) from error
 
 
 def _search_path(schema: type) -> Any:
@@ -146,7 +111,7 @@ def _search_path(schema: type) -> Any:
     return hydra.initialize(None, version_base="1.3")
 
 
-def _register(schema: type) -> str:
+def register(schema: type) -> str:
     """Make a schema known to Hydra; the name of the configuration to compose."""
     name = schema.__name__.removesuffix("Config").lower()
     if schema is TrainConfig:
@@ -156,24 +121,12 @@ def _register(schema: type) -> str:
     return name
 
 
-def _first_values(parsed: list[Override]) -> list[list[str]]:
-    """One override list per value of each sweep, so that a bad value is refused before the first trial runs."""
-    fixed = [_input_line(override) for override in parsed if not override.is_sweep_override()]
-    sweeps = {o.key_or_group: list(map(str, o.sweep_string_iterator())) for o in parsed if o.is_sweep_override()}
-    firsts = {key: values[0] for key, values in sweeps.items()}
-    return [
-        [*fixed, *(f"{k}={value if k == key else first}" for k, first in firsts.items())]
-        for key, values in sweeps.items()
-        for value in values
-    ] or [fixed]
-
-
-def _input_line(override: Override) -> str:
+def input_line(override: Override) -> str:
     assert override.input_line is not None
     return override.input_line
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """A Hydra or OmegaConf error in one line, led by the key at fault."""
     cause: Any = error
     while cause.__cause__ is not None and not getattr(cause, "full_key", None):
@@ -193,7 +146,7 @@ def to_yaml(config: Any) -> str:
 
 def composed_values(schema: type, overrides: list[str]) -> dict[str, Any]:
     """Every key with its value under `overrides`, `MISSING` where it has none yet: what `--help` shows."""
-    composed = _composed(schema, overrides)
+    composed = composition(schema, overrides)
     missing = OmegaConf.missing_keys(composed)
     return {name: "" if name in missing else OmegaConf.select(composed, name) for name, _ in keys(schema)}
 

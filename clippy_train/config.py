@@ -232,7 +232,18 @@ class LauncherConfig:
     preflight: bool = key(
         "slurm: before training, count the devices of every node and time an all-reduce; takes seconds", True
     )
+    parallel: int | None = key(
+        "sweep: trials that run at the same time; null: one on this machine, all of them on Slurm", None, minimum=1
+    )
+    sbatch: str = key("sweep with launcher=slurm: options of sbatch for each trial's job", "", text=True)
     max_requeues: int = key("slurm: times that an interrupted job is put back into the queue", 100, minimum=0)
+
+
+@dataclass
+class SweepConfig:
+    trials: int | None = key(
+        "sweep: trials whose values Optuna chooses; null runs every combination of the values given", None, minimum=1
+    )
 
 
 @dataclass
@@ -262,6 +273,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     resume: str = key(
         "auto continues from the last complete checkpoint if there is one, must needs one, never refuses one; "
         "or the folder of a checkpoint to start from",

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import time
@@ -248,19 +247,6 @@ def test_an_exported_run_loads_and_talks_in_plain_transformers(runs: Runs, refer
     said = runs.clippy("generate", f"model={out}", f"prompt={prompt}", "max_new_tokens=5").stdout
     assert said.startswith(prompt)
     assert len(said) > len(prompt) + 1
-
-
-def test_a_sweep_runs_its_trials_one_after_another_in_folders_named_by_their_values(runs: Runs) -> None:
-    result = runs.clippy(
-        "train", "-m", *runs.settings, "run.name=sweep", "trainer.max_steps=2", "strategy=single", "trainer.devices=1",
-        "optim.lr=1e-3,1e-4", "seed=1",
-    )  # fmt: skip
-    names = ["sweep/optim.lr=0.001", "sweep/optim.lr=0.0001"]
-    assert [line for line in result.stdout.splitlines() if line.startswith("starting")] == [
-        f"starting runs/{name}" for name in names
-    ]
-    assert all(len(runs.rows(name)) == 1 for name in names)
-    assert {path.name for path in runs.folder("sweep").iterdir()} == {*map(os.path.basename, names), "multirun.yaml"}
 
 
 def test_the_recipes_own_model_takes_two_optimizer_steps(runs: Runs, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ CHARTS = {
     },
     "Speed": {
         "tokens per second": ["throughput/tokens_per_sec$"],
+        "tokens per second and device": ["throughput/tokens_per_sec_per_device$"],
         "model FLOP utilisation": ["throughput/mfu"],
         "share of time waiting for data": ["throughput/data_wait$"],
         "seconds a step": ["throughput/step_time"],
@@ -47,7 +48,8 @@ CHARTS = {
     },
     "Data": {
         "documents": ["data/documents$"],
-        "lines left out, by reason": ["data/rejected/.+"],
+        "characters": ["data/characters$"],
+        "left out, by reason": ["data/(rejected|filtered)/.+"],
     },
 }
 
