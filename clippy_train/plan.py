@@ -1,7 +1,28 @@
-"""What a training will take, from its configuration alone: arithmetic, no device, no network."""
+"""What a training will take, from its configuration alone: arithmetic, no device, no network.
+
+What depends on hardware is a range, from the assumptions that stand here as constants and are printed with it. None of
+them was measured on a GPU by this project.
+"""
 
 from clippy_train.config import TrainConfig
 from clippy_train.optim import lr_at
+from clippy_train.shards import READ_BYTES
+
+Range = tuple[float, float]
+
+PEAK_FLOPS = 989e12  # H100 and H200, dense bf16
+# Of the peak, with attention counted in full. Published for models of 125 M: 10 to 17 % with HF's eager attention, 45
+# to 51 % with flash attention and compilation.
+UTILISATION: Range = (0.15, 0.40)
+NETWORK: Range = (25e9, 50e9)  # bytes a second that a GPU exchanges with other nodes
+# Of activations, by the token: of a layer, times its width (Korthikanti et al., 2022, section 4.1, less the attention
+# scores, which SDPA does not keep); of the loss, times the vocabulary (logits in bf16 and fp32, log-softmax, gradient).
+LAYER_BYTES, LOSS_BYTES = 34, 12
+TOKENS_PER_CORE: Range = (0.5e6, 1e6)  # that a core tokenises in a second; the upper end: benchmarks/data-speed.md
+TEXT_BYTES_PER_TOKEN = 3.0  # of code, with white-space tokens
+COMPRESSION = 4.0  # of code, by zstd
+DISK: Range = (0.5e9, 2e9)  # bytes a second that a shared file system takes from a job
+HASHING = 1e9  # bytes a second that a core reads back and hashes
 
 
 def parameters(config: TrainConfig, vocab_size: int) -> int:
@@ -68,7 +89,70 @@ def plan(config: TrainConfig) -> list[tuple[str, str]]:
             f"{when_saved(config)}, {size} each; at most {kept} kept and one being written: "
             f"{sizes['checkpoint'] * (kept + 1) / 1e9:,.3g} GB",
         ),
+        *([] if trainer.accelerator == "cpu" else expected(config, count, vocab_size)),
     ]
+
+
+def expected(config: TrainConfig, num_parameters: int, vocab_size: int) -> list[tuple[str, str]]:
+    """Rows of the plan that are estimates: speed, time, memory, and what the file system and the cores must give."""
+    trainer, ranks, (nodes, devices) = config.trainer, config.world_size, config.nodes_and_devices
+    low, high = tokens_per_second(config, num_parameters)
+    tokens = trainer.max_steps * config.tokens_per_step
+    hours = tokens / high / 3600, tokens / low / 3600
+    sizes = state_bytes(num_parameters, config)
+    memory = sizes["device"] + activation_bytes(config, vocab_size)
+    stall = [sizes["checkpoint"] * (1 / speed + 1 / HASHING) for speed in reversed(DISK)]
+    read = [speed * TEXT_BYTES_PER_TOKEN / COMPRESSION for speed in (low, high)]
+    cores = low / nodes / TOKENS_PER_CORE[1], high / nodes / TOKENS_PER_CORE[0]
+    return [
+        (
+            "speed (estimate)",
+            f"{span(low, high, 1e6)} M tokens/s, {span(low / ranks, high / ranks, 1e3)} k a GPU: "
+            f"{span(*UTILISATION, 0.01)} % of {PEAK_FLOPS / 1e12:.0f} TFLOP/s (H100, H200)"
+            + (f", {span(*NETWORK, 1e9)} GB/s a GPU between nodes" if nodes > 1 else ""),
+        ),
+        (
+            "time (estimate)",
+            f"{span(*hours)} hours, {span(hours[0] * ranks, hours[1] * ranks)} GPU-hours; validation and checkpoints "
+            "come on top",
+        ),
+        ("memory of a GPU (estimate)", f"{memory / 1e9:,.3g} GB with micro-batches of {trainer.micro_batch_size}"),
+        (
+            "stall of a checkpoint (estimate)",
+            f"{span(*stall)} s: written at {span(*DISK, 1e9)} GB/s, hashed at {HASHING / 1e9:g} GB/s",
+        ),
+        (
+            "reading (estimate)",
+            f"{span(read[0], read[1], 1e6)} MB/s of zstd, {span(read[0], read[1], READ_BYTES)} reads/s of "
+            f"{READ_BYTES >> 20} MiB, all ranks together",
+        ),
+        (
+            "tokenizing (estimate)",
+            f"{span(*cores)} cores of each node at {span(*TOKENS_PER_CORE, 1e6)} M tokens/s a core; "
+            f"data.num_workers={config.data.num_workers} gives {devices * config.data.num_workers}",
+        ),
+    ]
+
+
+def tokens_per_second(config: TrainConfig, num_parameters: int) -> Range:
+    """Of all ranks: at best, exchange between nodes hides behind computing; at worst, it comes on top."""
+    model, ranks, (nodes, _) = config.model, config.world_size, config.nodes_and_devices
+    flops = 6 * num_parameters + 12 * model.num_layers * model.hidden_size * config.data.seq_len
+    slow, fast = (config.tokens_per_step * flops / (ranks * share * PEAK_FLOPS) for share in UTILISATION)
+    exchanged = 6 * num_parameters if nodes > 1 else 0  # fp32 gradients there, bf16 weights back
+    slow, fast = slow + exchanged / NETWORK[0], max(fast, exchanged / NETWORK[1])
+    return config.tokens_per_step / slow, config.tokens_per_step / fast
+
+
+def activation_bytes(config: TrainConfig, vocab_size: int) -> int:
+    """What the forward pass of a micro-batch keeps for the backward pass."""
+    wider = 1 if config.trainer.precision == "bf16" else 2
+    model, tokens = config.model, config.trainer.micro_batch_size * config.data.seq_len
+    return wider * tokens * (LAYER_BYTES * model.num_layers * model.hidden_size + LOSS_BYTES * vocab_size)
+
+
+def span(low: float, high: float, unit: float = 1) -> str:
+    return " to ".join(f"{value / unit:,.3g}" for value in (low, high))
 
 
 def checkpoints_kept(config: TrainConfig) -> int:

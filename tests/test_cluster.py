@@ -1,0 +1,253 @@
+"""What a launcher decides before any rank runs: devices, requeues, the places of ranks; preflight and torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import Runs, environment, trained, weights_hash
+
+from clippy_train.compose import LAUNCH, compose
+from clippy_train.config import TrainConfig, save
+from clippy_train.data.module import DataModule
+from clippy_train.errors import ConfigError, Interrupted
+from clippy_train.plan import plan, tokens_per_second
+from clippy_train.tokenizer import load_tokenizer
+from clippy_train.train import cluster, slurm
+from clippy_train.train.node import CONFIG, PREFLIGHT, Place, here, rank_environment, run_ranks
+from clippy_train.train.progress import fresh_cursors
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+ON_TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+DIVIDES = ["data.streams=48", "trainer.global_batch_size=96", "trainer.micro_batch_size=1"]  # by 1, 2, 3, 4, 6, 8 ranks
+
+
+@pytest.fixture
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set the variables of a launcher, and how many GPUs are visible."""
+
+    def surround(variables: dict[str, str], gpus: int = 0) -> None:
+        for name in list(os.environ):
+            if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(cluster, "_visible_gpus", lambda: gpus)
+
+    return surround
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpus", "expected"),
+    [
+        ({}, 0, ("local", "cpu", 1, 1)),
+        ({}, 4, ("local", "cuda", 1, 4)),
+        (JOB, 0, ("slurm", "cpu", 2, 1)),
+        ({**JOB, "SLURM_NTASKS_PER_NODE": "3"}, 0, ("slurm", "cpu", 2, 3)),
+        ({**JOB, "SLURM_GPUS_ON_NODE": "4"}, 0, ("slurm", "cuda", 2, 4)),
+        ({**JOB, "SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS_PER_NODE": "1"}, 0, ("slurm", "cuda", 2, 4)),
+        (JOB, 2, ("slurm", "cuda", 2, 2)),
+        (ON_TORCHRUN, 0, ("torchrun", "cpu", 2, 4)),
+        ({**JOB, **ON_TORCHRUN}, 4, ("torchrun", "cuda", 2, 4)),
+    ],
+)
+def test_devices_are_those_of_the_place(
+    surroundings: Callable[..., None], variables: dict[str, str], gpus: int, expected: tuple
+) -> None:
+    surroundings(variables, gpus)
+    config = compose(TrainConfig, ["experiment=code_clippy_125m", *DIVIDES])
+    trainer = config.trainer
+    assert (config.launcher.name, trainer.accelerator, trainer.num_nodes, trainer.devices) == expected
+    assert not list(cluster.misfits(config))
+
+
+@pytest.mark.parametrize(
+    ("variables", "overrides", "said"),
+    [
+        ({}, ["launcher=slurm"], "launcher=slurm, but this command does not run under it: use launch/train.sbatch"),
+        ({}, ["launcher=torchrun"], "use launch/torchrun.sh"),
+        ({}, ["trainer.num_nodes=3"], "trainer.num_nodes=3: launcher=local starts the ranks of this machine only"),
+        (JOB, ["trainer.num_nodes=3"], "trainer.num_nodes=3, but slurm has 2 nodes for this run: ask for --nodes=3"),
+        (JOB, ["launcher=local"], "trainer.num_nodes=2: launcher=local"),
+        ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, ["trainer.devices=4"], "slurm has 2 processes for each node"),
+        ({**JOB, "SLURM_GPUS_ON_NODE": "2"}, ["trainer.devices=4"], "this machine has 2 visible CUDA devices"),
+        ({**JOB, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, [], "run it once, without srun"),
+        (ON_TORCHRUN, ["trainer.devices=2"], "torchrun has 4 processes for each node"),
+    ],
+)
+def test_a_run_that_does_not_fit_its_place_is_told_why(
+    surroundings: Callable[..., None], variables: dict[str, str], overrides: list[str], said: str
+) -> None:
+    surroundings(variables)
+    if overrides == ["launcher=local"]:
+        overrides = [*overrides, "trainer.num_nodes=2"]
+    (error,) = cluster.misfits(compose(TrainConfig, ["experiment=code_clippy_125m", *DIVIDES, *overrides]))
+    assert said in str(error)
+    assert isinstance(error, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("requeues", "steps", "stops"),
+    [
+        (1, [0, 10], False),
+        (1, [0, 0], False),  # interrupted before the first step: once is no pattern
+        (2, [0, 0, 0], True),
+        (2, [0, 5, 5], False),
+        (3, [0, 5, 5, 5], True),
+        (4, [0, 5, 5, 6, 6], False),
+        (5, [0, 1, 2, 3, 4, 5], False),
+        (6, [0, 1, 2, 3, 4, 5, 6], True),  # more than the 5 allowed
+    ],
+)
+def test_a_job_lives_again_only_while_it_gets_on(requeues: int, steps: list[int], stops: bool) -> None:
+    assert bool(slurm.why_stop(requeues, steps, max_requeues=5)) == stops
+
+
+def test_the_lives_of_a_job_are_written_down_and_another_job_starts_anew(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    assert slurm.begin_life(tmp_path, "7") == [0]
+    (checkpoints / "step-00000004").mkdir(parents=True)
+    assert slurm.begin_life(tmp_path, "7") == [0, 4]
+    assert slurm.begin_life(tmp_path, "8") == [4]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "is requeued"),
+        ({"JobState": "COMPLETING"}, "not requeued: Slurm is ending it (COMPLETING)"),
+        ({"Requeue": "0"}, "not requeued: it was submitted with --no-requeue"),
+        ({"BatchFlag": "0"}, "not requeued: only batch jobs can be"),
+    ],
+)
+def test_only_a_running_batch_job_is_requeued(tmp_path: Path, changed: dict[str, str], said: str) -> None:
+    """Against a `scontrol` that shows such a job; a process of its own, as a requeue ends by ignoring signals."""
+    facts = {"JobState": "RUNNING", "Requeue": "1", "BatchFlag": "1", **changed}
+    shown = "JobId=7 JobName=x " + " ".join(f"{name}={value}" for name, value in facts.items())
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\n[ "$1" = show ] && echo "{shown}" || echo "called $*"\n')
+    scontrol.chmod(0o755)
+    code = "from clippy_train.train.slurm import requeue; requeue(None)"
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PATH": path, "SLURM_JOB_ID": "7"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said in done.stdout
+    assert ("called requeue 7" in done.stdout) == (not changed)
+
+
+@pytest.mark.parametrize(
+    ("srun", "run"),
+    [(0, 0), (75, 75), (2, 2), (1, 1), (128 + signal.SIGUSR1, 75), (-signal.SIGTERM, 75), (128 + signal.SIGKILL, 1)],
+)
+def test_sruns_exit_code_becomes_the_runs(srun: int, run: int) -> None:
+    assert slurm.exit_code(srun) == run
+    assert Interrupted.exit_code == 75
+
+
+@given(st.integers(1, 10**7), st.integers(0, 200))
+def test_jobs_next_to_each_other_and_lives_of_a_job_have_ports_of_their_own(job: int, restarts: int) -> None:
+    ports = {(number, life): slurm.first_port(number, life) for number in (job, job + 1) for life in range(10)}
+    pairs = {port + i for port in ports.values() for i in (0, 1)}
+    assert len(pairs) == 2 * len(ports)
+    assert pairs <= set(slurm.PORTS)
+    assert slurm.first_port(job, restarts) == slurm.first_port(job, restarts % 10)
+
+
+LARGE = ["trainer.num_nodes=64", "trainer.devices=8", "trainer.accelerator=cuda", "trainer.micro_batch_size=2"]
+
+
+def test_512_ranks_are_laid_out_without_starting_them(
+    train_config: Callable[..., TrainConfig], tiny_tokenizer: Path
+) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    config = train_config(*LARGE, "trainer.global_batch_size=1024", "data.streams=512")
+    place = [Place(node, "n1", 12345) for node in range(64)]
+    ranks = [rank_environment(config, local_rank, place[node]) for node in range(64) for local_rank in range(8)]
+    assert [int(rank["RANK"]) for rank in ranks] == list(range(512))
+    assert {(rank["GROUP_RANK"], rank["LOCAL_RANK"]) for rank in ranks} == {
+        (str(node), str(local_rank)) for node in range(64) for local_rank in range(8)
+    }
+    for name, value in {"WORLD_SIZE": "512", "MASTER_ADDR": "n1", "MASTER_PORT": "12345"}.items():
+        assert {rank[name] for rank in ranks} == {value}
+
+    cursors = fresh_cursors(config.data.streams)
+    modules = [DataModule(config, tokenizer, int(rank["RANK"]), cursors) for rank in ranks]
+    owned = [stream.index for module in modules for stream in module.train_dataloader().streams]
+    assert owned == list(range(512))
+    assert config.micro_steps * config.trainer.micro_batch_size * 512 == config.trainer.global_batch_size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.global_batch_size=1024", "data.streams=64"], "a run that has not started yet, set data.streams=512"),
+        (
+            ["trainer.global_batch_size=1000", "data.streams=500"],
+            "is not a multiple of trainer.micro_batch_size",
+        ),
+        (["trainer.global_batch_size=2048", "data.streams=1536"], "is not a multiple of data.streams=1536"),
+    ],
+)
+def test_512_ranks_that_cannot_share_the_work_are_refused(
+    train_config: Callable[..., TrainConfig], overrides: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        train_config(*LARGE, *overrides)
+
+
+def test_a_plan_tells_what_many_gpus_take(train_config: Callable[..., TrainConfig]) -> None:
+    card = ["experiment=code_clippy_125m", "trainer.devices=8", "trainer.accelerator=cuda"]
+    sizes = {
+        nodes: compose(TrainConfig, [*card, f"trainer.num_nodes={nodes}", *more])
+        for nodes, more in {1: [], 8: [], 64: ["trainer.micro_batch_size=2", "data.streams=512"]}.items()
+    }
+    speeds = {nodes: tokens_per_second(config, 125_000_000) for nodes, config in sizes.items()}
+    for fewer, more in ((1, 8), (8, 64)):
+        for slow, fast in zip(speeds[fewer], speeds[more], strict=True):
+            assert slow < fast <= slow * more / fewer  # never better than in proportion
+    rows = dict(plan(sizes[64]))
+    assert "512 ranks x 2 x 1 accumulated" in rows["step"]
+    assert {name for name in rows if name.endswith("(estimate)")} == {
+        f"{name} (estimate)"
+        for name in ("speed", "time", "memory of a GPU", "stall of a checkpoint", "reading", "tokenizing")
+    }
+
+
+def test_a_preflight_of_two_ranks_tells_the_bandwidth(
+    train_config: Callable[..., TrainConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = train_config(f"run.root={tmp_path}")
+    config.run_dir.mkdir()
+    save(config, config.run_dir / CONFIG)
+    assert run_ranks(config, here(), [], PREFLIGHT) == 0
+    assert "preflight: 1 nodes x 2 cpu, gloo: all-reduce of 64 MB in " in capfd.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("cluster"), tiny_corpus, tiny_tokenizer)
+
+
+def test_processes_that_torchrun_started_become_the_ranks_of_one_run(runs: Runs) -> None:
+    settings = ["trainer.audit=true", "trainer.max_steps=2", "trainer.val_samples=2", "data.num_workers=0"]
+    runs.train("local", *settings)
+    script = [LAUNCH / "torchrun.sh", *runs.settings, *settings, "trainer.devices=null", "run.name=torchrun"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    nodes = {"PATH": path, "NODES": "1", "DEVICES": "2", "MASTER": f"localhost:{here().port}"}
+    started = subprocess.run(
+        script, cwd=runs.root, env={**environment(runs.root), **nodes}, capture_output=True, text=True, timeout=150,
+        check=False,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stderr
+    assert started.stdout.count("starting runs/torchrun") == 1
+    assert list(map(trained, runs.rows("torchrun"))) == list(map(trained, runs.rows("local")))
+    assert weights_hash(runs.folder("torchrun")) == weights_hash(runs.folder("local"))
+    assert json.loads((runs.folder("torchrun") / "environment.json").read_text())["clippy_train"]
