@@ -64,8 +64,11 @@ class Runs:
 
     def start(self, name: str, *overrides: str) -> subprocess.Popen:
         """Start training in the background, in a process group of its own."""
+        return self.start_command("train", *self.settings, f"run.name={name}", *overrides)
+
+    def start_command(self, *arguments: str) -> subprocess.Popen:
         return subprocess.Popen(
-            command("train", *self.settings, f"run.name={name}", *overrides),
+            command(*arguments),
             cwd=self.root,
             env=environment(self.root),
             stdout=subprocess.PIPE,

@@ -4,10 +4,12 @@ Where CLIPPY_SLURM_CLUSTER is a command that can `hurry`, `fail NODE` and `boot 
 well; without it they do not, and each requeue takes the two minutes that Slurm gives it.
 """
 
+import csv
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,7 +19,11 @@ import pytest
 from runs import Runs, environment, trained, weights_hash
 
 from clippy_train.compose import LAUNCH
+from clippy_train.config import load
+from clippy_train.errors import Interrupted
+from clippy_train.sweep import TABLE
 from clippy_train.train.slurm import LIVES
+from clippy_train.trials import JOB_FILE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -186,3 +192,36 @@ def test_a_job_is_not_requeued_for_ever(runs: Runs) -> None:
     job.wait(lambda: job.fact("JobState") != "RUNNING" or bool(run("scancel", "--signal=USR1", job.number)), "no end")
     assert job.wait_for_end() == "75:0", job.log
     assert "is not requeued: it was requeued launcher.max_requeues=0 times" in job.log
+
+
+def test_a_sweep_has_a_job_of_two_nodes_for_each_trial_and_outlives_its_command(runs: Runs) -> None:
+    arguments = [
+        "train", "-m", *runs.settings, *SETTINGS, "run.name=sweep", "trainer.max_steps=2", "launcher=slurm",
+        "launcher.preflight=false", "launcher.parallel=2", "launcher.sbatch=--nodes=2 --ntasks-per-node=1 --time=20",
+        "optim.lr=1e-3,1e-4", "seed=1,2",
+    ]  # fmt: skip
+    left = runs.start_command(*arguments)
+    ids = runs.root / "runs/sweep"
+    deadline = time.monotonic() + PATIENCE
+    while len(submitted := {path.parent.name: path.read_text() for path in ids.glob(f"*/{JOB_FILE}")}) < 2:
+        assert time.monotonic() < deadline
+        assert left.poll() is None, left.communicate()[0]
+        time.sleep(0.1)
+    left.send_signal(signal.SIGINT)
+    assert "in the queue: job" in left.communicate(timeout=60)[0]
+    assert left.returncode == Interrupted.exit_code
+
+    again = runs.start_command(*arguments)
+    shown = again.communicate(timeout=2 * PATIENCE)[0]
+    assert again.returncode == 0, shown
+    with (ids / TABLE).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows] == ["done"] * 4, shown
+    grid = {(lr, seed) for lr in ("0.001", "0.0001") for seed in ("1", "2")}
+    assert {(row["optim.lr"], row["seed"]) for row in rows} == grid
+    jobs = {path.parent.name: path.read_text() for path in ids.glob(f"*/{JOB_FILE}")}
+    assert submitted.items() <= jobs.items()  # nothing was submitted twice
+    assert len(set(jobs.values())) == len(grid)
+    for row in rows:
+        config = load(Path(runs.root / row["folder"]) / "config.yaml")
+        assert (config.world_size, config.trainer.num_nodes) == (2, 2)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import Runs, command, environment
+from runs import Runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
@@ -61,14 +61,7 @@ def swept(runs: Runs) -> Swept:
 
 
 def start(runs: Runs, *overrides: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command("train", "-m", *runs.settings, *SETTINGS, *overrides),
-        cwd=runs.root,
-        env=environment(runs.root),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return runs.start_command("train", "-m", *runs.settings, *SETTINGS, *overrides)
 
 
 def outcome(runs: Runs, process: subprocess.Popen) -> tuple[int, str, list[dict]]:
