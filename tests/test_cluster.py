@@ -117,30 +117,49 @@ def test_the_lives_of_a_job_are_written_down_and_another_job_starts_anew(tmp_pat
     assert slurm.begin_life(tmp_path, "8") == [4]
 
 
+RUN_NODES = """
+import sys
+from clippy_train.compose import compose
+from clippy_train.config import TrainConfig
+from clippy_train.train.slurm import run_nodes
+overrides = ["experiment=demo", "trainer.num_nodes=2", "trainer.devices=1", f"run.root={sys.argv[1]}"]
+config = compose(TrainConfig, overrides)
+config.run_dir.mkdir()
+sys.exit(run_nodes(config, []))
+"""
+
+
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("srun", "probe", "changed", "code", "said"),
     [
-        ({}, "is requeued"),
-        ({"JobState": "COMPLETING"}, "not requeued: Slurm is ending it (COMPLETING)"),
-        ({"Requeue": "0"}, "not requeued: it was submitted with --no-requeue"),
-        ({"BatchFlag": "0"}, "not requeued: only batch jobs can be"),
+        (0, 0, {}, 0, ""),
+        (75, 0, {}, 75, "job 7 is requeued"),
+        (75, 0, {"JobState": "COMPLETING"}, 75, "not requeued: Slurm is ending it (COMPLETING)"),
+        (75, 0, {"Requeue": "0"}, 75, "not requeued: it was submitted with --no-requeue"),
+        (75, 0, {"BatchFlag": "0"}, 75, "not requeued: only batch jobs can be"),
+        (1, 0, {}, 1, ""),
+        (1, 1, {}, 75, "job 7 is requeued"),  # ranks fail because a node is gone, before Slurm knows
+        (2, 1, {}, 2, ""),
     ],
 )
-def test_only_a_running_batch_job_is_requeued(tmp_path: Path, changed: dict[str, str], said: str) -> None:
-    """Against a `scontrol` that shows such a job; a process of its own, as a requeue ends by ignoring signals."""
+def test_what_becomes_of_a_job(
+    tmp_path: Path, srun: int, probe: int, changed: dict[str, str], code: int, said: str
+) -> None:
+    """With an `srun` that ends like this, an `scontrol` that shows such a job, and a probe of the nodes."""
     facts = {"JobState": "RUNNING", "Requeue": "1", "BatchFlag": "1", **changed}
     shown = "JobId=7 JobName=x " + " ".join(f"{name}={value}" for name, value in facts.items())
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\n[ "$1" = show ] && echo "{shown}" || echo "called $*"\n')
-    scontrol.chmod(0o755)
-    code = "from clippy_train.train.slurm import requeue; requeue(None)"
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PATH": path, "SLURM_JOB_ID": "7"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert said in done.stdout
-    assert ("called requeue 7" in done.stdout) == (not changed)
+    commands = {
+        "srun": f'for last; do :; done; [ "$last" = true ] && exit {probe} || exit {srun}',
+        "scontrol": f'case "$2" in job) echo "{shown}";; hostnames) echo n1 n2;; *) echo "called $*";; esac',
+    }
+    for name, content in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {**JOB, "SLURM_JOB_NODELIST": "n[1-2]", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [sys.executable, "-c", RUN_NODES, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    assert (done.returncode, said in done.stdout) == (code, True), done.stderr
+    assert ("called requeue 7" in done.stdout) == (said == "job 7 is requeued")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Real jobs on whatever Slurm `sbatch` reaches: `make test-slurm`. Needs two nodes that share this file system.
 
-Where CLIPPY_SLURM_CLUSTER is a command that can `hurry`, `fail NODE` and `boot NODE` a throwaway cluster, nodes die as
-well; without it they do not, and each requeue takes the two minutes that Slurm gives it.
+Where CLIPPY_SLURM_CLUSTER="SCRIPT DIR" is a throwaway cluster, on which `SCRIPT hurry DIR` starts requeued jobs and
+`SCRIPT fail|boot DIR NODE` powers nodes off and on, a node dies as well; elsewhere a requeue takes Slurm's two minutes.
 """
 
 import csv
@@ -34,6 +34,10 @@ SETTINGS = [
     "trainer.audit=true", f"trainer.max_steps={STEPS}", f"optim.decay_steps={STEPS}", "trainer.val_every_steps=1000",
     "checkpoint.every_steps=1000", "trainer.val_samples=2", "data.num_workers=0", "model.num_layers=1",
 ]  # fmt: skip
+
+
+def cluster(verb: str, *names: str) -> None:
+    subprocess.run([CLUSTER[0], verb, *CLUSTER[1:], *names], check=True, timeout=60, stdout=subprocess.DEVNULL)
 
 
 def run(*command: str, check: bool = True) -> str:
@@ -95,7 +99,7 @@ class Job:
         """Until it has made a step in this life."""
         first = self.last_step() + 1
         if self.fact("JobState") == "PENDING" and CLUSTER:
-            run(*CLUSTER, "hurry")
+            cluster("hurry")
         self.wait(lambda: self.last_step() >= first, f"no step {first}")
 
     def wait_for_requeue(self, restarts: int) -> None:
@@ -127,9 +131,9 @@ def powered_off(job: Job) -> None:
     if not CLUSTER:
         pytest.skip("these nodes are needed")
     node = run("scontrol", "show", "hostnames", job.fact("NodeList")).split()[1]
-    run(*CLUSTER, "fail", node)
+    cluster("fail", node)
     run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    run(*CLUSTER, "boot", node)
+    cluster("boot", node)
 
 
 STRIKES = [warned, signalled, requeued, preempted, powered_off]
