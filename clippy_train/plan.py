@@ -5,6 +5,7 @@ them was measured on a GPU by this project.
 """
 
 from clippy_train.config import TrainConfig
+from clippy_train.model.flops import parameters
 from clippy_train.optim import lr_at
 from clippy_train.shards import READ_BYTES
 
@@ -23,13 +24,6 @@ TEXT_BYTES_PER_TOKEN = 3.0  # of code, with white-space tokens
 COMPRESSION = 4.0  # of code, by zstd
 DISK: Range = (0.5e9, 2e9)  # bytes a second that a shared file system takes from a job
 HASHING = 1e9  # bytes a second that a core reads back and hashes
-
-
-def parameters(config: TrainConfig, vocab_size: int) -> int:
-    """Parameters of a GPT-Neo: embeddings (the head is tied), blocks of 12 d^2 + 10 d, final LayerNorm."""
-    width, positions = config.model.hidden_size, config.model.max_position_embeddings
-    block = 12 * width**2 + 10 * width
-    return (vocab_size + positions) * width + config.model.num_layers * block + 2 * width
 
 
 def state_bytes(num_parameters: int, config: TrainConfig) -> dict[str, int]:

@@ -1,0 +1,347 @@
+"""The training step in figures: attention, whole steps, memory, and what the framework adds to them.
+
+    python benchmarks/model.py cpu      part of `make bench`: minutes, 12 GB of memory
+    python benchmarks/model.py cuda     `make bench-gpu`: the same on one GPU, and tokens/s, MFU, micro-batches, strategies
+
+Prints one JSON object a row and writes the table, with date and versions, to `benchmarks/model-speed.md` (`-gpu.md`).
+Every variant trains in a process of its own, one step at a time in turn with its rivals; figures are medians of the
+steps after the first, so ratios hold on a machine that is not quite idle. `cpu` counts CPU seconds of all threads.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GPTNeoForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from clippy_train.compose import compose
+from clippy_train.config import TrainConfig
+from clippy_train.data.stream import COUNTS
+from clippy_train.model import attention
+from clippy_train.model.build import gpt_neo_config
+from clippy_train.model.flops import flops_per_token, peak_flops
+from clippy_train.model.loss import loss_head, mean_loss
+from clippy_train.optim import build_optimizer, clip_grad_norm
+from clippy_train.report import quiet_transformers
+from clippy_train.train.module import CodeLM
+from clippy_train.train.monitor import Monitor
+from clippy_train.train.progress import Progress, fresh_cursors
+from clippy_train.train.sanity import Finite
+from clippy_train.train.strategy import build_trainer
+
+VOCAB_SIZE = 50261
+# Section "speed" of docs/recipe.md: where the original script was timed, 4 x 512 tokens.
+SMALL = ("model.hidden_size=256", "model.num_layers=6", "model.num_heads=8")
+NO_LIMIT = 10**6
+
+Row = dict[str, Any]
+Turn = Callable[[], None]  # waits for this variant's turn to make a step
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: `how` is a function below; `low` computes in bf16: `weights`, `autocast`, or not at all."""
+
+    how: str
+    low: str = ""
+    seq: int = 2048
+    batch: int = 1
+    device: str = "cpu"
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> TrainConfig:
+        return compose(
+            TrainConfig,
+            [
+                "experiment=code_clippy_125m",
+                "data.streams=1",
+                "trainer.devices=1",
+                "strategy=single",
+                f"data.seq_len={self.seq}",
+                f"trainer.accelerator={self.device}",
+                f"trainer.precision={'bf16' if self.low else 'fp32'}",
+                f"trainer.micro_batch_size={self.batch}",
+                f"trainer.global_batch_size={self.batch}",
+                f"trainer.max_steps={NO_LIMIT}",
+                f"trainer.val_every_steps={NO_LIMIT}",
+                "trainer.deterministic=false",
+                *self.overrides,
+            ],
+        )
+
+    def model(self) -> Any:
+        torch.manual_seed(0)
+        model = GPTNeoForCausalLM(gpt_neo_config(self.config.model, vocab_size=VOCAB_SIZE)).to(self.device)
+        return model.bfloat16() if self.low == "weights" else model
+
+    def ids(self) -> Tensor:
+        return torch.randint(VOCAB_SIZE, (self.batch, self.seq), generator=torch.Generator().manual_seed(1))
+
+
+def loop(variant: Variant, turn: Turn, loss: Callable[[Any, Tensor], Tensor]) -> None:
+    """A bare PyTorch loop; `loss` of a model and ids."""
+    settings, model, ids = variant.config.optim, variant.model(), variant.ids().to(variant.device)
+    optimizer = build_optimizer(model, settings)
+    while True:
+        turn()
+        with torch.autocast(variant.device, torch.bfloat16, enabled=variant.low == "autocast"):
+            value = loss(model, ids)
+        value.backward()
+        clip_grad_norm(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def hugging_face(variant: Variant, turn: Turn) -> None:
+    loop(variant, turn, lambda model, ids: model(ids, labels=ids, use_cache=False).loss)
+
+
+def ours(variant: Variant, turn: Turn) -> None:
+    kernel = variant.config.attention
+
+    def loss(model: Any, ids: Tensor) -> Tensor:
+        model.lm_head = loss_head(model)
+        return mean_loss(model, ids, kernel)
+
+    loop(variant, turn, loss)
+
+
+def framework(variant: Variant, turn: Turn) -> None:
+    """What a rank of `clippy train` runs, fed with ready batches."""
+
+    class Start(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            turn()
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    config = variant.config
+    progress, finite = Progress(config, fresh_cursors(1), np.zeros(len(COUNTS)), ("",)), Finite(1, ("",))
+    trainer = build_trainer(
+        config, callbacks=[Start(), progress, finite, Monitor(config, progress, finite)], logger=False
+    )
+    trainer.limit_val_batches = 0
+    trainer.fit(CodeLM(config, variant.model(), np.ones(VOCAB_SIZE, dtype=np.int32)), Batches(variant.ids()))
+
+
+class Batches(pl.LightningDataModule):
+    """The same batch for ever, with what a rank's batches carry."""
+
+    def __init__(self, ids: Tensor) -> None:
+        super().__init__()
+        rows = len(ids)
+        self.batch = {
+            "input_ids": ids,
+            "cursor": torch.zeros(rows, 6, dtype=torch.int64),
+            "counts": torch.zeros(rows, len(COUNTS), dtype=torch.int64),
+            "rejected": torch.zeros(0, 2, dtype=torch.int64),
+            "spans": torch.zeros(rows, 6, dtype=torch.int64),
+        }
+
+    def train_dataloader(self) -> Iterator[Any]:
+        return [self.batch] * NO_LIMIT  # type: ignore[return-value]
+
+
+def hugging_face_trainer(variant: Variant, turn: Turn) -> None:
+    class Start(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            turn()
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=variant.batch,
+            max_steps=NO_LIMIT,
+            use_cpu=variant.device == "cpu",
+            bf16=bool(variant.low),
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        (ids,) = variant.ids()[:1]
+        rows = [{"input_ids": ids, "labels": ids}] * variant.batch * 100
+        Trainer(variant.model(), settings, train_dataset=rows, callbacks=[Start()]).train()  # type: ignore[arg-type]
+
+
+def work(variant: Variant, pipe: Connection) -> None:
+    """A process that trains when it is told to, and answers with the seconds that each step took."""
+    quiet_transformers()
+    torch.set_num_threads(os.cpu_count() or 1)
+    cuda, started = variant.device == "cuda", (0.0, 0.0)
+
+    def turn() -> None:
+        nonlocal started
+        if cuda:
+            torch.cuda.synchronize()
+        pipe.send((time.perf_counter() - started[0], time.process_time() - started[1]))
+        if not pipe.recv():
+            pipe.send(torch.cuda.max_memory_allocated() if cuda else peak_memory())
+            os._exit(0)
+        started = time.perf_counter(), time.process_time()
+
+    globals()[variant.how](variant, turn)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process ever held."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def compare(variants: dict[str, Variant], rounds: int, warmup: int = 1) -> dict[str, Row]:
+    """Let variants make `warmup + rounds` steps each, in turn: `wall` and `cpu` seconds of a step, `peak` bytes."""
+    context, seconds = multiprocessing.get_context("spawn"), {name: [] for name in variants}  # type: ignore[var-annotated]
+    pipes = {}
+    for name, variant in variants.items():
+        pipes[name], other = context.Pipe()
+        context.Process(target=work, args=(variant, other), daemon=True).start()
+        other.close()
+        pipes[name].recv()  # it is ready for its first step; what this took is no step
+    for _ in range(warmup + rounds):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            seconds[name].append(pipe.recv())
+    found = {}
+    for name, pipe in pipes.items():
+        pipe.send(False)
+        wall, cpu = (median(each[i] for each in seconds[name][warmup:]) for i in (0, 1))
+        found[name] = {"wall": wall, "cpu": cpu, "peak": pipe.recv()}
+    return found
+
+
+def cores(device: str, rounds: int) -> Iterator[Row]:
+    """Attention alone, 12 heads of 64, 2048 tokens, forward and backward."""
+    config = Variant("ours").config.model
+    layers = GPTNeoForCausalLM(gpt_neo_config(config, vocab_size=64)).to(device).transformer.h
+    kernels = {
+        "global": (layers[0].attn.attention, attention.global_attention),
+        "local": (layers[1].attn.attention, lambda q, k, v: attention.local_attention(q, k, v, config.window_size)),
+    }
+    for kind, (layer, kernel) in kernels.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            qkv = [torch.randn(1, 12, 2048, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+            seconds: dict[str, list[float]] = {"eager": [], "ours": []}
+            for _ in range(rounds + 1):
+                for name, call in (("eager", lambda *each, layer=layer: layer._attn(*each)[0]), ("ours", kernel)):
+                    started = time.process_time() if device == "cpu" else time.perf_counter()
+                    call(*qkv).sum().backward()
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    seconds[name].append((time.process_time() if device == "cpu" else time.perf_counter()) - started)
+            eager, fast = (median(seconds[name][1:]) for name in ("eager", "ours"))
+            what = f"attention core, {kind}, {str(dtype).removeprefix('torch.')}: eager / ours"
+            yield {"what": what, "ratio": round(eager / fast, 2), "bar": {"global": 3.0, "local": 6.0}[kind]}
+
+
+def ratios(what: str, found: dict[str, Row], slow: str, fast: str, bar: float | None) -> Row:
+    """How many times longer `slow` takes."""
+    wall, cpu = (found[slow][clock] / found[fast][clock] for clock in ("wall", "cpu"))
+    seconds = {f"{name}_s": round(found[each]["wall"], 3) for name, each in (("first", slow), ("second", fast))}
+    return {"what": what, "ratio": round(wall, 3), "ratio_cpu": round(cpu, 3), "bar": bar, **seconds}
+
+
+def steps(device: str, rounds: int) -> Iterator[Row]:
+    """Full steps of GPT-Neo-125M, 1 x 2048 tokens, against Hugging Face's."""
+    for low, name, bar, memory_bar in (("", "fp32", 1.6, None), ("weights", "bf16", 1.9, 0.5)):
+        found = compare({how: Variant(how, low, device=device) for how in ("hugging_face", "ours")}, rounds)
+        yield ratios(f"step of 125M, {name}: eager / ours", found, "hugging_face", "ours", bar)
+        memory = found["ours"]["peak"] / found["hugging_face"]["peak"]
+        peaks = {
+            f"{each}_gb": round(found[how]["peak"] / 1e9, 2)
+            for each, how in (("first", "ours"), ("second", "hugging_face"))
+        }
+        yield {"what": f"peak memory, {name}: ours / eager", "ratio": round(memory, 3), "bar": memory_bar, **peaks}
+    pair = {"trainer": Variant("hugging_face_trainer", device=device), "ours": Variant("framework", device=device)}
+    yield ratios("HF Trainer / clippy train, fp32", compare(pair, rounds), "trainer", "ours", 1.5)
+
+
+def overhead(device: str, rounds: int) -> Iterator[Row]:
+    """Short rows, so that what the framework adds to a step shows."""
+    pair = {how: Variant(how, seq=512, device=device) for how in ("framework", "ours")}
+    yield ratios("clippy train / bare loop, 125M, 1 x 512, fp32", compare(pair, 3 * rounds), "framework", "ours", 1.03)
+
+
+def original(device: str, rounds: int) -> Iterator[Row]:
+    """The shape at which the original script was timed against a plain Hugging Face loop."""
+    for low, name in (("", "fp32"), ("autocast", "bf16")):
+        shape = {"low": low, "seq": 512, "batch": 4, "device": device, "overrides": SMALL}
+        found = compare({how: Variant(how, **shape) for how in ("hugging_face", "framework")}, rounds)
+        yield ratios(f"plain HF loop / clippy train, 17.7M, {name}", found, "hugging_face", "framework", 1.15)
+
+
+def throughput(rounds: int) -> Iterator[Row]:
+    """One GPU: tokens/s and MFU by micro-batch and strategy; each alone on the device."""
+    compiled = ("model.compile=true",)
+    sweep = {
+        f"zero1, compiled, micro-batch {batch}": (batch, ("strategy=zero1", *compiled)) for batch in (4, 8, 16, 32, 64)
+    }
+    sweep |= {f"{name}, compiled, micro-batch 16": (16, (f"strategy={name}", *compiled)) for name in ("ddp", "zero2")}
+    sweep |= {f"{name}, micro-batch 16": (16, (f"strategy={name}",)) for name in ("zero1", "zero3")}
+    sweep |= {"zero1, eager attention, micro-batch 8": (8, ("strategy=zero1", "model.attention=eager"))}
+    for what, (batch, overrides) in sweep.items():
+        variant = Variant("framework", "weights", batch=batch, device="cuda", overrides=overrides)
+        (found,) = compare({what: variant}, 5 * rounds, warmup=5).values()
+        speed, peak = batch * variant.seq / found["wall"], peak_flops(torch.cuda.get_device_name())
+        use = (
+            {
+                f"mfu_{name}": round(speed * flops / peak, 3)
+                for name, flops in flops_per_token(variant.config, VOCAB_SIZE).items()
+            }
+            if peak
+            else {}
+        )
+        yield {"what": what, "tokens_per_s": round(speed), **use, "first_gb": round(found["peak"] / 1e9, 2)}
+
+
+def report(device: str, rows: Iterator[Row]) -> None:
+    """Print the rows as they come, and write them as a table with the circumstances."""
+    done = []
+    for row in rows:
+        print(json.dumps({"bench": "model", **row}), flush=True)
+        done.append(row)
+    columns = list(dict.fromkeys(key for row in done for key in row))
+    table = [columns, ["---"] * len(columns), *([str(row.get(key, "")) for key in columns] for row in done)]
+    lines = [f"| {' | '.join(cells).replace('None', '')} |" for cells in table]
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "lightning", "deepspeed")
+    )
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
+    where = (
+        f"{os.cpu_count()} cores ({cpu[1] if cpu else platform.machine()}), {gpu}; Python {platform.python_version()}"
+    )
+    text = [f"`python benchmarks/model.py {device}`, {date.today()}; {where}, {versions}.", "", *lines, ""]
+    name = "model-speed.md" if device == "cpu" else "model-speed-gpu.md"
+    (Path(__file__).parent / name).write_text("\n".join(["# The training step", "", *text]))
+
+
+def rows(device: str, rounds: int) -> Iterator[Row]:
+    yield from cores(device, 2 * rounds)
+    yield from steps(device, rounds)
+    yield from overhead(device, rounds)
+    yield from original(device, rounds)
+    if device == "cuda":
+        yield from throughput(rounds)
+
+
+if __name__ == "__main__":
+    report(sys.argv[1], rows(sys.argv[1], rounds=3))
