@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz chaos chaos-selftest bench bench-checkpoint soak elastic test-slurm lint clean
+.PHONY: help setup demo test fuzz chaos chaos-selftest bench bench-gpu bench-checkpoint soak elastic test-slurm lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,8 +46,14 @@ lint: $(READY) ## style, types, and which room may import which
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY) ## the input pipeline's speed against its limit and its rivals, in minutes; on an idle machine
+bench: $(READY) ## the training step and the input pipeline against their rivals, in minutes; on an idle machine
+	$(BIN)/pip install --quiet -c constraints.txt accelerate
+	$(BIN)/python benchmarks/model.py cpu
 	$(BIN)/python benchmarks/data.py speed
+
+bench-gpu: $(READY) ## the training step on one GPU: rivals, tokens/s, MFU, micro-batches, strategies
+	$(BIN)/pip install --quiet -c constraints.txt accelerate
+	$(BIN)/python benchmarks/model.py cuda
 
 bench-checkpoint: $(READY) ## seconds and bytes of a checkpoint at GPT-Neo-125M's shape, in minutes
 	$(BIN)/python benchmarks/checkpoint.py

@@ -1,7 +1,7 @@
 """The training step in figures: attention, whole steps, memory, and what the framework adds to them.
 
     python benchmarks/model.py cpu      part of `make bench`: minutes, 12 GB of memory
-    python benchmarks/model.py cuda     `make bench-gpu`: the same on one GPU, and tokens/s, MFU, micro-batches, strategies
+    python benchmarks/model.py cuda     `make bench-gpu`: on one GPU; also tokens/s and MFU by micro-batch and strategy
 
 Prints one JSON object a row and writes the table, with date and versions, to `benchmarks/model-speed.md` (`-gpu.md`).
 Every variant trains in a process of its own, one step at a time in turn with its rivals; figures are medians of the

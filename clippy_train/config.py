@@ -205,6 +205,17 @@ class TrainerConfig:
         600,
         minimum=0,
     )
+    profile_steps: int = key(
+        "steps that torch's profiler traces, from the fourth of this life on, into profile/ of the run folder; 0: none",
+        0,
+        minimum=0,
+    )
+    peak_tflops: float | None = key(
+        "dense peak of one device at trainer.precision in TFLOP/s, which throughput/mfu is a share of; null: that of "
+        "the GPU in bf16 if it is a common one, else there is no MFU",
+        None,
+        minimum=1e-9,
+    )
     deterministic: bool = key("refuse operations whose result varies from run to run", True)
 
 

@@ -96,7 +96,7 @@ def test_an_unknown_key_names_the_nearest(typed: str, nearest: str, capsys: pyte
         (["optim.lr=fast"], "optim.lr"),
         (["trainer.devices=two"], "trainer.devices"),
         (["optim.lr=-1"], "optim.lr=-1.0: must be at least 0"),
-        (["model.attention=flash"], "choose one of auto, sdpa, eager"),
+        (["model.attention=flash"], "choose one of auto, eager, sdpa, flex, varlen"),
         (["data.seq_len=512"], "model.max_position_embeddings=256"),
         (["trainer.micro_batch_size=3"], "trainer.global_batch_size=16 is not a multiple of trainer.micro_batch_size"),
         (["data.streams=5"], "data.streams=5"),

@@ -6,7 +6,9 @@ Losses stay on the device until a step is logged. x axis: optimizer step.
 
 import logging
 import resource
+import shutil
 import time
+from datetime import timedelta
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.module import Batch
+from clippy_train.model.flops import flops_per_token, peak_flops
 from clippy_train.model.score import measures
 from clippy_train.train import collective
 from clippy_train.train.module import CodeLM
@@ -35,7 +38,7 @@ class Monitor(pl.Callback):
         self.validated: dict[int, float] = {}  # bits per byte by step, of the last validation only
         self.digest = 0
         self._clock = Clock()
-        self._steps_timed = 0
+        self._step_times: list[float] = []  # since the last report, in seconds
         self._wait = 0.0
         self._saved_at = time.monotonic()
 
@@ -50,7 +53,7 @@ class Monitor(pl.Callback):
         if not step_ended(trainer, batch_idx):
             return
         losses, pl_module.micro_losses = pl_module.micro_losses, []
-        self._steps_timed += 1
+        self._step_times.append(self._clock.lap())
         step, settings = trainer.global_step, self.config.trainer
         if settings.audit or step % settings.log_every_steps == 0 or step == settings.max_steps:
             self._report(trainer, pl_module, losses)
@@ -93,37 +96,42 @@ class Monitor(pl.Callback):
             **{f"data/{name}": value for name, value in counts.items()},
             "checkpoint/age": time.monotonic() - self._saved_at,
             "system/rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "system/disk_free": shutil.disk_usage(self.config.run.root).free,
         }
         if trainer.strategy.root_device.type == "cuda":
             row["system/gpu_memory"] = torch.cuda.max_memory_allocated()
         if self.config.trainer.audit:
             row["data/digest"] = f"{sum(collective.gather(self.digest)) % 2**64:016x}"
         self.write(trainer, row)
-        _say(
-            trainer,
-            "step %d/%d: loss %.4f, lr %.2e, grad norm %.2f, %.0f tokens/s, data wait %.0f %%",
-            step,
-            self.config.trainer.max_steps,
-            loss,
-            module.lr,
-            grad_norm,
-            row["throughput/tokens_per_sec"],
-            100 * row["throughput/data_wait"],
-        )
+        _say(trainer, "%s", progress_line(step, self.config.trainer.max_steps, row))
 
     def _throughput(self, trainer: pl.Trainer) -> dict[str, float]:
         """Speed since the last report, without the time of validation and checkpoints."""
-        seconds = max(self._clock.lap(), 1e-9)
+        times, self._step_times = np.array(self._step_times), []
+        seconds = max(float(times.sum()), 1e-9)
         waited = trainer.train_dataloader.wait_seconds - self._wait  # type: ignore[union-attr]
         self._wait += waited
-        tokens_per_sec = self._steps_timed * self.config.tokens_per_step / seconds
-        step_time, self._steps_timed = seconds / self._steps_timed, 0
+        tokens_per_sec = len(times) * self.config.tokens_per_step / seconds
+        per_device = tokens_per_sec / self.config.world_size
+        median, high = np.quantile(times, (0.5, 0.95)).tolist()
         return {
             "throughput/tokens_per_sec": tokens_per_sec,
-            "throughput/tokens_per_sec_per_device": tokens_per_sec / self.config.world_size,
-            "throughput/step_time": step_time,
+            "throughput/tokens_per_sec_per_device": per_device,
+            "throughput/step_time": median,
+            "throughput/step_time_p95": high,
             "throughput/data_wait": min(1.0, waited / seconds),
+            **self._utilisation(trainer, per_device),
         }
+
+    def _utilisation(self, trainer: pl.Trainer, tokens_per_sec: float) -> dict[str, float]:
+        """MFU in both conventions of `model.flops`; nothing where the device's peak is not known."""
+        peak = device_peak(self.config, trainer.strategy.root_device)
+        if peak is None:
+            return {}
+        model: Any = trainer.lightning_module.model
+        flops = flops_per_token(self.config, model.config.vocab_size)
+        shares = {convention: tokens_per_sec * each / peak for convention, each in flops.items()}
+        return {"throughput/mfu": shares["exact"], "throughput/mfu_palm": shares["palm"]}
 
     def saved(self, trainer: pl.Trainer, seconds: float, num_bytes: int) -> None:
         """Log what a checkpoint that is complete has cost; training stood still meanwhile."""
@@ -144,6 +152,29 @@ def validation_row(trainer: pl.Trainer, sums: np.ndarray) -> dict[str, float]:
             of_language = measures(its_sums)
             row |= {f"val/{name}/{language}": of_language[name] for name in ("loss", "bits_per_byte")}
     return row
+
+
+def device_peak(config: TrainConfig, device: torch.device) -> float | None:
+    """FLOP/s that a device could do at best: as it is set, or as it is known for the GPU in bf16."""
+    if config.trainer.peak_tflops is not None:
+        return config.trainer.peak_tflops * 1e12
+    if device.type != "cuda" or config.trainer.precision != "bf16":
+        return None
+    return peak_flops(torch.cuda.get_device_name(device))
+
+
+def progress_line(step: int, max_steps: int, row: dict[str, Any]) -> str:
+    """A logged row in one line."""
+    mfu = f", MFU {row['throughput/mfu']:.1%}" if "throughput/mfu" in row else ""
+    seconds_left = (max_steps - step) * row["tokens"] / step / row["throughput/tokens_per_sec"]
+    return (
+        f"step {step}/{max_steps}: loss {row['train/loss']:.4f}, lr {row['train/lr']:.2e}, "
+        f"grad norm {row['train/grad_norm']:.2f}, {row['throughput/tokens_per_sec']:,.0f} tokens/s{mfu}, "
+        f"data wait {row['throughput/data_wait']:.0%}, "
+        f"{row.get('system/gpu_memory', row['system/rss']) / 1e9:.1f} GB, "
+        f"{timedelta(seconds=round(seconds_left))} left, "
+        f"checkpoint {timedelta(seconds=round(row['checkpoint/age']))} old"
+    )
 
 
 class Clock:

@@ -38,6 +38,7 @@ from clippy_train.train.loggers import build_loggers
 from clippy_train.train.module import CodeLM
 from clippy_train.train.monitor import Ledger, Monitor
 from clippy_train.train.preempt import Flag, Preemption
+from clippy_train.train.profile import Profile
 from clippy_train.train.progress import Progress, fresh_cursors
 from clippy_train.train.record import LEDGER
 from clippy_train.train.samples import Samples
@@ -89,6 +90,7 @@ def train_rank(config: TrainConfig, checkpoint: Checkpoint | None, whole: Path |
             monitor,
             *([Ledger(config.run_dir / LEDGER, kept, rank)] if config.trainer.audit else []),
             *([Samples(config, tokenizer, kept, rank)] if config.logger.sample_prompts else []),
+            *([Profile(config)] if config.trainer.profile_steps and rank == 0 else []),
             checkpointer,
             Preemption(config, flag, checkpointer),
             *starting(config, native, base),
