@@ -7,9 +7,10 @@ from pathlib import Path
 import oracle
 import pytest
 from runs import Runs, rank_pids
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clippy_train.tokenizer import load_tokenizer
-from clippy_train.train.record import LEDGER, RowFile, read_rows
+from clippy_train.train.record import LEDGER, TENSORBOARD, RowFile, read_rows
 
 SETTINGS = [
     "trainer.audit=true",
@@ -55,6 +56,13 @@ def test_after_kills_every_token_of_every_epoch_was_trained_once(
 
     digests = [row["data/digest"] for row in killed.rows("killed")]
     assert [oracle.digest(oracle.tokens(documents, row["spans"]), seq_len=64) for row in rows] == digests
+
+
+def test_tensorboard_shows_one_curve_of_a_run_that_was_killed(killed: Runs) -> None:
+    events = EventAccumulator(str(killed.folder("killed") / TENSORBOARD))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(row["step"], pytest.approx(row["train/loss"])) for row in killed.rows("killed")]
 
 
 def test_rows_that_are_repeated_or_cut_short_are_dropped(tmp_path: Path) -> None:
