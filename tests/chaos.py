@@ -161,8 +161,9 @@ class Chaos:
         if not run.alive:
             assert run.process.returncode == 0, run.process.communicate()[0]
             return False
+        unborn = not rank_pids(run.folder)
         what = blow(run, self.rng)
-        self.settle(run, name, asked=blow is ask)
+        self.settle(run, name, asked=blow is ask, unborn=unborn)
         self.counts.update(["trials", f"during {moment}", what])
         return True
 
@@ -193,8 +194,11 @@ class Chaos:
         except ValueError:
             return 0  # it is being written
 
-    def settle(self, run: Run, name: str, asked: bool) -> None:
-        """Wait until nothing of a struck run is left, and check how it left."""
+    def settle(self, run: Run, name: str, asked: bool, unborn: bool) -> None:
+        """Wait until nothing of a struck run is left, and check how it left.
+
+        Until its ranks start, a command may not have set up its handlers yet: any signal may end it then.
+        """
         struck = time.monotonic()
         said, _ = run.process.communicate(timeout=TIMEOUT)
         while rank_pids(run.folder):
@@ -206,9 +210,9 @@ class Chaos:
             return
         seconds = time.monotonic() - struck
         self.counts["slowest exit, ms"] = max(self.counts["slowest exit, ms"], round(1000 * seconds))
-        assert run.process.returncode in (0, 75), f"{name}: exit code {run.process.returncode}\n{said}"
+        assert unborn or run.process.returncode in (0, 75), f"{name}: exit code {run.process.returncode}\n{said}"
         assert seconds < GRACE, f"{name} took {seconds:.0f} s to leave"
-        self.counts[f"exit code {run.process.returncode}"] += 1
+        self.counts["before its ranks started" if unborn else f"exit code {run.process.returncode}"] += 1
         rows, newest = self.runs.rows(name), checkpoints(run.folder)
         assert not rows or newest[0].name == f"step-{rows[-1]['step']:08d}", f"{name} left without saving\n{said}"
 
