@@ -188,4 +188,5 @@ def test_optuna_approaches_the_best_value_and_continues_its_study(tmp_path: Path
     _multirun(objective, [*_plugins(settings, 1), *arguments])
     assert tried[before:][-1] == failed  # the only one without a value
     assert len(tried) == before + trials
+    assert len(set(tried)) == trials  # none was chosen twice
     assert min(abs(math.log10(lr / 3e-4)) for lr in tried) < 1

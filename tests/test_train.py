@@ -20,6 +20,7 @@ from clippy_train.model.build import build
 from clippy_train.plan import state_bytes
 from clippy_train.train.checkpoint import STATE, checkpoints, find, open_checkpoint, read_checkpoint
 from clippy_train.train.checkpoint import folder as checkpoint_folder
+from clippy_train.train.record import SAMPLES, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +176,26 @@ def test_strategies_agree_on_losses_and_gradient_norms_in_fp32(
     runs: Runs, single_fp32: list[float], strategy: str
 ) -> None:
     name = f"fp32-{strategy}"
-    runs.train(name, "trainer.audit=true", "trainer.precision=fp32", f"strategy={strategy}")
-    assert losses_and_norms(runs, name) == pytest.approx(single_fp32, rel=1e-5)
+    sampling = ["logger.sample_prompts=['def total(']", "logger.sample_tokens=4"]
+    runs.train(name, "trainer.audit=true", "trainer.precision=fp32", f"strategy={strategy}", *sampling)
+    assert losses_and_norms(runs, name) == pytest.approx(single_fp32, rel=1e-5)  # whether samples are taken or not
     expected = weights(runs.folder("fp32-single"))
     for key, tensor in weights(runs.folder(name)).items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=2e-5)
+
+    samples = list(read_rows(runs.folder(name) / SAMPLES))
+    assert [row["step"] for row in samples] == [row["step"] for row in runs.rows(name, "val/loss")]
+    assert samples[-1]["completion"] == greedy(runs.folder(name), samples[-1]["prompt"], 4)
+
+
+def greedy(run_dir: Path, prompt: str, length: int) -> str:
+    """What the model in a run's last checkpoint makes of a prompt, token by token, without a cache."""
+    model = load_checkpoint_model(run_dir / "hf", find(run_dir)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
+    prompt_ids = ids = tokenizer(prompt, return_tensors="pt").input_ids
+    for _ in range(length):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return tokenizer.decode(ids[0, prompt_ids.size(1) :]).split(tokenizer.eos_token)[0]
 
 
 def test_bf16_under_deepspeed_stays_near_fp32(runs: Runs, reference: str, single_fp32: list[float]) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,7 @@ class EventLogger(TensorBoardLogger):
 
     def _add_summaries(self, *summaries: Any) -> None:
         for each in summaries:
-            self._write(partial(self.experiment.file_writer.add_summary, each))
+            self._write(lambda summary=each: self.experiment.file_writer.add_summary(summary))  # type: ignore[misc]
 
     def _write(self, write: Callable[[], Any]) -> None:
         """Write and flush: a curve has no gap then where a run was killed and continued."""

@@ -75,8 +75,10 @@ class OptunaSweeper(Sweeper):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(self.folder / STUDY)))
-        sampler = optuna.samplers.TPESampler(seed=self.seed)
-        return optuna.create_study(study_name="sweep", storage=storage, sampler=sampler, load_if_exists=True)
+        study = optuna.create_study(study_name="sweep", storage=storage, load_if_exists=True)
+        # Another seed each time: a sampler that began anew would choose the first values once more.
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.get_trials(deepcopy=False)))
+        return study
 
 
 def _trials(study: Any, state: str) -> list[Any]:
