@@ -1,14 +1,22 @@
-"""The model card of an exported run, filled from the run's own files only."""
+"""The model card of an exported run, filled from the run's own files and from evaluations of its very weights only.
 
+Its head is the hub's metadata, with the results as a model index. What the card says of risks holds for any model of
+its kind; no number in it is typed by hand.
+"""
+
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from omegaconf import OmegaConf
 
 from clippy_train.config import OptimConfig, TrainConfig
 
+CURVES = "curves.png"
+
 TEMPLATE = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [code, gpt_neo, causal-lm]
-{base}---
+{metadata}
+---
 
 # {name}
 
@@ -20,6 +28,7 @@ A GPT-Neo causal language model of source code, trained with clippy_train {versi
 | steps | {step:,} of {max_steps:,} |
 | tokens seen | {tokens:,} |
 | documents read | {documents:,} |
+| languages of the validation split | {languages} |
 | sequence length | {seq_len} |
 | sequences in a step | {batch} |
 | learning rate | {lr:g}, warm-up {warmup}, cosine decay {decay}, then {floor:g} of it |
@@ -28,7 +37,20 @@ A GPT-Neo causal language model of source code, trained with clippy_train {versi
 | corpus fingerprint | `{fingerprint}` |
 | versions | {versions} |
 
+<details><summary>Every setting of the run</summary>
+
+```yaml
+{settings}```
+
+</details>
+
+## Evaluation
+
+{evaluation}
+
 ## Validation during training
+
+![curves]({curves})
 
 {validation}
 
@@ -39,37 +61,54 @@ Bits per byte do not depend on the tokenizer; loss and perplexity are per token.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-ids = tokenizer("def greet(name):\\n", return_tensors="pt").input_ids
-out = model.generate(ids, max_new_tokens=64, eos_token_id=tokenizer.eos_token_id)
-print(tokenizer.decode(out[0][ids.size(1):]))
+model = AutoModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+inputs = tokenizer("def greet(name):\\n", return_tensors="pt", return_token_type_ids=False)
+out = model.generate(**inputs, max_new_tokens=64, do_sample=True, temperature=0.7)
+print(tokenizer.decode(out[0], skip_special_tokens=True))
 ```
+
+## Intended use
+
+Research on language models of code, and completing code for somebody who reads and tests what it suggests. It follows
+no instructions and answers no questions. It should not run unattended, nor write code that safety or security depends
+on.
 
 ## Limitations
 
-Completions can look right and be wrong, or insecure: read and test them. They can repeat the training data, whose
-licences may bind what is done with them. The model was not evaluated beyond the table above.
+- **Trust.** A completion that reads well can still be wrong. Whoever accepts suggestions without checking them,
+  beginners most of all, takes over the mistakes as well.
+- **Security.** Public code holds vulnerable and malicious examples, and nothing here looked for them. The model can
+  repeat them, and can be asked to.
+- **Licences.** Documents keep their authors' licences, whatever this model's own is. A completion may repeat one of
+  them closely enough to be bound by its terms; courts have hardly decided on this.
+- **Personal and offensive content.** What public repositories hold of either was not removed, and can come back.
+- **Uneven skill.** It does best on what it saw most; in the corpus of the original model these were JavaScript and
+  Python. The validation by language above shows how far this one differs.
+- **Work.** Tools that write code change the work of people who write code, and not to the good of all of them.
+- **Inherited limits.** {inherited}
 """
 
 
-def optimizer(optim: OptimConfig) -> str:
-    """Its name and the settings that only it has."""
-    own = {"betas": optim.betas, "eps": optim.eps, "weight decay": optim.weight_decay}
-    return ", ".join([optim.name, *(f"{name} {value}" for name, value in own.items() if value is not None)])
+def model_card(
+    config: TrainConfig,
+    environment: dict[str, Any],
+    manifest: Any,
+    rows: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    place: str,
+) -> str:
+    """The card as Markdown.
 
-
-def model_card(config: TrainConfig, environment: dict, manifest: Any, rows: list[dict]) -> str:
-    """The card as Markdown. `rows` are the rows of the run's metrics up to any step."""
+    Args:
+        rows: of the run's metrics, up to the step of `manifest`.
+        evaluations: files of results, with this model's name as `model` in their `about`.
+        place: what `from_pretrained` takes to load the model.
+    """
     optim, trainer, base = config.optim, config.trainer, config.model.base
-    validations = [row for row in rows if "val/loss" in row and row["step"] <= manifest.step]
-    table = ["| step | loss | perplexity | bits per byte |", "|---|---|---|---|"]
-    table += [
-        f"| {row['step']:,} | {row['val/loss']:.4f} | {row['val/perplexity']:.2f} | {row['val/bits_per_byte']:.4f} |"
-        for row in validations
-    ]
+    validations = [row for row in rows if "val/loss" in row]
     return TEMPLATE.format(
-        base=f"base_model: {base}\n" if base else "",
+        metadata=metadata(config, validations[-1:], evaluations),
         name=config.run.name,
         version=environment["clippy_train"],
         started=base or "random weights",
@@ -77,6 +116,7 @@ def model_card(config: TrainConfig, environment: dict, manifest: Any, rows: list
         max_steps=trainer.max_steps,
         tokens=manifest.tokens,
         documents=manifest.counts["documents"],
+        languages=", ".join(by_language(validations[-1]) if validations else ()) or "not known",
         seq_len=config.data.seq_len,
         batch=trainer.global_batch_size,
         lr=optim.lr,
@@ -90,5 +130,114 @@ def model_card(config: TrainConfig, environment: dict, manifest: Any, rows: list
         ranks=config.world_size,
         fingerprint=manifest.data["corpus fingerprint"],
         versions=", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
-        validation="\n".join(table) if validations else "None was run.",
+        settings=OmegaConf.to_yaml(OmegaConf.structured(config)),
+        evaluation="\n\n".join(map(evaluation, evaluations)) or "None beyond the validation below.",
+        validation=validation_tables(validations),
+        curves=CURVES,
+        place=place,
+        inherited=f"It started from {base} and keeps that model's."
+        if base
+        else "None: it started from random weights.",
     )
+
+
+def metadata(config: TrainConfig, validations: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:
+    """The YAML head: what the hub sorts models by, and the results as a model index."""
+    split = f"{config.data.hub or 'corpus'} ({config.data.validation_split})"
+    results = [_result("validation", split, "bits_per_byte", row["val/bits_per_byte"]) for row in validations]
+    for each in evaluations:
+        for name, value in headline(each).items():
+            results.append(_result(each["about"]["task"], each["about"]["command"], name, value))
+    data = ModelCardData(
+        model_name=config.run.name,
+        base_model=config.model.base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["code", "gpt_neo", "causal-lm"],
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def _result(dataset_type: str, dataset_name: str, metric: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset_type,
+        dataset_name=dataset_name,
+        metric_type=metric,
+        metric_value=round(value, 4),
+    )
+
+
+def headline(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation that stand for it."""
+    if results["about"]["task"] == "humaneval":
+        return {name: value for name, value in results.items() if name.startswith("pass@")}
+    return {"bits_per_byte": results["results"][results["about"]["model"]]["total"]["bits_per_byte"]}
+
+
+def evaluation(results: dict[str, Any]) -> str:
+    """An evaluation as a table, under the command that gives it."""
+    about = results["about"]
+    if about["task"] == "humaneval":
+        table = [["metric", "value"], *([name, f"{value:.4f}"] for name, value in headline(results).items())]
+    else:
+        found = results["results"][about["model"]]
+        parts = {"total": found["total"], **found["languages"]}
+        table = [["", "bits per byte", "loss", "perplexity"]]
+        table += [
+            [name, f"{each['bits_per_byte']:.4f}", f"{each['loss']:.4f}", f"{each['perplexity']:.2f}"]
+            for name, each in parts.items()
+        ]
+    return f"`{about['command']}`\n\n{markdown(table)}"
+
+
+def validation_tables(validations: list[dict[str, Any]]) -> str:
+    """Each validation in total, and the last one by language."""
+    if not validations:
+        return "None was run."
+    total = [["step", "loss", "perplexity", "bits per byte"]] + [
+        [
+            f"{row['step']:,}",
+            f"{row['val/loss']:.4f}",
+            f"{row['val/perplexity']:.2f}",
+            f"{row['val/bits_per_byte']:.4f}",
+        ]
+        for row in validations
+    ]
+    found = sorted(by_language(validations[-1]).items())
+    languages = [["language", "bits per byte at the end"], *([name, f"{value:.4f}"] for name, value in found)]
+    return f"{markdown(total)}\n\n{markdown(languages)}"
+
+
+def by_language(row: dict[str, Any]) -> dict[str, float]:
+    """Bits per byte of each language in a row of a validation."""
+    prefix = "val/bits_per_byte/"
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
+def markdown(table: list[list[str]]) -> str:
+    header, *rows = ("| " + " | ".join(cells) + " |" for cells in table)
+    return "\n".join([header, "|---" * len(table[0]) + "|", *rows])
+
+
+def optimizer(optim: OptimConfig) -> str:
+    """Its name and the settings that only it has."""
+    own = {"betas": optim.betas, "eps": optim.eps, "weight decay": optim.weight_decay}
+    return ", ".join([optim.name, *(f"{name} {value}" for name, value in own.items() if value is not None)])
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss in training and validation, and the learning rate, over the optimizer steps, as a PNG."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, names in ((left, ("train/loss", "val/loss")), (right, ("train/lr",))):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot([step for step, _ in points], [value for _, value in points], ".-", label=name)
+        axes.set_xlabel("optimizer step")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

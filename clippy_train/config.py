@@ -413,8 +413,17 @@ class ExportConfig:
 
     run: str = key("run folder", text=True)
     out: str = key("new folder for the Hugging Face model", text=True)
-    step: int | None = key("step to export; null takes the last complete checkpoint", None, minimum=1)
+    step: str | None = key(
+        "step to export, or best (the lowest val/bits_per_byte); null takes the last complete checkpoint",
+        None,
+        text=True,
+    )
     dtype: str = key("precision of the exported weights", "fp32", choices=("fp32", "bf16"))
+    evaluations: list[str] = key("results for the model card, from clippy evaluate out=FILE on these weights", [])
+    push_to: str | None = key(
+        "repository of the hub (NAME/NAME) to publish the folder in; takes the token from HF_TOKEN", None, text=True
+    )
+    public: bool = key("whether push_to may be seen by everybody", False)
 
 
 @dataclass

@@ -1,0 +1,106 @@
+"""A stand-in for the Hugging Face hub's HTTP API: enough to create a model repository and to upload a folder
+to it as regular files (a real hub takes large ones through its storage, which has another protocol)."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories by name; a request without the token `hf_good` is refused.
+
+    Attributes:
+        repositories: `{name: {"private": bool, "files": {path: bytes}}}`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories: dict[str, dict[str, Any]] = {}
+        self.requests: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer(self._route)
+
+    do_POST = do_PUT = do_GET
+
+    def _answer(self, route: Any) -> None:
+        body = self._body()
+        self.server.requests.append(f"{self.command} {self.path}")
+        if self.headers.get("Authorization") != "Bearer hf_good":
+            code, answer = 401, {"error": "Invalid credentials"}
+        else:
+            code, answer = route(self.path.split("?")[0], body)
+        content = json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            chunks = []
+            while size := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(chunks)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _route(self, path: str, body: bytes) -> tuple[int, Any]:
+        hub = self.server
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            if name in hub.repositories:
+                return 409, {"error": "exists", "url": f"{hub.url}/{name}"}
+            private = asked.get("visibility") == "private" or bool(asked.get("private"))
+            hub.repositories[name] = {"private": private, "files": {}}
+            return 200, {"url": f"{hub.url}/{name}"}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
+        if name not in hub.repositories:
+            return 404, {"error": "Repository not found"}
+        return self._repository(hub.repositories[name], name, path, body)
+
+    def _repository(self, repository: dict[str, Any], name: str, path: str, body: bytes) -> tuple[int, Any]:
+        hub = self.server
+        if "/preupload/" in path:
+            files = [{"path": each["path"], "uploadMode": "regular"} for each in json.loads(body)["files"]]
+            return 200, {"files": [{**each, "shouldIgnore": False} for each in files]}
+        if "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    repository["files"][value["path"]] = base64.b64decode(value["content"])
+            return 200, {"commitUrl": f"{hub.url}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
+        info = {"id": name, "modelId": name, "sha": "0" * 40, "private": repository["private"], "siblings": []}
+        return 200, info
+
+
+@contextmanager
+def serve() -> Iterator[Hub]:
+    hub = Hub()
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        hub.server_close()

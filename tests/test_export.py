@@ -1,0 +1,200 @@
+"""A run is exported, evaluated, described and published; what is published is what was verified, and of this run."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import hub_server
+import pytest
+import torch
+import yaml
+from PIL import Image
+from runs import Runs
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from clippy_train.cli import main
+from clippy_train.config import load
+from clippy_train.train.checkpoint import checkpoints, find_best, read_checkpoint
+
+TOKEN = "hf_good"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
+    """One finished run in fp32 on one process, whose first validation is its best."""
+    runs = Runs(tmp_path_factory.mktemp("export"), tiny_corpus, tiny_tokenizer)
+    settings = [
+        "strategy=single",
+        "trainer.devices=1",
+        "trainer.precision=fp32",
+        "trainer.max_steps=4",
+        "model.max_position_embeddings=128",
+    ]
+    steps = [
+        "trainer.val_every_steps=2",
+        "checkpoint.keep_last=4",
+        "optim.warmup_steps=1",
+        "model.max_position_embeddings=128",
+    ]
+    runs.train("run", *settings, *steps)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def exported(runs: Runs) -> Path:
+    out = runs.root / "exported"
+    assert main(["export", f"run={runs.folder('run')}", f"out={out}"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def evaluation(runs: Runs, exported: Path) -> Path:
+    """The file of results of the blocks that the run validated on."""
+    config, out = load(runs.folder("run") / "config.yaml"), runs.root / "results.json"
+    assert main([
+        "evaluate", "task=perplexity", f"model={exported}", f"data.path={config.data.path}", f"out={out}",
+        f"seq_len={config.data.seq_len}", f"max_rows={config.trainer.val_samples}",
+    ]) == 0  # fmt: skip
+    return out
+
+
+def card(folder: Path) -> tuple[dict[str, Any], str]:
+    _, head, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def test_an_evaluation_equals_the_validation_of_the_same_weights_on_the_same_blocks(
+    runs: Runs, exported: Path, evaluation: Path
+) -> None:
+    last = runs.rows("run", "val/loss")[-1]
+    found = json.loads(evaluation.read_text())["results"][str(exported)]
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert found["total"][name] == pytest.approx(last[f"val/{name}"], rel=1e-6)
+    assert found["languages"]["Python"]["loss"] == pytest.approx(last["val/loss/Python"], rel=1e-6)
+    assert found["languages"]["Python"]["bits_per_byte"] == pytest.approx(last["val/bits_per_byte/Python"], rel=1e-6)
+
+
+def test_the_files_are_those_that_transformers_4_reads_too(exported: Path) -> None:
+    described = json.loads((exported / "tokenizer_config.json").read_text())
+    assert described["tokenizer_class"] in ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
+    assert {path.suffix for path in exported.iterdir()} == {".md", ".json", ".safetensors", ".png"}
+    generation, tokenizer = GenerationConfig.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    end = tokenizer.eos_token_id
+    assert tokenizer.decode([end]) == "<|endoftext|>"
+    assert (generation.eos_token_id, generation.bos_token_id, generation.pad_token_id) == (end, end, end)
+
+
+def test_the_best_step_and_a_half_precision_are_exported(runs: Runs, tmp_path: Path, capsys) -> None:
+    folder = runs.folder("run")
+    assert main(["export", f"run={folder}", f"out={tmp_path / 'best'}", "step=best", "dtype=bf16"]) == 0
+    best = find_best(folder)
+    assert best
+    assert f"step {read_checkpoint(best).manifest.step} of" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "best", dtype="auto").dtype == torch.bfloat16
+    steps = [read_checkpoint(path).manifest.step for path in checkpoints(folder)]
+    assert main(["export", f"run={folder}", f"out={tmp_path / 'x'}", f"step={max(steps) + 1}"]) == 4
+    assert main(["export", f"run={folder}", f"out={tmp_path / 'x'}", "step=first"]) == 2
+    assert "step=first" in capsys.readouterr().err
+
+
+def test_the_card_tells_the_facts_of_the_run_and_of_the_evaluation(
+    runs: Runs, evaluation: Path, tmp_path: Path
+) -> None:
+    out, folder = tmp_path / "out", runs.folder("run")
+    assert main(["export", f"run={folder}", f"out={out}", f"evaluations=[{evaluation}]"]) == 0
+    head, text = card(out)
+    results = json.loads(evaluation.read_text())
+    (measured,) = results["results"].values()
+    (index,) = head["model-index"]
+    metrics = [(each["dataset"]["type"], each["metrics"][0]["value"]) for each in index["results"]]
+    last = runs.rows("run", "val/loss")[-1]
+    assert metrics == [
+        ("validation", round(last["val/bits_per_byte"], 4)),
+        ("perplexity", round(measured["total"]["bits_per_byte"], 4)),
+    ]
+    manifest = read_checkpoint(checkpoints(folder)[0]).manifest
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
+    assert settings == yaml.safe_load((folder / "config.yaml").read_text())
+    for fact in (
+        f"{manifest.tokens:,}", manifest.data["corpus fingerprint"], results["about"]["command"], "Python",
+        f"{measured['total']['bits_per_byte']:.4f}", torch.__version__, "![curves](curves.png)",
+    ):  # fmt: skip
+        assert str(fact) in text
+    with Image.open(out / "curves.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 4  # something was drawn
+
+
+def test_the_snippet_of_the_card_runs_as_it_stands(exported: Path, capsys) -> None:
+    _, text = card(exported)
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})  # type: ignore[index]
+    assert capsys.readouterr().out.startswith("def greet(name):\n")
+
+
+def test_results_of_other_weights_are_refused(runs: Runs, evaluation: Path, tmp_path: Path, capsys) -> None:
+    folder = runs.folder("run")
+    for arguments in (["step=2"], ["dtype=bf16"]):
+        assert main(["export", f"run={folder}", f"out={tmp_path / 'x'}", f"evaluations={evaluation}", *arguments]) == 2
+        assert "was not run on these weights" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text("{}")
+    assert main(["export", f"run={folder}", f"out={tmp_path / 'x'}", f"evaluations={tmp_path / 'other.json'}"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+
+
+# Publishing
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    with hub_server.serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield hub
+
+
+def test_a_verified_folder_is_published_privately(hub: hub_server.Hub, runs: Runs, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["export", f"run={runs.folder('run')}", f"out={out}", "push_to=me/model"]) == 0
+    repository = hub.repositories["me/model"]
+    assert repository["private"]
+    assert repository["files"] == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert 'from_pretrained("me/model")' in (out / "README.md").read_text()
+    assert TOKEN not in "".join(capsys.readouterr()) + "".join(path.read_text() for path in out.glob("*.*[nd]"))
+
+
+def test_what_is_public_must_be_meant_to_be(hub: hub_server.Hub, runs: Runs, tmp_path: Path, capsys) -> None:
+    hub.repositories["me/open"] = {"private": False, "files": {}}
+    push = ["export", f"run={runs.folder('run')}", f"out={tmp_path / 'out'}", "push_to=me/open"]
+    assert main(push) == 2
+    assert "set public=true" in capsys.readouterr().err
+    assert hub.repositories["me/open"]["files"] == {}
+    assert main([*push, "public=true"]) == 0
+    assert "model.safetensors" in hub.repositories["me/open"]["files"]
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "expected"),
+    [(None, "me/model", "HF_TOKEN"), ("hf_bad", "me/model", "refuses"), (TOKEN, "not a name", "refuses")],
+)
+def test_nothing_is_published_without_leave(
+    token: str | None, name: str, expected: str, hub: hub_server.Hub, runs: Runs, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    assert main(["export", f"run={runs.folder('run')}", f"out={tmp_path / 'out'}", f"push_to={name}"]) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert "hf_bad" not in message
+    assert not (tmp_path / "out").exists()
+    assert hub.repositories == {}
+
+
+def test_what_fails_its_check_is_not_published(hub: hub_server.Hub, runs: Runs, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("clippy_train.export.PROBE", "<|endoftext|>")  # which no decoding without special tokens gives
+    assert main(["export", f"run={runs.folder('run')}", f"out={tmp_path / 'out'}", "push_to=me/model"]) == 4
+    assert hub.repositories["me/model"]["files"] == {}
+    assert not (tmp_path / "out").exists()
