@@ -103,7 +103,12 @@ class Job:
         self.wait(lambda: self.last_step() >= first, f"no step {first}")
 
     def wait_for_requeue(self, restarts: int) -> None:
-        self.wait(lambda: (self.fact("JobState"), self.fact("Restarts")) == ("PENDING", str(restarts)), "no requeue")
+        def reached() -> bool:
+            state = self.fact("JobState")
+            assert state not in ("FAILED", "CANCELLED", "COMPLETED"), self.log
+            return (state, self.fact("Restarts")) == ("PENDING", str(restarts))
+
+        self.wait(reached, "no requeue")
 
 
 def warned(job: Job) -> None:
@@ -192,8 +197,12 @@ def test_a_job_that_wants_three_nodes_of_two_is_refused_and_ends(runs: Runs) -> 
 def test_a_job_is_not_requeued_for_ever(runs: Runs) -> None:
     job = Job(runs, "capped", "launcher.max_requeues=0", "launcher.preflight=false", nodes=1)
     job.wait((runs.folder("capped") / LIVES).exists, "no start")
-    signalled(job)
-    job.wait(lambda: job.fact("JobState") != "RUNNING" or bool(run("scancel", "--signal=USR1", job.number)), "no end")
+
+    def signalled_to_the_end() -> bool:
+        run("scancel", "--signal=USR1", job.number, check=False)  # nothing hears one that comes before srun has tasks
+        return job.fact("JobState") != "RUNNING"
+
+    job.wait(signalled_to_the_end, "no end")
     assert job.wait_for_end() == "75:0", job.log
     assert "is not requeued: it was requeued launcher.max_requeues=0 times" in job.log
 
