@@ -61,7 +61,7 @@ def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None
     firsts = [composition(TrainConfig, first) for first in first_values(parsed)]
     settings = firsts[0]
     varied = [override.key_or_group for override in parsed if override.is_sweep_override()]
-    _require_fit(parsed, settings.sweep.trials)
+    _require_fit(parsed, settings)
     run = Sweep(varied, Local(1) if plan else _runner(settings.launcher), plan)
     for first in firsts:
         run.check(first)
@@ -76,11 +76,13 @@ def _runner(settings: DictConfig) -> "Local | Slurm":
     return Local(settings.parallel or 1)
 
 
-def _require_fit(parsed: list[Override], trials: int | None) -> None:
+def _require_fit(parsed: list[Override], settings: DictConfig) -> None:
     """Raises ConfigError where what varies does not fit who chooses the values."""
-    varied = [override for override in parsed if override.is_sweep_override()]
+    varied, trials = [override for override in parsed if override.is_sweep_override()], settings.sweep.trials
     if trials is not None and not varied:
         raise ConfigError(f"sweep.trials={trials}: no key has several values, as in 'optim.lr=interval(1e-5,1e-3)'")
+    if trials is not None and settings.launcher.name == "slurm" and settings.launcher.parallel is None:
+        raise ConfigError(f"sweep.trials={trials} on Slurm: set launcher.parallel, how many are chosen at a time")
     for override in varied:
         if trials is None and override.is_interval_sweep():
             raise ConfigError(f"{override.input_line}: an interval needs sweep.trials=N; or list the values")

@@ -324,6 +324,21 @@ def test_a_sweep_refuses_a_bad_value_before_its_first_trial(capsys, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["optim.lr=interval(1e-5,1e-3)"], "an interval needs sweep.trials=N"),
+        (["sweep.trials=3"], "no key has several values"),
+        (["sweep.trials=3", "seed=1,2", "launcher=slurm"], "set launcher.parallel"),
+        (["seed=1,2", "trainer.micro_batch_size=3"], "trainer.global_batch_size=16 is not a multiple"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(overrides: list[str], expected: str, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in fails(capsys, 2, "train", "-m", "experiment=demo", *overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wrong_types_are_config_errors() -> None:
     with pytest.raises(ConfigError, match="max_new_tokens"):
         compose(config.GenerateConfig, ["model=m", "prompt=p", "max_new_tokens=many"])

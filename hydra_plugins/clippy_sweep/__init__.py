@@ -89,7 +89,9 @@ def _trials(study: Any, state: str) -> list[Any]:
 
 
 def _job(fixed: list[str], trial: Any) -> list[str]:
-    return [*fixed, *(f"{key}={value}" for key, value in trial.params.items())]
+    """The overrides of a trial; four digits of a number are enough, and make names of folders that can be read."""
+    chosen = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in trial.params.items()}
+    return [*fixed, *(f"{key}={value}" for key, value in chosen.items())]
 
 
 def distribution(override: Override) -> Any:
