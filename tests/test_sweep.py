@@ -1,6 +1,7 @@
 """Sweeps as a user runs them: `clippy train -m` with trials that are processes, and Optuna's choice without any."""
 
 import csv
+import json
 import math
 import os
 import re
@@ -18,19 +19,21 @@ from runs import Runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
+from clippy_train.config import TrainConfig
 from clippy_train.errors import Interrupted
 from clippy_train.sweep import TABLE, _multirun, _plugins, composition, trial_name
+from clippy_train.train.checkpoint import folder as checkpoint_folder
 from clippy_train.train.loggers import CHARTS
-from clippy_train.train.record import TENSORBOARD
-from clippy_train.trials import FOLLOWS, OUTPUT
+from clippy_train.train.record import METRICS, TENSORBOARD
+from clippy_train.trials import FOLLOWS, OBJECTIVE, OUTPUT, Trial
 
 STEPS = 80
 SETTINGS = [
     "run.name=swept", "strategy=single", "trainer.devices=1", f"trainer.max_steps={STEPS}", "trainer.val_samples=2",
     "trainer.val_every_steps=20", "checkpoint.every_steps=1000", "trainer.log_every_steps=1", "data.num_workers=0",
-    "model.num_layers=1", "optim.lr=1e-3,1e-4",
+    "model.num_layers=1", "optim.lr=1e-4,1e-3",
 ]  # fmt: skip
-FIRST, SECOND = "swept/optim.lr=0.001", "swept/optim.lr=0.0001"
+FIRST, SECOND = "swept/optim.lr=0.0001", "swept/optim.lr=0.001"  # the second is the better one
 
 
 @dataclass
@@ -73,7 +76,7 @@ def outcome(runs: Runs, process: subprocess.Popen) -> tuple[int, str, list[dict]
 def test_an_interrupted_sweep_stops_its_trial_and_starts_no_other(runs: Runs, swept: Swept) -> None:
     code, output, (first, second) = swept.interrupted
     assert code == Interrupted.exit_code, output
-    assert (first["optim.lr"], first["state"]) == ("0.001", "interrupted")
+    assert (first["optim.lr"], first["state"]) == ("0.0001", "interrupted")
     assert 2 <= int(first["step"]) < STEPS
     assert (second["state"], second["step"]) == ("not started", "0")
     assert first["bits per byte"] == second["bits per byte"] == ""  # no result, and not 0
@@ -104,11 +107,23 @@ def test_the_table_has_the_best_trial_first_by_its_lowest_validation(runs: Runs,
         assert float(row["at the end"]) == validations[-1][0]
     assert float(rows[0]["bits per byte"]) < float(rows[1]["bits per byte"])
     shown = re.findall(r"│\s*(0\.\d+)\s*│ done", output)
-    assert shown == [row["optim.lr"] for row in rows]
+    assert shown == [row["optim.lr"] for row in rows] == ["0.001", "0.0001"]
+
+
+def test_the_lowest_validation_after_a_step_counts_and_only_of_a_trial_that_is_done(tmp_path: Path) -> None:
+    values = {0: 1.0, 2: 3.0, 4: 2.0, 6: 2.5}
+    (tmp_path / METRICS).write_text(
+        "".join(json.dumps({"step": step, OBJECTIVE: value}) + "\n" for step, value in values.items())
+    )
+    trial = Trial({}, [], tmp_path, max_steps=6)
+    checkpoint_folder(tmp_path, 4).mkdir(parents=True)
+    assert trial.result is None
+    checkpoint_folder(tmp_path, 6).mkdir()
+    assert trial.result == 2.0
 
 
 def test_tensorboard_compares_the_trials_by_what_they_vary(runs: Runs, swept: Swept) -> None:
-    for name, lr in ((FIRST, 1e-3), (SECOND, 1e-4)):
+    for name, lr in ((FIRST, 1e-4), (SECOND, 1e-3)):
         events = EventAccumulator(str(runs.folder(name) / TENSORBOARD))
         events.Reload()
         written = events.PluginTagToContent(metadata.PLUGIN_NAME)
@@ -169,8 +184,6 @@ def test_optuna_approaches_the_best_value_and_continues_its_study(tmp_path: Path
             failed = len(tried) == 3 + 1 + 2 + 2  # two finished ones are shown again, the interrupted one runs again
             results.append(None if failed else math.log10(job.optim.lr / 3e-4) ** 2)
         return results
-
-    from clippy_train.config import TrainConfig
 
     arguments = [
         "experiment=demo", f"run.root={tmp_path}", f"sweep.trials={trials}", "optim.lr=tag(log,interval(1e-6,1e-1))"
