@@ -91,6 +91,7 @@ def test_an_interrupted_generation_ends_with_the_same_file(model: Path, problems
     rows = [json.loads(line) for line in whole.read_text().splitlines()]
     assert [row["task_id"] for row in rows] == [each["task_id"] for each in PROBLEMS] * 3
     assert {frozenset(row) for row in rows} == {frozenset(["task_id", "completion"])}
+    assert rows[0]["completion"] != rows[6]["completion"]  # the same place in another batch
     evaluate(problems, cut, *ways)
     assert cut.read_bytes() == whole.read_bytes()
     for length in (0, 5, whole.stat().st_size // 2, whole.stat().st_size - 1):

@@ -58,11 +58,12 @@ def test_an_early_exit_is_no_pass(attack: str) -> None:
         # everything that a program can see of itself, on everything that it can write to
         """
 import gc, os, sys
-seen = [str(sys.argv), str(dict(os.environ)), str(gc.get_objects())[:100000]]
+seen = []
 frame = sys._getframe()
 while frame:
-    seen.append(str(frame.f_locals))
+    seen.append(str({name: str(value)[:60] for name, value in frame.f_locals.items()}))
     frame = frame.f_back
+seen += [str(sys.argv), str(dict(os.environ)), str(gc.get_objects())[:100000]]
 for name in ("cmdline", "environ"):
     seen.append(open(f"/proc/self/{name}").read())
 for descriptor in range(64):

@@ -68,7 +68,7 @@ def confine_files() -> None:
 
 
 def run(program: str, test: str, entry_point: str) -> None:
-    """What was generated must be a program by itself: it cannot comment out or swallow the checks behind it."""
+    """What was generated must be a program by itself, compiled apart from the checks behind it."""
     namespace: dict = {"__name__": "__sample__"}
     compiled = [compile(source, name, "exec") for source, name in ((program, "<sample>"), (test, "<test>"))]
     for code in compiled:
