@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
+from itertools import repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -155,8 +156,11 @@ class Batches(pl.LightningDataModule):
             "spans": torch.zeros(rows, 6, dtype=torch.int64),
         }
 
-    def train_dataloader(self) -> Iterator[Any]:
-        return [self.batch] * NO_LIMIT  # type: ignore[return-value]
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return repeat(self.batch)
+
+    def train_dataloader(self) -> "Batches":
+        return self
 
 
 def hugging_face_trainer(variant: Variant, turn: Turn) -> None:
