@@ -65,7 +65,7 @@ def sequence_bounds(input_ids: Tensor, documents: Tensor | None) -> Tensor:
 
 
 def feed_forward(layer: Any, x: Tensor) -> Tensor:
-    """A `GPTNeoMLP` with its activation in one kernel: Hugging Face's takes eight, and keeps what each returns."""
+    """A `GPTNeoMLP` with its activation in one kernel, where Hugging Face's is a chain of elementwise operations."""
     return layer.dropout(layer.c_proj(F.gelu(layer.c_fc(x), approximate="tanh")))
 
 
