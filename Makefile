@@ -22,7 +22,7 @@ demo: $(READY) ## corpus, tokenizer, training, export, generation on this Python
 	$(BIN)/clippy demo
 
 test: $(READY) ## the whole test suite
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: $(READY) ## strike runs at random 200 times with kill -9, and 200 times with signals: an hour on two cores
 	$(BIN)/python tests/chaos.py kill
