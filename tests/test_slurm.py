@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 CLUSTER = shlex.split(os.environ.get("CLIPPY_SLURM_CLUSTER", ""))
 PATIENCE = 240.0  # seconds for a job to get from one state to the next
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 STEPS = 200  # more than a strike lets pass
 SETTINGS = [
     "trainer.audit=true", f"trainer.max_steps={STEPS}", f"optim.decay_steps={STEPS}", "trainer.val_every_steps=1000",
@@ -83,12 +84,15 @@ class Job:
 
     def wait(self, reached: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE
-        while not reached():
-            assert time.monotonic() < deadline, f"{what} in time: {self.fact('JobState')}\n{self.log}"
+        while True:
+            state = self.fact("JobState")
+            if reached():
+                return
+            assert state not in ENDED and time.monotonic() < deadline, f"{what}: {state}\n{self.log}"
             time.sleep(0.1)
 
     def wait_for_end(self) -> str:
-        self.wait(lambda: self.fact("JobState") not in ("PENDING", "RUNNING", "COMPLETING"), "no end")
+        self.wait(lambda: self.fact("JobState") in ENDED, "no end")
         return self.fact("ExitCode")
 
     def last_step(self) -> int:
@@ -99,16 +103,13 @@ class Job:
         """Until it has made a step in this life."""
         first = self.last_step() + 1
         if self.fact("JobState") == "PENDING" and CLUSTER:
+            time.sleep(1.1)  # a node takes a start in the second of the requeue for the life that has just ended
             cluster("hurry")
         self.wait(lambda: self.last_step() >= first, f"no step {first}")
 
     def wait_for_requeue(self, restarts: int) -> None:
-        def reached() -> bool:
-            state = self.fact("JobState")
-            assert state not in ("FAILED", "CANCELLED", "COMPLETED"), self.log
-            return (state, self.fact("Restarts")) == ("PENDING", str(restarts))
-
-        self.wait(reached, "no requeue")
+        expected = ("PENDING", str(restarts))
+        self.wait(lambda: (self.fact("JobState"), self.fact("Restarts")) == expected, "no requeue")
 
 
 def warned(job: Job) -> None:
