@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz chaos bench bench-gpu bench-checkpoint soak elastic test-slurm lint clean
+.PHONY: help setup demo test fuzz chaos chaos-selftest bench bench-gpu bench-checkpoint soak elastic test-slurm lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: $(READY) ## the whole test suite
 chaos: $(READY) ## strike runs at random 200 times with kill -9, and 200 times with signals: an hour on two cores
 	$(BIN)/python tests/chaos.py kill
 	$(BIN)/python tests/chaos.py signal
+
+chaos-selftest: $(READY) ## take each protection out of a copy, and see the test that guards it fail
+	$(BIN)/python tests/chaos_selftest.py
 
 fuzz: $(READY) ## the long form of the fuzz tests: 6,000 shards, 180,000 lines
 	FUZZ_SHARDS=1500 $(BIN)/pytest -s --timeout=1800 tests/test_fuzz.py

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Tokenizer, default_data_collator
 
 from clippy_train.compose import compose
-from clippy_train.config import CorpusConfig, DataConfig, TrainConfig
+from clippy_train.config import WHITESPACE_TOKENS, CorpusConfig, DataConfig, TrainConfig
 from clippy_train.corpus.build import build_corpus
 from clippy_train.data.module import DataModule
 from clippy_train.data.stream import Cursor, Stream
@@ -49,7 +49,6 @@ from clippy_train.train.progress import fresh_cursors
 
 SEQ_LEN, MICRO_BATCH = 2048, 8  # the recipe's
 ROUNDS = 4
-WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]
 
 Row = dict[str, Any]
 Source = Iterator[int]  # tokens of each batch, without end
@@ -73,7 +72,7 @@ def speed(work: Path) -> list[Row]:
         "end to end, 2 loader processes": ours(folder, name, 2),
     }
     seconds = interleaved(sources, num_tokens)
-    rows = [
+    rows: list[Row] = [
         {
             "what": what,
             "clock": "wall" if "process" in what else "cpu",

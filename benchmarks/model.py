@@ -182,7 +182,7 @@ def hugging_face_trainer(variant: Variant, turn: Turn) -> None:
         )
         (ids,) = variant.ids()[:1]
         rows = [{"input_ids": ids, "labels": ids}] * variant.batch * 100
-        Trainer(variant.model(), settings, train_dataset=rows, callbacks=[Start()]).train()  # type: ignore[arg-type]
+        Trainer(variant.model(), settings, train_dataset=rows, callbacks=[Start()]).train()
 
 
 def work(variant: Variant, pipe: Connection) -> None:
@@ -287,15 +287,15 @@ def overhead(device: str, rounds: int) -> Iterator[Row]:
 def original(device: str, rounds: int) -> Iterator[Row]:
     """The shape at which the original script was timed against a plain Hugging Face loop."""
     for low, name in (("", "fp32"), ("autocast", "bf16")):
-        shape = {"low": low, "seq": 512, "batch": 4, "device": device, "overrides": SMALL}
-        found = compare({how: Variant(how, **shape) for how in ("hugging_face", "framework")}, rounds)
+        pair = {how: Variant(how, low, 512, 4, device, SMALL) for how in ("hugging_face", "framework")}
+        found = compare(pair, rounds)
         yield ratios(f"plain HF loop / clippy train, 17.7M, {name}", found, "hugging_face", "framework", 1.15)
 
 
 def throughput(rounds: int) -> Iterator[Row]:
     """One GPU: tokens/s and MFU by micro-batch and strategy; each alone on the device."""
     compiled = ("model.compile=true",)
-    sweep = {
+    sweep: dict[str, tuple[int, tuple[str, ...]]] = {
         f"zero1, compiled, micro-batch {batch}": (batch, ("strategy=zero1", *compiled)) for batch in (4, 8, 16, 32, 64)
     }
     sweep |= {f"{name}, compiled, micro-batch 16": (16, (f"strategy={name}", *compiled)) for name in ("ddp", "zero2")}

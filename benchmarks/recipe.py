@@ -10,6 +10,7 @@ each variant has read as many bytes of text as the one that reads the least (int
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,4 +129,5 @@ def curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 if __name__ == "__main__":
-    {"tokens": tokens, "train": train}[sys.argv[1]](*sys.argv[2:])
+    commands: dict[str, Callable[..., None]] = {"tokens": tokens, "train": train}
+    commands[sys.argv[1]](*sys.argv[2:])

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from clippy_train.compose import compose
-from clippy_train.config import CorpusConfig, TrainConfig
+from clippy_train.config import WHITESPACE_TOKENS, CorpusConfig, TrainConfig
 from clippy_train.corpus.build import build_corpus
 from clippy_train.data.module import DataModule
 from clippy_train.sources import open_corpus
@@ -44,7 +44,7 @@ def soak(work: Path, minutes: float, source: str) -> dict:
         ],
     )
     tokenizer = train_bpe(open_corpus(config.data, "train").texts(), vocab_size=4096, model_max_length=10**9)
-    add_whitespace_tokens(tokenizer, ["\t\t", "  ", "    ", "        "], "longest")
+    add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")
     readings: list[tuple[float, int, int]] = []  # seconds, bytes of the rank, bytes of its loader process
     rank = psutil.Process(os.getpid())
     started = time.monotonic()

@@ -15,7 +15,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import gpt_neo
 from runs import Runs, rank_pids, trained, weights_hash
 from small_corpus import make_corpus, make_tokenizer
 
+from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train.checkpoint import ASIDE, checkpoints, find
 
 STEPS = 40
@@ -111,8 +112,12 @@ class Chaos:
 
     def __init__(self, runs: Runs, seed: int, moments: Sequence[str] = MOMENTS) -> None:
         self.runs, self.rng, self.moments, self.counts = runs, random.Random(seed), moments, Counter[str]()
+        base = runs.root / "base"  # with dropout, so that a lost random state is another loss
+        vocab_size = len(load_tokenizer(str(runs.tokenizer)))
+        gpt_neo(window=8, hidden=32, heads=2, vocab_size=vocab_size, dropout=0.1).save_pretrained(base)
+        self.settings = [*SETTINGS, f"model.base={base}"]
         started = time.monotonic()
-        process = runs.start("reference", *SETTINGS)
+        process = runs.start("reference", *self.settings)
         runs.wait_for_step("reference", 1, process)
         self.start_up = time.monotonic() - started
         assert process.wait(TIMEOUT) == 0
@@ -146,7 +151,7 @@ class Chaos:
             name = f"struck-{number}"
             while self.counts["trials"] < trials and self.strike(name, blow):
                 pass
-            self.runs.train(name, *SETTINGS)
+            self.runs.train(name, *self.settings)
             differing = [part for part, value in self.outcome(name).items() if value != self.reference[part]]
             assert not differing, f"{name} differs from the reference in {differing}; see {self.runs.folder(name)}"
             self.counts["runs compared"] += 1
@@ -155,7 +160,7 @@ class Chaos:
 
     def strike(self, name: str, blow: Blow) -> bool:
         """Start a life of a run and strike it once; whether it was still there to be struck."""
-        run = Run(self.runs.folder(name), self.runs.start(name, *SETTINGS))
+        run = Run(self.runs.folder(name), self.runs.start(name, *self.settings))
         moment = self.rng.choice(self.moments)
         self.wait_for(moment, run, name)
         if not run.alive:
@@ -245,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -29,6 +29,7 @@ def gpt_neo(
     hidden: int = 32,
     heads: int = 4,
     vocab_size: int = 97,
+    dropout: float = 0.0,
     seed: int = 0,
 ) -> GPTNeoForCausalLM:
     """A random GPT-Neo whose weights are wide enough that attention is far from uniform and biases are not zero."""
@@ -40,9 +41,9 @@ def gpt_neo(
         attention_types=[[[kind], 1] for kind in kinds],
         num_heads=heads,
         window_size=window,
-        embed_dropout=0.0,
-        attention_dropout=0.0,
-        resid_dropout=0.0,
+        embed_dropout=dropout,
+        attention_dropout=dropout,
+        resid_dropout=dropout,
     )
     model = GPTNeoForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)

@@ -45,7 +45,7 @@ class Runs:
     """Runs in one folder, on one corpus and tokenizer."""
 
     def __init__(self, root: Path, corpus: Path, tokenizer: Path) -> None:
-        self.root = root
+        self.root, self.tokenizer = root, tokenizer
         self.settings = [*SMALL, f"data.path={corpus}", f"tokenizer.base={tokenizer}"]
 
     def folder(self, name: str) -> Path:

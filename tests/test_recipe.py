@@ -380,3 +380,9 @@ def test_every_test_that_the_document_names_exists() -> None:
     defined = set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
     assert named
     assert named <= defined, named - defined
+
+
+def test_a_loaded_model_trains_with_its_dropout() -> None:
+    model = gpt_neo(dropout=0.1).eval()  # as from_pretrained leaves it
+    CodeLM(compose("train", ["experiment=demo", "data.path=unused"]), model, np.ones(97))
+    assert model.training

@@ -88,7 +88,8 @@ class Job:
             state = self.fact("JobState")
             if reached():
                 return
-            assert state not in ENDED and time.monotonic() < deadline, f"{what}: {state}\n{self.log}"
+            assert state not in ENDED, f"{what}: {state}\n{self.log}"
+            assert time.monotonic() < deadline, f"{what} in time: {state}\n{self.log}"
             time.sleep(0.1)
 
     def wait_for_end(self) -> str:

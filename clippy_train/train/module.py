@@ -31,6 +31,7 @@ class CodeLM(pl.LightningModule):
         super().__init__()
         self.config, self.model = config, model
         model.lm_head = loss_head(model)
+        model.train()  # a loaded model is in evaluation mode, and Lightning leaves it there: no dropout
         self._mean_loss, self._token_losses = map(self._compiled, (mean_loss, token_losses))
         self.register_buffer("token_bytes", torch.from_numpy(token_bytes), persistent=False)
         self.micro_losses: list[Tensor] = []
