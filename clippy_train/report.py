@@ -16,7 +16,9 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 def print_columns(title: str, header: list[str], rows: list[list[str]]) -> None:
     """A table with a row of headings on standard output; numbers are the caller's to format."""
-    table = Table(*header, title=title, title_justify="left", pad_edge=False)
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for heading in header:
+        table.add_column(heading, overflow="fold")  # a name that is cut off is no name
     for row in rows:
         table.add_row(*row)
     Console(markup=False, highlight=False).print(table)

@@ -384,5 +384,5 @@ def test_every_test_that_the_document_names_exists() -> None:
 
 def test_a_loaded_model_trains_with_its_dropout() -> None:
     model = gpt_neo(dropout=0.1).eval()  # as from_pretrained leaves it
-    CodeLM(compose("train", ["experiment=demo", "data.path=unused"]), model, np.ones(97))
+    CodeLM(compose(TrainConfig, ["experiment=demo", "data.path=unused"]), model, np.ones(97))
     assert model.training

@@ -14,17 +14,24 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+NO_TOKEN = -1  # as end of text
+
 Stop = Callable[[str], int | None]  # a completion so far -> where it ends, or None while it goes on
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; `temperature` 0 is greedy."""
+    """How tokens are chosen; `temperature` 0 is greedy.
+
+    Attributes:
+        fixed_length: take `max_new_tokens` steps whatever is written, as ranks must that hold parts of one model.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    fixed_length: bool = False
 
 
 def never(text: str) -> int | None:
@@ -76,16 +83,18 @@ def complete(
     ids = torch.tensor([[end] * (longest - len(each)) + each for each in encoded], device=device)
     mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in encoded], device=device)
     ended = Ended(tokenizer, longest, stop, on_text)
-    chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    torch.manual_seed(sampling.seed)
+    chosen: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        torch.manual_seed(sampling.seed)
     out = model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=end,
+        eos_token_id=NO_TOKEN if sampling.fixed_length else end,
         pad_token_id=end,
         stopping_criteria=StoppingCriteriaList([ended]),
-        **(chosen if sampling.temperature > 0 else {"do_sample": False}),
+        **chosen,
     )
     texts = [ended.text(row) for row in out]
     if on_text:
@@ -111,7 +120,8 @@ class Ended(StoppingCriteria):
         return decoded[: self.stop(decoded)]
 
     def _decoded(self, row: Tensor) -> str:
-        return self.tokenizer.decode(row[self.prompt_length :], skip_special_tokens=True)
+        ids, end = row[self.prompt_length :].tolist(), self.tokenizer.eos_token_id
+        return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True)
 
     def _show(self, text: str) -> None:
         """Pass on what no later token changes: not the first bytes of a character that is not complete."""

@@ -9,13 +9,11 @@ prompt.
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 from clippy_train.config import TrainConfig
+from clippy_train.model.sample import Sampling, complete
 from clippy_train.train.loggers import EventLogger
 from clippy_train.train.record import SAMPLES, RowFile
-
-NO_TOKEN = -1  # as end of text: generation then stops at its length only
 
 
 class Samples(pl.Callback):
@@ -30,7 +28,7 @@ class Samples(pl.Callback):
         self._rows = RowFile(config.run_dir / SAMPLES, resumed_step) if rank == 0 else None
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        texts = [self._complete(pl_module, prompt) for prompt in self.config.sample_prompts]
+        texts = [self._complete(pl_module.model, prompt) for prompt in self.config.sample_prompts]
         if not self._rows:
             return
         for number, (prompt, text) in enumerate(zip(self.config.sample_prompts, texts, strict=True)):
@@ -39,19 +37,10 @@ class Samples(pl.Callback):
                 if isinstance(logger, EventLogger):
                     logger.log_text(f"samples/{number}", prompt + text, trainer.global_step)
 
-    def _complete(self, module: Any, prompt: str) -> str:
+    def _complete(self, model: Any, prompt: str) -> str:
         """What follows the prompt, up to the end of the text. Of a prompt that is too long, the end is read."""
-        positions = module.model.config.max_position_embeddings
+        positions = model.config.max_position_embeddings
         length = min(self.config.sample_tokens, positions // 2)
-        ids = self.tokenizer(prompt, return_tensors="pt").input_ids[:, length - positions :].to(module.device)
-        end = self.tokenizer.eos_token_id
-        out = module.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=length,
-            do_sample=False,
-            eos_token_id=NO_TOKEN,
-            pad_token_id=end,
-        )
-        written = out[0, ids.size(1) :].tolist()
-        return self.tokenizer.decode(written[: written.index(end)] if end in written else written)
+        ids = self.tokenizer(prompt)["input_ids"][length - positions :]
+        text = self.tokenizer.decode(ids).lstrip("\ufffd")  # the cut may leave a part of a character
+        return complete(model, self.tokenizer, [text], Sampling(length, fixed_length=True))[0]
