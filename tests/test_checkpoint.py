@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import DAMAGE, flip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,26 +83,6 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGE: dict[str, Callable[[Path], None]] = {
-    "deleted": Path.unlink,
-    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
-    "emptied": lambda path: os.truncate(path, 0),
-    "one bit flipped": flip,
-    "swapped with an older one": lambda path: shutil.copy(
-        str(path).replace("step-00000004", "step-00000002"), path
-    ),
-    "replaced by a folder": lambda path: (path.unlink(), path.mkdir()),
-    "replaced by a link to nowhere": lambda path: (path.unlink(), path.symlink_to("nowhere")),
-    "beside an extra file": lambda path: path.with_suffix(".extra").write_bytes(b""),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", [MANIFEST, *FILES])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_and_the_checkpoint_before_is_taken(
@@ -112,7 +92,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_taken(
     found = find(run_dir)
     assert found
     assert found.path == newest
-    DAMAGE[damage](newest / name)
+    DAMAGE[damage](newest / name, folder(run_dir, 2) / name)
     found = find(run_dir)
     assert found
     assert found.manifest.step == 2

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import DAMAGE, flip
 from runs import Runs, end, losses_and_norms, rank_pids, trained, weights, weights_hash
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clippy_train.config import CorpusConfig, load
 from clippy_train.corpus.build import build_corpus
+from clippy_train.errors import CheckpointError
 from clippy_train.export import load_checkpoint_model
 from clippy_train.model.build import build
 from clippy_train.plan import state_bytes
@@ -206,10 +208,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(runs: Runs, reference: st
     folder = runs.folder("damaged")
     shutil.copytree(runs.folder(reference), folder)
     newest = checkpoints(folder)[0]
-    state = next((newest / STATE / "checkpoint").glob("*_1_*optim_states.pt"))
-    content = bytearray(state.read_bytes())
-    content[len(content) // 2] ^= 1
-    state.write_bytes(content)
+    flip(next((newest / STATE / "checkpoint").glob("*_1_*optim_states.pt")))
 
     result = runs.train("damaged", "trainer.audit=true")
     assert f"{newest.name} is damaged" in result.stderr
@@ -217,6 +216,25 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(runs: Runs, reference: st
     assert list(map(trained, runs.rows("damaged"))) == list(map(trained, runs.rows(reference)))
     assert runs.rows("damaged", "val/loss") == runs.rows(reference, "val/loss")  # step 4 is one of them
     assert weights_hash(folder) == weights_hash(runs.folder(reference))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file_of_a_checkpoint_is_seen(runs: Runs, reference: str, tmp_path: Path, damage: str) -> None:
+    newest, older = checkpoints(runs.folder(reference))[:2]
+    names = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
+    assert len(names) == 7  # manifest, two random states, the name of the state, weights, two optimizers'
+    for name in names:
+        if damage == "swapped with an older one" and (newest / name).read_bytes() == (older / name).read_bytes():
+            assert name.name == "latest"  # all have the same name of a state: nothing is damaged
+            continue
+        run = tmp_path / str(name).replace("/", "-")
+        for checkpoint in (newest, older):
+            shutil.copytree(checkpoint, run / "checkpoints" / checkpoint.name)
+        copy = run / "checkpoints" / newest.name
+        DAMAGE[damage](copy / name, older / name)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            open_checkpoint(copy)
+        assert find(run).manifest.step == open_checkpoint(older).manifest.step
 
 
 def test_a_run_without_an_intact_checkpoint_never_restarts_silently(runs: Runs, reference: str) -> None:
