@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from clippy_train.card import CURVES, draw_curves, model_card
 from clippy_train.config import ExportConfig, load
 from clippy_train.errors import CheckpointError, ConfigError
+from clippy_train.model.build import save_model
 from clippy_train.results import read_results, weights_hash
 from clippy_train.shards import new_folder
 from clippy_train.tokenizer import load_tokenizer
@@ -74,8 +75,7 @@ def write_model(description: Path, checkpoint: Checkpoint, dtype: str, out: Path
     if dtype == "bf16":
         model = model.to(torch.bfloat16)
     model.generation_config.pad_token_id = tokenizer.eos_token_id  # or each generation would warn that it takes it
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_model(model, tokenizer, out)
     name_known_class(out)
     verify(out, model, tokenizer)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from clippy_train.config import ExtendConfig, TokenizerConfig
-from clippy_train.model.build import extend, load_model
+from clippy_train.model.build import extend, load_model, save_model
 from clippy_train.shards import new_folder
 from clippy_train.tokenizer import load_tokenizer
 
@@ -24,6 +24,5 @@ def extend_folder(config: ExtendConfig) -> str:
             new_row_init=config.new_row_init,
         )
         extend(model, tokenizer, settings)
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        save_model(model, tokenizer, out)
     return f"{config.out}: {before:,} tokens and {len(tokenizer) - before} new ones"

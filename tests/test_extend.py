@@ -145,6 +145,7 @@ def test_without_a_token_for_one_tab_its_row_cannot_be_copied() -> None:
 def test_the_extended_folder_loads_in_plain_transformers(base: Path, tmp_path: Path) -> None:
     old = embedding(AutoModelForCausalLM.from_pretrained(base))
     told = extend_folder(ExtendConfig(base=str(base), out=str(tmp_path / "out")))
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # none is its owner's alone
     model, tokenizer = (each.from_pretrained(tmp_path / "out") for each in (AutoModelForCausalLM, AutoTokenizer))
     assert told.endswith("330 tokens and 4 new ones")
     assert is_tied(model)

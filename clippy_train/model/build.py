@@ -5,6 +5,8 @@ Every rank builds the whole model from the same bits before any strategy sees it
 rank. `extend` is the one code path that adds white-space tokens, for `clippy extend` and for `clippy train`.
 """
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +56,14 @@ def load_model(name: str) -> Any:
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
         raise ConfigError(f"no model could be loaded from {name}: {first}") from error
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model and its tokenizer as a Hugging Face folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)  # safetensors keeps its files to their owner, whatever the umask
 
 
 def random_model(settings: ModelConfig, tokenizer: Any, seed: int) -> Any:
