@@ -88,10 +88,11 @@ def ask(run: Run, rng: random.Random) -> str:
     """One signal, to some or all of a run's processes."""
     number = rng.choice(SIGNALS)
     everyone = [run.process.pid, *rank_pids(run.folder)]
-    targets = rng.choice([[run.process.pid], run.ranks()[:1], run.ranks()[1:], everyone])
-    pauses = sorted(rng.uniform(0, MAX_SKEW) for _ in targets[1:])
-    for pid, pause in zip(targets, [0.0, *(b - a for a, b in zip([0.0, *pauses], pauses, strict=False))], strict=True):
-        time.sleep(pause)
+    choices = [[run.process.pid], run.ranks()[:1], run.ranks()[1:], everyone]
+    targets = rng.choice([each for each in choices if each])  # ranks may not have started
+    for pid in targets:
+        if pid != targets[0]:
+            time.sleep(rng.uniform(0, MAX_SKEW / (len(targets) - 1)))
         # A second INT means "at once"; one sent to the launcher already reaches every rank.
         if not (number == signal.SIGINT and pid != targets[0]):
             send(pid, number)
