@@ -3,6 +3,9 @@
 import os
 import resource
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import Runs, rank_pids
+from runs import Runs, environment, rank_pids
 
-from clippy_train.config import DataConfig, TrainConfig
+from clippy_train.config import DataConfig, TrainConfig, save
 from clippy_train.errors import Diverged, NonFinite
 from clippy_train.model.build import build
 from clippy_train.sources import open_corpus
@@ -20,6 +23,7 @@ from clippy_train.train import collective
 from clippy_train.train.checkpoint import ASIDE, checkpoints, open_checkpoint, step_of
 from clippy_train.train.loggers import EventLogger
 from clippy_train.train.module import CodeLM
+from clippy_train.train.node import CONFIG
 from clippy_train.train.record import RowFile, read_rows
 from clippy_train.train.sanity import require_equal_replicas
 
@@ -147,6 +151,35 @@ def test_a_rank_that_stands_still_ends_the_run_with_the_stacks_of_all(runs: Runs
     assert "most recent call first" in (stacks / "rank-0.txt").read_text()
     assert not (stacks / "rank-1.txt").read_text()
     assert not rank_pids(runs.folder("still"))
+
+
+def test_a_second_interrupt_ends_ranks_that_hear_nothing(
+    train_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = train_config(f"run.root={tmp_path}", "trainer.devices=2")
+    config.run_dir.mkdir(parents=True)
+    save(config, config.run_dir / CONFIG)
+    (tmp_path / "deaf.py").write_text("import os, time\nopen(f'pid-{os.getpid()}', 'w')\ntime.sleep(60)\n")
+    start = f"""
+import sys
+from pathlib import Path
+from clippy_train.config import load
+from clippy_train.train.node import here, run_ranks
+sys.exit(run_ranks(load(Path({str(config.run_dir / CONFIG)!r})), here(), [], "deaf"))
+"""
+    launcher = subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path, env=environment(tmp_path))
+    try:
+        while len(ranks := [int(path.name[4:]) for path in tmp_path.glob("pid-*")]) < 2:
+            assert launcher.poll() is None
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            launcher.wait(1)
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(10) == 128 + signal.SIGINT
+        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    finally:
+        launcher.kill()
 
 
 @contextmanager

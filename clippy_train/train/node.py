@@ -50,12 +50,16 @@ def here() -> Place:
 def run_ranks(config: TrainConfig, place: Place, arguments: list[str], module: str = RANK) -> int:
     """Start one process per device of this node, pass signals on to them, and return their exit code.
 
-    Children die with this process, however it ends: each holds the read end of a pipe to it.
+    Children die with this process, however it ends: each holds the read end of a pipe to it. A second SIGINT ends it.
     """
     command = [sys.executable, "-m", module, str(config.run_dir), *arguments]
     ranks: dict[int, subprocess.Popen] = {}
+    received: set[int] = set()
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in received:
+            sys.exit(128 + number)  # ranks that hang in a collective hear nothing; leaving here kills them
+        received.add(number)
         for process in ranks.values():
             if process.poll() is None:
                 process.send_signal(number)
