@@ -17,7 +17,7 @@ from pathlib import Path
 from clippy_train.compose import LAUNCH
 from clippy_train.errors import ConfigError, Interrupted
 from clippy_train.train.record import METRICS, read_rows
-from clippy_train.train.slurm import last_step
+from clippy_train.train.slurm import job_facts, last_step
 
 OUTPUT = "output.log"  # of a trial that shares the terminal with others
 JOB_FILE = "job.txt"  # the id of a trial's Slurm job
@@ -175,8 +175,7 @@ class Slurm:
 
     def _code(self, job: str) -> int:
         """The exit code of a job that ended by itself; otherwise, or if Slurm has forgotten it, of an interruption."""
-        shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False)
-        facts = dict(item.split("=", 1) for item in shown.stdout.split() if "=" in item)
+        facts = job_facts(job)
         if facts.get("JobState") not in ("COMPLETED", "FAILED"):
             return Interrupted.exit_code
         code, number = map(int, facts["ExitCode"].split(":"))

@@ -20,6 +20,7 @@ from clippy_train.errors import ConfigError, Interrupted
 from clippy_train.plan import plan, tokens_per_second
 from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train import cluster, slurm
+from clippy_train.train.launch import claim
 from clippy_train.train.node import CONFIG, PREFLIGHT, Place, here, rank_environment, run_ranks
 from clippy_train.train.progress import fresh_cursors
 
@@ -253,6 +254,33 @@ def test_a_preflight_of_two_ranks_tells_the_bandwidth(
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
     return Runs(tmp_path_factory.mktemp("cluster"), tiny_corpus, tiny_tokenizer)
+
+
+CLAIM = """
+import os, sys
+from pathlib import Path
+from clippy_train.config import load
+from clippy_train.train.launch import claim
+claim(load(Path(sys.argv[1])))
+os.execv(sys.executable, [sys.executable, "-c", "print(flush=True); input()"])
+"""
+
+
+def test_a_claim_to_a_folder_stays_with_what_the_process_becomes(
+    train_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = train_config(f"run.root={tmp_path}")
+    config.run_dir.mkdir()
+    save(config, config.run_dir / CONFIG)
+    with subprocess.Popen(
+        [sys.executable, "-c", CLAIM, config.run_dir / CONFIG], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline()
+        with pytest.raises(ConfigError, match=f"process {process.pid} on .* trains in"):
+            claim(config)
+        process.communicate(b"\n")
+    claim(config)
 
 
 def test_processes_that_torchrun_started_become_the_ranks_of_one_run(runs: Runs) -> None:

@@ -196,6 +196,16 @@ def test_a_job_that_wants_three_nodes_of_two_is_refused_and_ends(runs: Runs) -> 
     assert not runs.folder("wrong").exists()
 
 
+def test_one_job_at_a_time_trains_in_a_folder(runs: Runs) -> None:
+    first = Job(runs, "shared", nodes=1)
+    first.wait((runs.folder("shared") / LIVES).exists, "no start")
+    second = Job(runs, "shared", "trainer.max_steps=2", nodes=1)
+    assert second.wait_for_end() == "2:0", second.log
+    assert f"job {first.number} trains in runs/shared" in second.log
+    assert load(runs.folder("shared") / "config.yaml").trainer.max_steps == STEPS
+    run("scancel", first.number)
+
+
 def test_a_job_is_not_requeued_for_ever(runs: Runs) -> None:
     job = Job(runs, "capped", "launcher.max_requeues=0", "launcher.preflight=false", nodes=1)
     job.wait((runs.folder("capped") / LIVES).exists, "no start")

@@ -22,6 +22,7 @@ from clippy_train.model.build import build
 from clippy_train.plan import state_bytes
 from clippy_train.train.checkpoint import STATE, checkpoints, find, open_checkpoint, read_checkpoint
 from clippy_train.train.checkpoint import folder as checkpoint_folder
+from clippy_train.train.launch import LOCK
 from clippy_train.train.record import SAMPLES, read_rows
 
 
@@ -44,6 +45,7 @@ def reference(runs: Runs) -> str:
 def test_a_run_leaves_what_its_contract_names(runs: Runs, reference: str) -> None:
     folder = runs.folder(reference)
     assert {path.name for path in folder.iterdir()} == {
+        LOCK,
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
@@ -132,10 +134,16 @@ def test_a_signal_before_the_first_step_leaves_nothing_behind(runs: Runs) -> Non
     assert not runs.rows("early")
 
 
-def test_no_rank_outlives_a_launcher_that_was_killed(runs: Runs) -> None:
+def test_one_command_at_a_time_trains_in_a_folder_and_none_outlives_its_launcher(runs: Runs) -> None:
     process = runs.start("orphans", "trainer.max_steps=100000")
     runs.wait_for_step("orphans", 2, process)
     assert rank_pids(runs.folder("orphans"))
+
+    refused = runs.train("orphans", "trainer.max_steps=50000", code=2)
+    assert f"run.name=orphans: process {process.pid} on " in refused.stderr
+    assert load(runs.folder("orphans") / "config.yaml").trainer.max_steps == 100000
+    assert process.poll() is None
+
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 20

@@ -4,6 +4,7 @@ All of that happens once, in one process, before any rank trains; ranks read the
 from `launcher`: `train.node` on this machine, `train.slurm` on the nodes of a job, or torchrun, which already has.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from clippy_train.train.cluster import misfits
 from clippy_train.train.node import CONFIG, handling_signals, here, interrupt, run_ranks
 
 ENVIRONMENT = "environment.json"
+LOCK = ".lock"  # in the run folder: held while a command trains there, and names it
 HF_FOLDER = "hf"  # configuration and tokenizer of the model in training, as Hugging Face files
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "deepspeed", "hydra-core", "numpy", "zstandard")
 
@@ -179,10 +181,39 @@ def relaid(checkpoint: Checkpoint, config: TrainConfig) -> list[str]:
 def prepare_run_folder(config: TrainConfig) -> None:
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
+        claim(config)
         save(config, config.run_dir / CONFIG)
         (config.run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"run.root={config.run.root}: the run's folder cannot be written: {error}") from error
+
+
+def claim(config: TrainConfig) -> None:
+    """Keep every other command out of the run's folder until this process has ended, however it ends.
+
+    Slurm tells which jobs run. Elsewhere it is a lock of the system's, which stays with a process of torchrun's when it
+    becomes rank 0. (A lock that a dead node leaves behind on a shared file system would keep its requeued job out.)
+
+    Raises:
+        ConfigError: another command trains there.
+        OSError: the folder cannot be written.
+    """
+    if config.launcher.name == "slurm":
+        return slurm.require_alone(config.run_dir)
+    holder = os.open(config.run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = os.read(holder, 1000).decode() or "another command"
+        os.close(holder)
+        raise ConfigError(
+            f"run.name={config.run.name}: {who} trains in {config.run_dir}; wait for it, or choose another run.name"
+        ) from None
+    except OSError:
+        pass  # this file system has no locks
+    os.truncate(holder, 0)
+    os.write(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    os.set_inheritable(holder, True)
 
 
 def environment() -> dict[str, Any]:

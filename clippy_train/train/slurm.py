@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from clippy_train.config import TrainConfig
-from clippy_train.errors import Interrupted, Stuck
+from clippy_train.errors import ConfigError, Interrupted, Stuck
 from clippy_train.train.checkpoint import checkpoints, step_of
 from clippy_train.train.cluster import JOB
 from clippy_train.train.node import SIGNALS, STRAGGLER_SECONDS, free_port, handling_signals
@@ -86,6 +86,14 @@ def begin_life(run_dir: Path, job: str) -> list[int]:
     return steps
 
 
+def require_alone(run_dir: Path) -> None:
+    """Raises ConfigError while another job trains in this folder."""
+    path = run_dir / LIVES
+    other = json.loads(path.read_text())["job"] if path.exists() else os.environ[JOB]
+    if other != os.environ[JOB] and job_facts(other).get("JobState") in ("RUNNING", "SUSPENDED", "COMPLETING"):
+        raise ConfigError(f"job {other} trains in {run_dir}; wait for it, or choose another run.name")
+
+
 def last_step(run_dir: Path) -> int:
     newest = checkpoints(run_dir)[:1]
     return step_of(newest[0]) if newest else 0
@@ -94,8 +102,7 @@ def last_step(run_dir: Path) -> int:
 def requeue(stop: str | None) -> None:
     """Put this job back into the queue, unless something speaks against it."""
     job = os.environ[JOB]
-    shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False).stdout
-    facts = dict(item.split("=", 1) for item in shown.split() if "=" in item)
+    facts = job_facts(job)
     if not stop and facts.get("BatchFlag") != "1":
         stop = "only batch jobs can be"
     if not stop and facts.get("Requeue") != "1":
@@ -109,6 +116,12 @@ def requeue(stop: str | None) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # Slurm ends this life of the job now
     subprocess.run(["scontrol", "requeue", job], check=False)
+
+
+def job_facts(job: str) -> dict[str, str]:
+    """What Slurm knows of a job, by its names for it; nothing of one that it has forgotten."""
+    shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False).stdout
+    return dict(item.split("=", 1) for item in shown.split() if "=" in item)
 
 
 def meeting_point(restarts: int) -> str:
