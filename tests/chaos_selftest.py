@@ -92,7 +92,10 @@ def copy_of_package(root: Path) -> Path:
 
 def passes(gate: list[str], root: Path) -> bool:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    return not subprocess.run(gate, cwd=TESTS, env=environment, capture_output=True, timeout=TIMEOUT).returncode
+    try:
+        return not subprocess.run(gate, cwd=TESTS, env=environment, capture_output=True, timeout=TIMEOUT).returncode
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def noticed(mutation: Mutation) -> bool:

@@ -1,9 +1,10 @@
 """Checkpoints: complete or absent. Written aside, fsynced, listed in a manifest with a hash for each file, renamed.
 
-A folder `checkpoints/step-XXXXXXXX/` holds the strategy's state (`state`), each rank's random state (`rng-*.pt`), and
-`manifest.json`: step, cursors, counts, what the data depended on, size and SHA-256 of every file and of itself.
-DeepSpeed loads flipped bytes and torn mixes without complaint, so nothing is loaded before its manifest was checked.
-Nothing in a finished folder is ever rewritten. Costs one read of the checkpoint for hashing, at save and at start.
+A folder such as `checkpoints/step-00000500/` holds the strategy's state (`state`), each rank's random state
+(`rng-*.pt`), and `manifest.json`: step, cursors, counts, what the data depended on, size and SHA-256 of every file and
+of itself. DeepSpeed loads flipped bytes and torn mixes without complaint, so nothing is loaded before its manifest was
+checked. Nothing in a finished folder is ever rewritten. Costs one read of the checkpoint for hashing, at save and at
+start.
 """
 
 import hashlib

@@ -26,7 +26,7 @@ from clippy_train.errors import ClippyError, ConfigError, Interrupted
 from clippy_train.train import stacks
 
 CONFIG = "config.yaml"  # in the run folder: what ranks read
-RANK, PREFLIGHT = "clippy_train.train.run", "clippy_train.train.preflight"  # what a rank's process runs
+RANK, PREFLIGHT = "clippy_train.train.rank", "clippy_train.train.preflight"  # what a rank's process runs
 STRAGGLER_SECONDS = 60.0  # how long the other ranks may take once one has ended well
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # each asks the run to save and stop
 
@@ -54,12 +54,13 @@ def run_ranks(config: TrainConfig, place: Place, arguments: list[str], module: s
     """
     command = [sys.executable, "-m", module, str(config.run_dir), *arguments]
     ranks: dict[int, subprocess.Popen] = {}
-    received: set[int] = set()
+    asked = False
 
     def forward(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in received:
+        nonlocal asked
+        if number == signal.SIGINT and asked:
             sys.exit(128 + number)  # ranks that hang in a collective hear nothing; leaving here kills them
-        received.add(number)
+        asked = asked or number == signal.SIGINT
         for process in ranks.values():
             if process.poll() is None:
                 process.send_signal(number)

@@ -1,9 +1,6 @@
-"""One rank of a run, from its frozen configuration to the end of training. Started by `train.launch`, torchrun or srun:
+"""One rank of a run, from its frozen configuration to the end of training, in the process that `train.rank` is.
 
-    python -m clippy_train.train.run RUN_DIR [CHECKPOINT [WHOLE]]
-
-with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. WHOLE is the folder of the
-checkpoint's consolidated state, for a run that is laid out otherwise.
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are in the environment.
 """
 
 import logging
@@ -130,7 +127,11 @@ def save_description(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def main(run_dir: str, checkpoint: str | None = None, whole: str | None = None) -> int:
-    """Run this rank and return its exit code."""
+    """Run this rank and return its exit code.
+
+    Args:
+        whole: folder of the checkpoint's consolidated state, for a run that is laid out otherwise.
+    """
     flag = Flag()
     flag.install()
     threading.Thread(target=_die_with_launcher, daemon=True).start()
@@ -170,10 +171,3 @@ def _log_quietly() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="(lightning|torch|deepspeed).*")
-
-
-if __name__ == "__main__":
-    code = main(*sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # no interpreter shutdown: a peer that died must not keep this rank waiting in a destructor
