@@ -1,9 +1,11 @@
 """What tests of several rooms share: a small corpus, a small tokenizer and a valid configuration of the two."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import processes
 import pytest
+from hypothesis import HealthCheck, settings
 from small_corpus import make_corpus, make_tokenizer, write_sources
 
 from clippy_train.compose import compose
@@ -11,9 +13,19 @@ from clippy_train.config import TrainConfig
 
 SLOWEST = ("test_parity.py", "test_train.py", "test_import_flax.py")  # minutes each: started first, one on each worker
 
+# How fast a machine is, and whether it has Hypothesis' tables of characters yet, is no property of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test() -> Iterator[None]:
+    yield
+    processes.end_all()
 
 
 @pytest.fixture(scope="session")

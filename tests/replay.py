@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import processes
 import torch
 from flax_trace import FlaxTrace
 from torch import Tensor
@@ -122,7 +123,7 @@ def train_on_two_ranks(folder: Path, out: Path, *layouts: list[str]) -> list[Rep
     trace = FlaxTrace(folder)
     config, place = configuration(trace, "trainer.devices=2"), here()
     ranks = [
-        subprocess.Popen(
+        processes.start(
             [sys.executable, __file__, str(folder), str(out / f"{rank}.pt"), *map(",".join, layouts)],
             env={**os.environ, **rank_environment(config, rank, place), "OMP_NUM_THREADS": "1", "CLIPPY_LAUNCHED": ""},
             stdout=subprocess.PIPE,
@@ -131,11 +132,7 @@ def train_on_two_ranks(folder: Path, out: Path, *layouts: list[str]) -> list[Rep
         )
         for rank in range(2)
     ]
-    try:
-        said = [process.communicate(timeout=TIMEOUT)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
+    said = [process.communicate(timeout=TIMEOUT)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], json.dumps(said)
     seen = [[Replay(**each) for each in torch.load(out / f"{rank}.pt", weights_only=True)] for rank in range(2)]
     return [joined(first, second) for first, second in zip(*seen, strict=True)]

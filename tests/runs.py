@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import torch
 
 from clippy_train.export import load_checkpoint_model
@@ -67,7 +68,7 @@ class Runs:
         return self.start_command("train", *self.settings, f"run.name={name}", *overrides)
 
     def start_command(self, *arguments: str) -> subprocess.Popen:
-        return subprocess.Popen(
+        return processes.start(
             command(*arguments),
             cwd=self.root,
             env=environment(self.root),

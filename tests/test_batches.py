@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import oracle
+import processes
 import pytest
 import torch
 import zstandard
@@ -229,7 +230,7 @@ def live(config: TrainConfig, tokenizer: Any, cursors: np.ndarray, count: int) -
     return done
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(histories())
 def test_no_token_is_lost_or_repeated_whatever_happens(train_config, history) -> None:
     tokenizer = word_tokenizer()
@@ -330,10 +331,9 @@ def test_no_loader_process_outlives_a_rank_that_was_killed(config, tmp_path) -> 
     settings = config(1, 2, 2, "data.seq_len=16384", "model.max_position_embeddings=16384")
     save(settings, tmp_path / "config.yaml")
     command = [sys.executable, "-c", RANK, str(tmp_path / "config.yaml")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as rank:
-        assert rank.stdout
-        loaders = rank.stdout.readline().split()
-        rank.kill()
+    rank = processes.start(command, stdout=subprocess.PIPE, text=True)
+    loaders = rank.stdout.readline().split()
+    rank.kill()
     assert len(loaders) == 2
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}/exe").exists() for pid in loaders):  # a zombie has none
@@ -347,7 +347,7 @@ def test_waiting_for_data_is_measured(config, tokenizer) -> None:
     assert batches.wait_seconds > 0
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 7))
 def test_validation_rows_are_spread_evenly_and_each_counts_once(num_rows, world_size, batch_size) -> None:
     rows = [ScoredRow(np.full(3, n, dtype=np.int32), np.full(3, n + 1, dtype=np.int64)) for n in range(num_rows)]

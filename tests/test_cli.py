@@ -252,7 +252,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(capsys, tmp_path: Path) -> Non
     assert "no model could be loaded" in fails(capsys, 2, "generate", f"model={tmp_path}", "prompt=x")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00"), min_size=1))
 def test_a_prompt_is_taken_as_it_is_typed(prompt: str) -> None:
     if prompt == "null":

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -272,14 +273,12 @@ def test_a_claim_to_a_folder_stays_with_what_the_process_becomes(
     config = train_config(f"run.root={tmp_path}")
     config.run_dir.mkdir()
     save(config, config.run_dir / CONFIG)
-    with subprocess.Popen(
-        [sys.executable, "-c", CLAIM, config.run_dir / CONFIG], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout
-        assert process.stdout.readline()
-        with pytest.raises(ConfigError, match=f"process {process.pid} on .* trains in"):
-            claim(config)
-        process.communicate(b"\n")
+    command = [sys.executable, "-c", CLAIM, config.run_dir / CONFIG]
+    process = processes.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline()
+    with pytest.raises(ConfigError, match=f"process {process.pid} on .* trains in"):
+        claim(config)
+    process.communicate(b"\n")
     claim(config)
 
 

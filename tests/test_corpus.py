@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import zstandard
 
@@ -302,21 +303,14 @@ def endless(packages) -> Path:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "TERM"])
 def test_an_interrupted_build_leaves_nothing_behind(endless, tmp_path, number: int, code: int) -> None:
-    process = subprocess.Popen(
-        clippy_corpus(str(endless), f"out={tmp_path / 'out'}", "dedup.exact=false"),
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not any(path.stat().st_size for path in tmp_path.glob(".out.*/.spool*/documents/*")):
-            assert process.poll() is None, "it was done too soon"
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(number)
-        assert process.wait(60) == code
-    finally:
-        process.kill()
-        process.wait()
+    process = processes.start(clippy_corpus(str(endless), f"out={tmp_path / 'out'}", "dedup.exact=false"))
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.glob(".out.*/.spool*/documents/*")):
+        assert process.poll() is None, "it was done too soon"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == code
     assert list(tmp_path.iterdir()) == [endless]
 
 

@@ -82,7 +82,7 @@ def test_every_token_of_a_block_has_the_language_of_its_document(corpus: Path, t
     assert shown == expected[: len(expected) // seq_len * seq_len]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seq_len=st.integers(2, 40), data=st.data())
 def test_windows_score_every_token_of_every_document_once_and_in_its_context(
     corpus: Path, tokenizer: Any, seq_len: int, data: st.DataObject

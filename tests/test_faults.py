@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 from runs import Runs, environment, rank_pids
 
@@ -167,19 +168,16 @@ from clippy_train.config import load
 from clippy_train.train.node import here, run_ranks
 sys.exit(run_ranks(load(Path({str(config.run_dir / CONFIG)!r})), here(), [], "deaf"))
 """
-    launcher = subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path, env=environment(tmp_path))
-    try:
-        while len(ranks := [int(path.name[4:]) for path in tmp_path.glob("pid-*")]) < 2:
-            assert launcher.poll() is None
-            time.sleep(0.02)
-        launcher.send_signal(signal.SIGINT)
-        with pytest.raises(subprocess.TimeoutExpired):
-            launcher.wait(1)
-        launcher.send_signal(signal.SIGINT)
-        assert launcher.wait(10) == 128 + signal.SIGINT
-        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    finally:
-        launcher.kill()
+    launcher = processes.start([sys.executable, "-c", start], cwd=tmp_path, env=environment(tmp_path))
+    while len(ranks := [int(path.name[4:]) for path in tmp_path.glob("pid-*")]) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        launcher.wait(1)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(10) == 128 + signal.SIGINT
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
 @contextmanager

@@ -65,7 +65,6 @@ def test_a_function_ends_where_column_0_is_used_again(text: str, kept: str | Non
     assert (None if end is None else text[:end]) == kept
 
 
-@settings(deadline=None)
 @given(st.text("ab\n}x "))
 def test_text_behind_the_end_of_a_function_does_not_move_it(text: str) -> None:
     ends = [at_function_end(text[:length]) for length in range(len(text) + 1)]
@@ -87,7 +86,7 @@ def test_a_completion_ends_at_the_first_stop_sequence_and_no_tokens_are_wasted(m
     assert len(steps) < 40
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6))
 def test_what_is_streamed_is_what_is_returned(model: Any, tokenizer: Any, seed: int) -> None:
     pieces: list[str] = []

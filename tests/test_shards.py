@@ -60,7 +60,7 @@ def flushed() -> tuple[list[str], list[int], bytes]:
     return wanted, ends, data + compressor.flush()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1)), st.integers(1, 200))
 def test_what_is_written_is_read_back(tmp_path_factory, wanted, shard_bytes) -> None:
     folder = tmp_path_factory.mktemp("written") / "train"
@@ -317,7 +317,7 @@ def test_the_start_of_a_line_that_was_cut_is_not_a_document(tmp_path) -> None:
     assert list(documents(path, "text")) == [(0, None, "damaged_shard")]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 30), st.integers(0, 35), st.integers(1, 6), st.data())
 def test_lines_are_selected_by_start_and_residue(tmp_path_factory, count, start, stride, data) -> None:
     residue = data.draw(st.integers(0, stride - 1))

@@ -36,7 +36,7 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(spool, "BUCKET_BYTES", 200)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(PAYLOADS, max_size=100), st.sampled_from([1, 2, 1000]))
 def test_records_come_back_sorted(tmp_path_factory, payloads: list[bytes], distinct: int) -> None:
     some = records(payloads, distinct)

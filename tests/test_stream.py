@@ -143,7 +143,7 @@ def total(blocks: list[Block]) -> dict[str, int]:
     return {name: int(value) for name, value in zip(COUNTS, sums, strict=True) if value}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(0, 2**40), st.integers(0, 5))
 def test_parts_of_all_streams_are_every_line_of_every_shard_once(num_shards, streams, seed, epoch) -> None:
     lines = 30
@@ -156,7 +156,7 @@ def test_parts_of_all_streams_are_every_line_of_every_shard_once(num_shards, str
     assert read == Counter((shard, line) for shard in range(num_shards) for line in range(lines))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(0, 2**40))
 def test_streams_are_balanced_for_any_number_of_shards(num_shards, streams, seed) -> None:
     sizes = [sum(1 / part.stride for part in parts(num_shards, streams, index, seed, 0)) for index in range(streams)]
@@ -167,7 +167,7 @@ def test_a_multiple_of_the_streams_in_shards_is_read_without_sharing() -> None:
     assert {part.stride for index in range(4) for part in parts(12, 4, index, 0, 0)} == {1}
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(cases(shortest=1))
 def test_an_epoch_holds_every_document_whole_and_once(case) -> None:
     with replace(case, seq_len=1).opened() as streams:
@@ -183,7 +183,7 @@ def test_an_epoch_holds_every_document_whole_and_once(case) -> None:
         assert sorted(seen) == sorted(text for text, length in case.flat() if length != BAD)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases(shortest=1), st.integers(0, 2))
 def test_documents_are_permuted_within_their_window(case, epoch) -> None:
     case = replace(case, seq_len=1, window_bytes=1 << 23)
@@ -196,7 +196,7 @@ def test_documents_are_permuted_within_their_window(case, epoch) -> None:
                 assert sorted(shown[window]) == sorted(read[window])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases())
 def test_blocks_are_the_tokens_cut_without_a_gap(case) -> None:
     with case.opened() as streams:
@@ -211,7 +211,7 @@ def test_blocks_are_the_tokens_cut_without_a_gap(case) -> None:
             assert len(blocks) == size // case.seq_len
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases())
 def test_a_restart_at_any_cursor_gives_the_blocks_that_follow(case) -> None:
     with case.opened() as streams:
@@ -224,7 +224,7 @@ def test_a_restart_at_any_cursor_gives_the_blocks_that_follow(case) -> None:
                 assert comparable(following) == comparable(blocks[number + 1 : number + 6])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases(shortest=1))
 def test_a_document_is_counted_with_the_block_of_its_first_token(case) -> None:
     with case.opened() as streams:
@@ -237,7 +237,7 @@ def test_a_document_is_counted_with_the_block_of_its_first_token(case) -> None:
                 assert (counts["documents"], counts["characters"]) == (len(begun), sum(map(len, begun)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases())
 def test_spans_say_what_a_block_was_cut_from(case) -> None:
     with case.opened() as streams:

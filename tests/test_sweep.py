@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import processes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -152,7 +153,7 @@ def test_a_trial_ends_when_its_sweep_was_killed() -> None:
     code = (
         "import time; from clippy_train.trials import follow_sweep; follow_sweep(); print(flush=True); time.sleep(60)"
     )
-    trial = subprocess.Popen(
+    trial = processes.start(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

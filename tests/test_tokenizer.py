@@ -62,7 +62,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS)
 def test_decoding_gives_back_every_byte(extended: Any, text: str) -> None:
     ids = encode(extended, text)
@@ -70,7 +70,7 @@ def test_decoding_gives_back_every_byte(extended: Any, text: str) -> None:
     assert extended.decode(ids, skip_special_tokens=True).encode() == text.encode()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS)
 def test_token_bytes_count_the_bytes_of_any_text(extended: Any, lengths: np.ndarray, text: str) -> None:
     assert lengths[encode(extended, text)].sum() == len(text.encode())
