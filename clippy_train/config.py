@@ -2,7 +2,7 @@
 
 Recipe values (learning rate, steps, batch, ...) have no default here: an experiment under `conf/` pins them. Dull
 knobs have their default here and are absent from `conf/`. `problems(config)` is pure: it reports everything that is
-wrong with a configuration at once and looks at nothing outside it (files and devices are `train.preflight`'s).
+wrong with a configuration at once and looks at nothing outside it (files and devices are `train.launch`'s).
 """
 
 import dataclasses
@@ -287,7 +287,7 @@ class TrainConfig:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     resume: str = key(
         "auto continues from the last complete checkpoint if there is one, must needs one, never refuses one; "
-        "or the folder of a checkpoint to start from",
+        "or a folder: the checkpoint that a run starts from which has none of its own",
         "auto",
         text=True,
     )
@@ -374,8 +374,12 @@ class CorpusConfig:
     out: str = key("new folder for the shards", text=True)
     filter: FilterConfig = field(default_factory=lambda: FilterConfig(min_bytes=64, max_bytes=1_000_000))
     dedup: DedupConfig = field(default_factory=DedupConfig)
-    validation_fraction: float = key("share of repositories (or packages) held out for validation", 0.05, minimum=0.0)
-    test_fraction: float = key("share of repositories (or packages) held out for testing", 0.05, minimum=0.0)
+    validation_fraction: float = key(
+        "share of repositories (or packages) held out for validation, at least one of them", 0.05, minimum=0.0
+    )
+    test_fraction: float = key(
+        "share of repositories (or packages) held out for testing, at least one of them", 0.05, minimum=0.0
+    )
     shard_bytes: int = key("largest shard, in bytes before compression", 8_000_000, minimum=1)
     seed: int = key("seed of the split and of the order of documents", 42, minimum=0)
 
@@ -560,6 +564,7 @@ def problems(config: TrainConfig) -> list[str]:
         _optimizer_checks,
         _strategy_checks,
         _checkpoint_checks,
+        _logger_checks,
     )
     checks = chain.from_iterable(group(config) for group in groups)
     return [message for holds, message in checks if not holds]
@@ -574,10 +579,6 @@ def evaluation_problems(config: EvaluateConfig) -> list[str]:
 def _perplexity_checks(config: EvaluateConfig) -> Iterator[Check]:
     yield bool(config.model), "task=perplexity needs model=DIR, or model=[A,B]"
     yield from _data_checks(config)
-    yield (
-        config.stride is None or config.seq_len is None or config.stride < config.seq_len,
-        f"stride={config.stride} must be below seq_len={config.seq_len}: windows must overlap by a token at least",
-    )
 
 
 def _humaneval_checks(config: EvaluateConfig) -> Iterator[Check]:
@@ -727,6 +728,10 @@ def _checkpoint_checks(config: TrainConfig) -> Iterator[Check]:
         kept is None or kept % max(1, every) == 0,
         f"checkpoint.keep_every={kept} is not a multiple of checkpoint.every_steps={every}: some would not be saved",
     )
+
+
+def _logger_checks(config: TrainConfig) -> Iterator[Check]:
+    yield all(config.logger.sample_prompts), "logger.sample_prompts: a prompt is empty; [] turns samples off"
 
 
 def save(config: TrainConfig, path: Path) -> None:

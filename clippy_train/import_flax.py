@@ -19,6 +19,7 @@ from transformers import AutoConfig, GenerationConfig, GPTNeoConfig, GPTNeoForCa
 
 from clippy_train.config import ImportConfig
 from clippy_train.errors import ConfigError
+from clippy_train.model.build import share_tensors
 from clippy_train.shards import new_folder
 from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train.base_state import save_base_state
@@ -57,6 +58,7 @@ def import_flax(config: ImportConfig) -> str:
         if any((source / name).exists() for name in TOKENIZER):
             load_tokenizer(source).save_pretrained(out)
             done += ", tokenizer"
+        share_tensors(out)
     return done
 
 

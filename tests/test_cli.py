@@ -107,6 +107,7 @@ def test_an_unknown_key_names_the_nearest(typed: str, nearest: str, capsys: pyte
         (["run.name=a/b"], "run.name='a/b'"),
         (["trainer.max_steps"], "is not KEY=VALUE"),
         (["optim.betas=[0.9]"], "must be two numbers"),
+        (["logger.sample_prompts=[a,'']"], "logger.sample_prompts: a prompt is empty"),
     ],
 )
 def test_a_wrong_setting_names_its_key_and_the_fix(overrides: list[str], expected: str, capsys) -> None:

@@ -17,10 +17,10 @@ from runs import Runs, environment, trained, weights_hash
 from clippy_train.compose import LAUNCH, compose
 from clippy_train.config import TrainConfig, save
 from clippy_train.data.module import DataModule
-from clippy_train.errors import ConfigError, Interrupted
+from clippy_train.errors import CheckpointError, ConfigError, Interrupted
 from clippy_train.plan import plan, tokens_per_second
 from clippy_train.tokenizer import load_tokenizer
-from clippy_train.train import cluster, slurm
+from clippy_train.train import cluster, launch, slurm
 from clippy_train.train.launch import claim
 from clippy_train.train.node import CONFIG, PREFLIGHT, Place, here, rank_environment, run_ranks
 from clippy_train.train.progress import fresh_cursors
@@ -280,6 +280,46 @@ def test_a_claim_to_a_folder_stays_with_what_the_process_becomes(
         claim(config)
     process.communicate(b"\n")
     claim(config)
+
+
+def test_a_checkpoint_is_chosen_when_nobody_can_write_another_one(
+    train_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_config(f"run.root={tmp_path}", "resume=must")
+
+    def found(run_dir: Path) -> None:
+        with pytest.raises(ConfigError, match="trains in"):
+            claim(config)
+
+    monkeypatch.setattr(launch, "find", found)
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        launch.prepare(config)
+    assert not config.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("who", "state", "ended"),
+    [
+        ("process 12 on n1", "COMPLETED", False),
+        ("another command", "COMPLETED", False),
+        ("life 0 of job 6", "RUNNING", False),
+        ("life 3 of job 6", "COMPLETING", False),
+        ("life 0 of job 6", "COMPLETED", True),
+        ("life 0 of job 6", None, True),  # Slurm has forgotten it
+        ("life 2 of job 7", "RUNNING", False),  # this job, twice
+        ("life 1 of job 7", "RUNNING", True),  # this job, before its node died
+    ],
+)
+def test_whether_the_holder_of_a_lock_has_ended(
+    monkeypatch: pytest.MonkeyPatch, who: str, state: str | None, ended: bool
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setattr(slurm, "job_facts", lambda job: {"JobState": state} if state else {})
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    assert slurm.has_ended(who) == ended
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not slurm.has_ended(who)
 
 
 def test_processes_that_torchrun_started_become_the_ranks_of_one_run(runs: Runs) -> None:

@@ -260,6 +260,7 @@ def test_the_results_name_their_command_and_their_models(models: dict[str, Path]
         (["data.path=x"], 2, "model=DIR"),
         (["model={neo}"], 2, "data.path"),
         (["model=[{neo}]", "data.path={corpus}", "seq_len=100"], 2, "64 positions"),
+        (["model=[{neo}]", "data.path={corpus}", "stride=64"], 2, "stride=64 must be below seq_len=64"),
         (["model=[{neo}]", "data.path={corpus}", "seq_len=8", "stride=8"], 2, "stride=8 must be below seq_len=8"),
         (["model=[{neo}]", "data.path={corpus}", "split=test"], 3, "test"),
         (["model=[{neo}/none]", "data.path={corpus}"], 2, "no model could be loaded"),

@@ -153,6 +153,11 @@ def test_a_rank_that_stands_still_ends_the_run_with_the_stacks_of_all(runs: Runs
     assert not (stacks / "rank-1.txt").read_text()
     assert not rank_pids(runs.folder("still"))
 
+    end = runs.rows("still", "checkpoint/seconds")[-1]["step"] + 3
+    runs.train("still", *SETTINGS, "checkpoint.keep_last=2", f"trainer.max_steps={end}")
+    assert runs.rows("still")[-1]["step"] == end
+    assert not stacks.exists()
+
 
 def test_a_second_interrupt_ends_ranks_that_hear_nothing(
     train_config: Callable[..., TrainConfig], tmp_path: Path

@@ -104,6 +104,7 @@ def test_every_weight_is_the_flax_leaf_of_its_name_with_kernels_transposed(impor
     stored = load_file(imported / "model.safetensors")
     assert stored.keys() == expected.keys()
     assert all(torch.equal(stored[name], expected[name]) for name in expected)
+    assert len({path.stat().st_mode for path in imported.iterdir()}) == 1  # none is its owner's alone
 
 
 @torch.no_grad()

@@ -201,7 +201,7 @@ def test_one_job_at_a_time_trains_in_a_folder(runs: Runs) -> None:
     first.wait((runs.folder("shared") / LIVES).exists, "no start")
     second = Job(runs, "shared", "trainer.max_steps=2", nodes=1)
     assert second.wait_for_end() == "2:0", second.log
-    assert f"job {first.number} trains in runs/shared" in second.log
+    assert f"life 0 of job {first.number} trains in runs/shared" in second.log
     assert load(runs.folder("shared") / "config.yaml").trainer.max_steps == STEPS
     run("scancel", first.number)
 

@@ -41,11 +41,17 @@ def test_operations_on_a_token_of_the_recipe() -> None:
 
 @pytest.mark.parametrize(
     ("name", "tflops"),
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A10", 125), ("NVIDIA A100-SXM4-80GB", 312)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H200 NVL", 835),
+    ],
 )
 def test_devices_are_known_by_their_names(name: str, tflops: float) -> None:
     assert peak_flops(name) == tflops * 1e12
-    assert peak_flops("GeForce 256") is None
+    assert all(peak_flops(unknown) is None for unknown in ("GeForce 256", "NVIDIA L40", "NVIDIA A10G"))
 
 
 def test_there_is_no_mfu_where_the_peak_is_not_known(train_config) -> None:

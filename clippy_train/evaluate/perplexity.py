@@ -46,6 +46,8 @@ def perplexity(config: EvaluateConfig) -> dict[str, Any]:
     """
     models = {name: load_both(name) for name in config.model}
     seq_len = config.seq_len or min(filter(None, map(_positions, models.values())), default=1024)
+    if config.stride is not None and config.stride >= seq_len:
+        raise ConfigError(f"stride={config.stride} must be below seq_len={seq_len}: windows must overlap")
     results = {}
     for name, (model, tokenizer) in models.items():
         positions = _positions((model, tokenizer)) or seq_len

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -137,7 +138,8 @@ def run_wrapped(prefix: tuple[str, ...], program: str, test: str, entry_point: s
 def _kill_first(unshare: int) -> None:
     """Kill the first process of the namespaces, and wait until `unshare` has seen the last of them."""
     for child in Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split():
-        os.kill(int(child), signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(int(child), signal.SIGKILL)
     _ended(unshare, LAST_SECONDS)
 
 

@@ -62,8 +62,13 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model and its tokenizer as a Hugging Face folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    share_tensors(folder)
+
+
+def share_tensors(folder: Path) -> None:
+    """Let those read a folder's tensors who may read the rest: safetensors keeps its files to their owner."""
     for path in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "config.json", path)  # safetensors keeps its files to their owner, whatever the umask
+        shutil.copymode(folder / "config.json", path)
 
 
 def random_model(settings: ModelConfig, tokenizer: Any, seed: int) -> Any:

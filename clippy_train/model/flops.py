@@ -10,9 +10,10 @@ MFU = tokens/s of a device x operations a token / the device's peak. Two convent
 
 from clippy_train.config import TrainConfig
 
-# Dense bf16 peak in FLOP/s, by a part of the name that CUDA gives the device; from NVIDIA's data sheets.
+# Dense bf16 peak in FLOP/s, by words of the name that CUDA gives the device; from NVIDIA's data sheets.
 PEAKS = {
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "H100": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
@@ -50,5 +51,6 @@ def visible_keys(seq: int, window: int) -> float:
 
 def peak_flops(device: str) -> float | None:
     """The peak of a device by its name, or None if it is not known."""
-    known = [name for name in PEAKS if name in device]
+    words = set(device.replace("-", " ").split())
+    known = [name for name in PEAKS if set(name.split()) <= words]
     return PEAKS[max(known, key=len)] if known else None

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 from importlib import metadata
@@ -25,6 +26,7 @@ from clippy_train.train.base_state import BaseState, open_base_state
 from clippy_train.train.checkpoint import Checkpoint, checkpoints, find, layout, open_checkpoint
 from clippy_train.train.cluster import misfits
 from clippy_train.train.node import CONFIG, handling_signals, here, interrupt, run_ranks
+from clippy_train.train.stacks import STACKS
 
 ENVIRONMENT = "environment.json"
 LOCK = ".lock"  # in the run folder: held while a command trains there, and names it
@@ -58,7 +60,14 @@ def prepare(config: TrainConfig) -> list[str] | int:
     blocked = obstacles(config)
     if blocked:
         raise blocked[0] if len(blocked) == 1 else type(blocked[0])("\n".join(map(str, blocked)))
-    checkpoint = choose_checkpoint(config)
+    new = not config.run_dir.exists()
+    claim(config)
+    try:
+        checkpoint = choose_checkpoint(config)
+    except CheckpointError:
+        if new:
+            shutil.rmtree(config.run_dir)
+        raise
     if checkpoint and checkpoint.manifest.step >= config.trainer.max_steps:
         print(f"{config.run_dir}: finished, step {checkpoint.manifest.step} of {config.trainer.max_steps}")
         return 0
@@ -71,7 +80,7 @@ def prepare(config: TrainConfig) -> list[str] | int:
             from clippy_train.train.consolidate import consolidate
 
             print(f"laying its state out anew: {'; '.join(changed)}", flush=True)
-            whole = consolidate(checkpoint, checkpoint.path.parents[1] / HF_FOLDER, config.run_dir)
+            whole = consolidate(checkpoint, checkpoint.path.resolve().parents[1] / HF_FOLDER, config.run_dir)
     elif base:
         print(
             f"starting {config.run_dir} at step {base.step} with the moments in {base.path}; "
@@ -180,40 +189,52 @@ def relaid(checkpoint: Checkpoint, config: TrainConfig) -> list[str]:
 
 def prepare_run_folder(config: TrainConfig) -> None:
     try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        claim(config)
+        shutil.rmtree(config.run_dir / STACKS, ignore_errors=True)  # those that an earlier life left end this one
         save(config, config.run_dir / CONFIG)
         (config.run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
-        raise ConfigError(f"run.root={config.run.root}: the run's folder cannot be written: {error}") from error
+        raise unwritable(config, error) from error
+
+
+def unwritable(config: TrainConfig, error: OSError) -> ConfigError:
+    return ConfigError(f"run.root={config.run.root}: the run's folder cannot be written: {error}")
 
 
 def claim(config: TrainConfig) -> None:
-    """Keep every other command out of the run's folder until this process has ended, however it ends.
+    """Make the run's folder, and keep every other command out of it until this process has ended, however it ends.
 
-    Slurm tells which jobs run. Elsewhere it is a lock of the system's, which stays with a process of torchrun's when it
-    becomes rank 0. (A lock that a dead node leaves behind on a shared file system would keep its requeued job out.)
+    The system's lock on a file lets go by itself, and stays with a process of torchrun's when that becomes rank 0. Of a
+    Slurm job Slurm knows whether it lives: a lock that a dead node left on a shared file system keeps nobody out.
 
     Raises:
-        ConfigError: another command trains there.
-        OSError: the folder cannot be written.
+        ConfigError: another command trains there, or the folder cannot be written.
     """
-    if config.launcher.name == "slurm":
-        return slurm.require_alone(config.run_dir)
-    holder = os.open(config.run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        who = os.read(holder, 1000).decode() or "another command"
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        holder = os.open(config.run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise unwritable(config, error) from error
+    who = os.read(holder, 1000).decode() or "another command"
+    if not _locked(holder) and not slurm.has_ended(who):
         os.close(holder)
         raise ConfigError(
             f"run.name={config.run.name}: {who} trains in {config.run_dir}; wait for it, or choose another run.name"
-        ) from None
-    except OSError:
-        pass  # this file system has no locks
+        )
+    me = slurm.life() if config.launcher.name == "slurm" else f"process {os.getpid()} on {socket.gethostname()}"
     os.truncate(holder, 0)
-    os.write(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    os.pwrite(holder, me.encode(), 0)
     os.set_inheritable(holder, True)
+
+
+def _locked(file: int) -> bool:
+    """Whether the lock on a file is ours now; as good as ours where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def environment() -> dict[str, Any]:

@@ -80,9 +80,12 @@ def run_ranks(config: TrainConfig, place: Place, arguments: list[str], module: s
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return _wait(ranks, config.run_dir)
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for process in ranks.values():
             _kill_group(process)
         stacks.tidy(config.run_dir)
+        while signal.sigpending() & set(SIGNALS):
+            signal.sigwait(SIGNALS)  # it comes too late to change how the run ended
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 

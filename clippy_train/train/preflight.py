@@ -2,7 +2,7 @@
 
     python -m clippy_train.train.preflight RUN_DIR
 
-in one process per rank, started as `train.run` is. Costs what importing torch does, and an all-reduce.
+in one process per rank, started as `train.rank` is. Costs what importing torch does, and an all-reduce.
 """
 
 import os

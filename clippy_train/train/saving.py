@@ -36,7 +36,7 @@ class Checkpointer(pl.Callback):
     which Lightning would leave out, and a checkpoint knows how good it is.
 
     Args:
-        data: what the order of the data depends on (`data.module.data_identity`).
+        data: what the order of the data depends on (`data.identity`).
         resumed: the checkpoint that this life of the run starts from.
     """
 

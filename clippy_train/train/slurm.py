@@ -12,6 +12,8 @@ signalled and ended by the same code as on a laptop, and it does not matter how 
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from clippy_train.config import TrainConfig
-from clippy_train.errors import ConfigError, Interrupted, Stuck
+from clippy_train.errors import Interrupted, Stuck
 from clippy_train.train.checkpoint import checkpoints, step_of
 from clippy_train.train.cluster import JOB
 from clippy_train.train.node import SIGNALS, STRAGGLER_SECONDS, free_port, handling_signals
@@ -86,12 +88,19 @@ def begin_life(run_dir: Path, job: str) -> list[int]:
     return steps
 
 
-def require_alone(run_dir: Path) -> None:
-    """Raises ConfigError while another job trains in this folder."""
-    path = run_dir / LIVES
-    other = json.loads(path.read_text())["job"] if path.exists() else os.environ[JOB]
-    if other != os.environ[JOB] and job_facts(other).get("JobState") in ("RUNNING", "SUSPENDED", "COMPLETING"):
-        raise ConfigError(f"job {other} trains in {run_dir}; wait for it, or choose another run.name")
+def life() -> str:
+    """This life of this job, in words that `has_ended` understands."""
+    return f"life {os.environ.get('SLURM_RESTART_COUNT', 0)} of job {os.environ[JOB]}"
+
+
+def has_ended(who: str) -> bool:
+    """Whether `who` is a life of a job, and over: it is an earlier one of this job, or Slurm says so."""
+    named = re.fullmatch(r"life (\d+) of job (\S+)", who)
+    if not named or not shutil.which("scontrol"):
+        return False
+    if named[2] == os.environ.get(JOB):
+        return int(named[1]) < int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return job_facts(named[2]).get("JobState") not in ("RUNNING", "SUSPENDED", "COMPLETING")
 
 
 def last_step(run_dir: Path) -> int:

@@ -37,7 +37,7 @@ def report(run_dir: Path, ranks: Mapping[int, subprocess.Popen]) -> str:
 
 def tidy(run_dir: Path) -> None:
     """Remove the folder of stacks if there are none."""
-    if not any(file.stat().st_size for file in (run_dir / STACKS).glob("*")):
+    if not any(map(_read, (run_dir / STACKS).glob("*"))):
         shutil.rmtree(run_dir / STACKS, ignore_errors=True)
 
 
@@ -48,4 +48,8 @@ def _innermost(text: str) -> str:
 
 
 def _read(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
+    """Its text, or none: the launcher of another node may have tidied up."""
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""

@@ -73,6 +73,7 @@ def build_trainer(config: TrainConfig, **kwargs: Any) -> pl.Trainer:
         check_val_every_n_epoch=None,
         deterministic=settings.deterministic,
         use_distributed_sampler=False,
+        inference_mode=False,  # what a validation caches, such as a mask, is used in training
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
