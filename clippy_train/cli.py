@@ -25,7 +25,6 @@ def run_corpus(settings: config.CorpusConfig) -> int:
     from clippy_train.corpus.build import build_corpus
     from clippy_train.corpus.manifest import statistics
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that nothing half-written stays
     print_table(f"corpus in {settings.out}", statistics(build_corpus(settings)))
     return 0
 
@@ -107,9 +106,10 @@ def run_interactive(settings: config.GenerateConfig) -> int:
 def run_evaluate(settings: config.EvaluateConfig) -> int:
     from clippy_train.evaluate.humaneval import humaneval
     from clippy_train.evaluate.perplexity import perplexity, tables
-    from clippy_train.results import write_results
+    from clippy_train.results import require_writable, write_results
 
     quiet_transformers()
+    require_writable(settings)
     results: dict[str, Any] = {}
     if settings.task == "humaneval":
         results.update(humaneval(settings))
@@ -163,6 +163,13 @@ VERBS = {
     "demo": Verb(config.DemoConfig, run_demo, "the whole pipeline on the source code of this Python, in minutes"),
 }
 
+FLAGS = {  # which verb has which
+    "report": (config.CorpusConfig, "corpus"),
+    "interactive": (config.GenerateConfig, "generate"),
+    "multirun": (config.TrainConfig, "train"),
+    "dry_run": (config.TrainConfig, "train"),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code (see `errors`)."""
@@ -173,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 0 if options.help else 2
     verb = VERBS[options.verb]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that nothing half-written stays
     try:
         return _call(verb, options)
     except ClippyError as error:
@@ -183,6 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `clippy ... | head`: nobody reads the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a path that cannot be what it is to be, a full disk
+        print(f"clippy {options.verb}: {error}", file=sys.stderr)
+        return ConfigError.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -216,21 +227,19 @@ def _call(verb: Verb, options: argparse.Namespace) -> int:
         overrides = _keyed(verb, overrides)
     if options.help:
         return _explain(verb, overrides)
+    for flag, (schema, owner) in FLAGS.items():
+        if getattr(options, flag) and verb.schema is not schema:
+            raise ConfigError(f"--{flag.replace('_', '-')} is for clippy {owner}")
     if options.report:
-        if verb.schema is not config.CorpusConfig:
-            raise ConfigError("--report is for clippy corpus")
         return report_corpus(compose.compose(config.CorpusConfig, overrides))
     if options.interactive:
-        if verb.schema is not config.GenerateConfig:
-            raise ConfigError("--interactive is for clippy generate")
         return run_interactive(compose.compose(config.GenerateConfig, overrides))
     if verb.schema is not config.TrainConfig:
         return verb.run(compose.compose(verb.schema, overrides))
+    run = run_plan if options.dry_run else verb.run
     if options.multirun:
-        return sweep(overrides, run_plan if options.dry_run else None)
-    if options.dry_run:
-        return run_plan(compose.compose(config.TrainConfig, overrides))
-    return verb.run(compose.compose(config.TrainConfig, overrides))
+        return sweep(overrides, run_plan if run is run_plan else None)
+    return run(compose.compose(config.TrainConfig, overrides))
 
 
 def _keyed(verb: Verb, arguments: list[str]) -> list[str]:

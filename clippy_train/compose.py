@@ -40,9 +40,12 @@ def compose(schema: type[T], overrides: list[str]) -> T:
 
 def validated(composed: DictConfig, schema: type[T]) -> T:
     """As `compose`, for what is composed already."""
-    if schema is TrainConfig:
-        fill_in(composed)
-    return typed(composed, schema)
+    try:
+        if schema is TrainConfig:
+            fill_in(composed)
+        return typed(composed, schema)
+    except OmegaConfBaseException as error:  # an interpolation of what there is not
+        raise ConfigError(reason(error)) from error
 
 
 def checked(schema: type, overrides: list[str]) -> list[Override]:
@@ -71,19 +74,22 @@ def checked(schema: type, overrides: list[str]) -> list[Override]:
         if name in known and known[name].type in (list[str], list[int]) and value[:1] not in ("[", ""):
             text = f"{name}=[{quoted(value) if known[name].type == list[str] else value}]"  # one is a list of one
         is_text = name in known and known[name].metadata["text"]
-        parsed.append(_parsed(text, f"{name}={quoted(value)}" if is_text else None))
+        parsed.append(_parsed(text, f"{name}={quoted(value)}" if is_text else ""))
     return parsed
 
 
-def _parsed(text: str, as_text: str | None) -> Override:
-    """An override; free text that is no value of Hydra's (a path with `{split}`) is taken as it is typed."""
+def _parsed(text: str, as_text: str) -> Override:
+    """An override; `as_text`, where free text is no value of Hydra's (a path with `{split}`) or another (1.10: 1.1)."""
+    parse = OverridesParser.create().parse_overrides
     try:
-        (parsed,) = OverridesParser.create().parse_overrides([text])
+        (parsed,) = parse([text])
     except HydraException as error:
-        if as_text is None:
+        if not as_text:
             raise ConfigError(f"{text}: {_first_line(error)}") from error
-        (parsed,) = OverridesParser.create().parse_overrides([as_text])
-    return parsed
+    else:
+        if not as_text or not isinstance(parsed.value(), int | float):
+            return parsed
+    return parse([as_text])[0]
 
 
 def quoted(text: str) -> str:

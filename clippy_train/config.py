@@ -6,6 +6,7 @@ wrong with a configuration at once and looks at nothing outside it (files and de
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -43,6 +44,11 @@ def key(
 class RunConfig:
     name: str = key("name of the run: its folder under run.root, so the same name resumes the same run", text=True)
     root: str = key("folder that holds all runs", "runs", text=True)
+
+
+MAX_SEED = 2**31 - 1  # numpy's is 2**32 - 1, and ranks add their number
+# Keys of `model` that must describe the base model, by their name in the Hugging Face configuration.
+SHAPE = ("num_layers", "hidden_size", "num_heads", "window_size", "max_position_embeddings")
 
 
 @dataclass
@@ -291,7 +297,7 @@ class TrainConfig:
         "auto",
         text=True,
     )
-    seed: int = key("seed of the data order, of new weights and of dropout", 42, minimum=0)
+    seed: int = key("seed of the data order, of new weights and of dropout", 42, minimum=0, maximum=MAX_SEED)
 
     @property
     def run_dir(self) -> Path:
@@ -381,7 +387,7 @@ class CorpusConfig:
         "share of repositories (or packages) held out for testing, at least one of them", 0.05, minimum=0.0
     )
     shard_bytes: int = key("largest shard, in bytes before compression", 8_000_000, minimum=1)
-    seed: int = key("seed of the split and of the order of documents", 42, minimum=0)
+    seed: int = key("seed of the split and of the order of documents", 42, minimum=0, maximum=MAX_SEED)
 
 
 @dataclass
@@ -446,7 +452,7 @@ class GenerateConfig:
         "function",
         choices=("function", "none"),
     )
-    seed: int = key("seed of the sampling", 42, minimum=0)
+    seed: int = key("seed of the sampling", 42, minimum=0, maximum=MAX_SEED)
 
 
 @dataclass
@@ -487,7 +493,7 @@ class EvaluateConfig:
     top_p: float = key("humaneval: share of probability mass to sample from", 0.95, minimum=0.0, maximum=1.0)
     max_new_tokens: int = key("humaneval: longest completion in tokens", 384, minimum=1)
     stop: list[str] = key("humaneval: strings that end a completion", STOP_SEQUENCES)
-    seed: int = key("humaneval: seed of the sampling", 42, minimum=0)
+    seed: int = key("humaneval: seed of the sampling", 42, minimum=0, maximum=MAX_SEED)
     allow_code_execution: bool = key(
         "humaneval: run the samples, which are programs that nobody has read, to score them (docs/evaluate.md tells "
         "what the sandbox does not stop)",
@@ -502,7 +508,7 @@ class EvaluateConfig:
 class DemoConfig:
     """`clippy demo`."""
 
-    root: str = key("folder for the demo's corpus and tokenizer", "demo", text=True)
+    root: str = key("folder for the demo's corpus and tokenizer; its name is the run's as well", "demo", text=True)
     vocab_size: int = key("size of the byte-level BPE before the white-space tokens", 4096, minimum=300)
     prompt: str = key("prompt for the trained model (the model card's)", PROMPT, text=True)
 
@@ -545,6 +551,8 @@ def limits_broken(config: Any) -> list[str]:
         for part in name.split("."):
             value = getattr(value, part)
         choices, minimum, maximum = (item.metadata[part] for part in ("choices", "minimum", "maximum"))
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{name}={value}: must be a finite number")
         if choices and value not in choices:
             found.append(f"{name}={value}: choose one of {', '.join(choices)}")
         if minimum is not None and value is not None and value < minimum:

@@ -36,7 +36,10 @@ def demo(config: DemoConfig) -> int:
     started = time.monotonic()
     root = Path(config.root)
     corpus, tokenizer = root / "corpus", root / "tokenizer"
-    run = compose(TrainConfig, ["experiment=demo", f"data.path={corpus}", f"tokenizer.base={tokenizer}"])
+    run = compose(
+        TrainConfig,
+        ["experiment=demo", f"run.name={root.resolve().name}", f"data.path={corpus}", f"tokenizer.base={tokenizer}"],
+    )
     if not corpus.exists():
         _announce("corpus", corpus)
         extensions = "[" + ",".join(EXTENSIONS) + "]"

@@ -7,12 +7,26 @@ of its weights, so that nobody's results end up on the card of another model.
 import dataclasses
 import hashlib
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 from clippy_train.config import EvaluateConfig, keys
 from clippy_train.errors import ConfigError
+
+
+def require_writable(config: EvaluateConfig) -> None:
+    """Raises ConfigError where `config.out` cannot become a file: before hours of work, not after."""
+    if config.out is None:
+        return
+    path = Path(config.out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={path}: {error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"out={path} is a folder, or lies in one that cannot be written: name a file")
 
 
 def write_results(config: EvaluateConfig, results: dict[str, Any]) -> None:
@@ -22,7 +36,6 @@ def write_results(config: EvaluateConfig, results: dict[str, Any]) -> None:
     models = {name: weights_hash(Path(name)) for name in config.model}
     about = {"task": config.task, "command": command(config), "models": models}
     path = Path(config.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text(json.dumps({**results, "about": about}, indent=1) + "\n")
     aside.replace(path)

@@ -62,8 +62,8 @@ class Trial:
 
     @property
     def result(self) -> float | None:
-        """The objective; None unless the trial is done."""
-        return min(self.validations())[0] if self.done else None
+        """The objective; None unless the trial is done, and has its metrics still."""
+        return min(self.validations(), default=(None, 0))[0] if self.done else None
 
 
 class Local:

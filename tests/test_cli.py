@@ -108,10 +108,57 @@ def test_an_unknown_key_names_the_nearest(typed: str, nearest: str, capsys: pyte
         (["trainer.max_steps"], "is not KEY=VALUE"),
         (["optim.betas=[0.9]"], "must be two numbers"),
         (["logger.sample_prompts=[a,'']"], "logger.sample_prompts: a prompt is empty"),
+        (["optim.lr=nan"], "optim.lr=nan: must be a finite number"),
+        (["checkpoint.every_minutes=inf"], "checkpoint.every_minutes=inf: must be a finite number"),
+        (["seed=99999999999"], "seed=99999999999: must be at most"),
+        (["run.name=${nope}"], "nope"),
     ],
 )
 def test_a_wrong_setting_names_its_key_and_the_fix(overrides: list[str], expected: str, capsys) -> None:
     assert expected in fails(capsys, 2, *DEMO, *overrides)
+
+
+def test_a_name_is_what_was_typed() -> None:
+    assert compose(config.TrainConfig, ["experiment=demo", "run.name=1.10"]).run.name == "1.10"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "owner"),
+    [
+        (["export", "run=x", "out={}/new", "--dry-run"], "train"),
+        (["corpus", "out={}/new", "-m"], "train"),
+        (["train", "--report"], "corpus"),
+        (["evaluate", "--interactive"], "generate"),
+    ],
+)
+def test_a_flag_of_another_verb_is_refused(arguments: list[str], owner: str, tmp_path: Path, capsys) -> None:
+    assert f"is for clippy {owner}" in fails(capsys, 2, *(each.format(tmp_path) for each in arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_of_many_trials_trains_none(tmp_path: Path) -> None:
+    arguments = ["plan", "-m", "experiment=code_clippy_125m", f"run.root={tmp_path}/runs", "seed=1,2"]
+    command = [sys.executable, "-m", "clippy_train.cli", *arguments]  # Hydra would set up this process's logging anew
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("2,097,152 tokens") == 2
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["corpus", "{folder}", "out={file}/x"],
+        ["evaluate", "task=perplexity", "model={folder}", "data.path={folder}", "out={file}/x.json"],
+        ["evaluate", "task=perplexity", "model={folder}", "data.path={folder}", "out={folder}"],
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named(
+    arguments: list[str], tmp_path: Path, source_tree: Path, capsys
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    said = fails(capsys, 2, *(each.format(folder=source_tree, file=file) for each in arguments))
+    assert arguments[-1].partition("=")[2].format(folder=source_tree, file=file).removesuffix("/x") in said
 
 
 def test_all_problems_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:

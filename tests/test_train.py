@@ -108,6 +108,13 @@ def test_the_same_command_on_a_finished_run_says_so(runs: Runs, reference: str) 
     assert (runs.folder(reference) / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_refuses_to_continue_as_another_model(runs: Runs, reference: str) -> None:
+    before = (runs.folder(reference) / "config.yaml").read_bytes()
+    refused = runs.train(reference, "trainer.audit=true", "trainer.max_steps=9", "model.num_heads=4", code=4)
+    assert "model.num_heads was 2, is 4" in refused.stderr
+    assert (runs.folder(reference) / "config.yaml").read_bytes() == before
+
+
 def test_an_interrupted_run_resumes_bit_for_bit(runs: Runs, reference: str) -> None:
     name = "interrupted"
     process = runs.start(name, "trainer.audit=true")

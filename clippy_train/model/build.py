@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
-from clippy_train.config import ModelConfig, TokenizerConfig, TrainConfig
+from clippy_train.config import SHAPE, ModelConfig, TokenizerConfig, TrainConfig
 from clippy_train.errors import ConfigError
 from clippy_train.model.embeddings import grow_embeddings
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer
-
-# Keys of `model` that must describe the base model, by their name in the Hugging Face configuration.
-SHAPE = ("num_layers", "hidden_size", "num_heads", "window_size", "max_position_embeddings")
 
 
 def build(config: TrainConfig) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clippy_train import __version__
-from clippy_train.config import TrainConfig, save
+from clippy_train.config import SHAPE, TrainConfig, load, save
 from clippy_train.data.identity import data_identity
 from clippy_train.errors import CheckpointError, ConfigError, DataError
 from clippy_train.sources import open_corpus, require_text
@@ -143,8 +143,8 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
     """The checkpoint that `resume` asks for, verified.
 
     Raises:
-        CheckpointError: there is none where one must be (or the reverse), none is intact, or it belongs to other data
-            or to another optimizer.
+        CheckpointError: there is none where one must be (or the reverse), none is intact, or it belongs to another
+            model, to other data or to another optimizer.
     """
     found = None if config.resume == "never" else find(config.run_dir)
     if config.resume == "never" and checkpoints(config.run_dir):
@@ -154,9 +154,26 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
     if config.resume not in ("auto", "must", "never") and not found:
         found = open_checkpoint(Path(config.resume))
     if found:
+        require_same_model(found, config)
         require_same_data(found, config)
         relaid(found, config)
     return found
+
+
+def require_same_model(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    """Raises CheckpointError if the run that wrote the checkpoint trained a model of another shape."""
+    recorded = checkpoint.path.resolve().parents[1] / CONFIG
+    then = load(recorded).model if recorded.exists() else config.model
+    changed = [
+        f"model.{name} was {getattr(then, name)}, is {getattr(config.model, name)}"
+        for name in SHAPE
+        if getattr(then, name) != getattr(config.model, name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint.path} is of another model: {'; '.join(changed)}. Restore these settings, or start a new run "
+            "with another run.name"
+        )
 
 
 def require_same_data(checkpoint: Checkpoint, config: TrainConfig) -> None:
