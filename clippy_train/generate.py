@@ -31,16 +31,17 @@ def prompt_of(config: GenerateConfig) -> str:
     """The prompt: `prompt`, the content of `file`, or standard input for `prompt=-`.
 
     Raises:
-        ConfigError: none or two of them are set, or the file cannot be read.
+        ConfigError: none or two of them are set, or what they name cannot be read.
     """
     if (config.prompt is None) == (config.file is None):
         raise ConfigError("set one of prompt=TEXT (- reads standard input) and file=PATH, or use --interactive")
-    if config.file is None:
-        return sys.stdin.read() if config.prompt == "-" else str(config.prompt)
+    if config.prompt not in (None, "-"):
+        return str(config.prompt)
     try:
-        return Path(config.file).read_text()
+        return Path(config.file).read_text() if config.file is not None else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"file={config.file} cannot be read: {error}") from error
+        source = f"file={config.file}" if config.file is not None else "prompt=-"
+        raise ConfigError(f"{source} cannot be read: {error}") from error
 
 
 def generate(config: GenerateConfig, prompt: str, out: TextIO | None = None) -> list[str]:
@@ -87,7 +88,9 @@ def completions(model: Any, tokenizer: Any, config: GenerateConfig, prompt: str,
 
 
 def fit(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> None:
-    """Raises ConfigError if the prompt is empty, or too long for a completion of that length."""
+    """Raises ConfigError if the prompt is empty, no text, or too long for a completion of that length."""
+    if not is_text(prompt):
+        raise ConfigError("prompt is not UTF-8")
     length = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     room = getattr(model.config, "max_position_embeddings", None)
     if not length:
@@ -97,6 +100,11 @@ def fit(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> None:
             f"max_new_tokens={max_new_tokens}: with a prompt of {length} tokens it exceeds the model's "
             f"{room} positions; at most {max(0, room - length)} fit"
         )
+
+
+def is_text(prompt: str) -> bool:
+    """Whether every character is one; Python carries bytes that are none as lone surrogates."""
+    return prompt.encode(errors="ignore").decode() == prompt
 
 
 def _prompts(source: TextIO) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Completions: batched as one by one, cut where they must be, streamed as they are returned."""
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,19 @@ def test_several_samples_are_numbered(folder: Path, capsys) -> None:
 def test_a_missing_or_a_second_prompt_is_refused(arguments: list[str], folder: Path, capsys) -> None:
     assert main(["generate", f"model={folder}", *arguments]) == 2
     assert "prompt" in capsys.readouterr().err or arguments == ["file=none"]
+
+
+def test_bytes_that_are_no_text_are_refused(folder: Path, capsys) -> None:
+    assert main(["generate", f"model={folder}", "prompt=a\udcff"]) == 2
+    assert "prompt is not UTF-8" in capsys.readouterr().err
+
+
+def test_weights_that_were_cut_short_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(folder, tmp_path / "cut")
+    with (tmp_path / "cut/model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert main(["generate", f"model={tmp_path / 'cut'}", "prompt=x"]) == 2
+    assert f"no model could be loaded from {tmp_path / 'cut'}" in capsys.readouterr().err
 
 
 def test_interactive_prompts_are_completed_one_after_another(folder: Path) -> None:

@@ -160,3 +160,9 @@ def test_problems_must_be_a_file_in_the_format(tmp_path: Path, capsys) -> None:
     other = write(tmp_path / "other.jsonl", [{"task_id": "a", "prompt": ""}])
     evaluate(other, tmp_path / "x", "allow_code_execution=true", code=3)
     assert "task_id, prompt, test, entry_point" in capsys.readouterr().err
+    evaluate(write(tmp_path / "empty.jsonl", []), tmp_path / "x", "allow_code_execution=true", code=3)
+    assert "holds none" in capsys.readouterr().err
+    short = tmp_path / "short.jsonl.gz"
+    short.write_bytes(gzip.compress(other.read_bytes())[:-9])
+    evaluate(short, tmp_path / "x", "allow_code_execution=true", code=2)
+    assert f"problems={short} cannot be read" in capsys.readouterr().err

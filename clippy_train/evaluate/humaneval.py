@@ -71,6 +71,8 @@ def read_problems(name: str) -> dict[str, Problem]:
             rows = list(datasets.load_dataset(name, split="test"))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ConfigError(f"problems={name} is neither a file nor a dataset: {error}") from error
+    if not rows:
+        raise DataError(f"problems={name} holds none")
     fields = Problem.__dataclass_fields__
     try:
         return {row["task_id"]: Problem(**{field: row[field] for field in fields}) for row in rows}
@@ -83,7 +85,7 @@ def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             return [json.loads(line) for line in file if line.strip()]
-    except OSError as error:
+    except (OSError, EOFError) as error:
         raise ConfigError(f"{key}={path} cannot be read: {error}") from error
     except ValueError as error:
         raise DataError(f"{key}={path} is not a file of JSON lines: {error}") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from clippy_train.config import SHAPE, ModelConfig, TokenizerConfig, TrainConfig
@@ -50,7 +51,7 @@ def load_model(name: str) -> Any:
     """
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
         raise ConfigError(f"no model could be loaded from {name}: {first}") from error
 
