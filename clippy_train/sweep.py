@@ -39,6 +39,7 @@ from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError, Interrupted
 from clippy_train.report import print_columns
 from clippy_train.train.cluster import JOB
+from clippy_train.train.launch import claim
 from clippy_train.train.node import handling_signals
 from clippy_train.train.slurm import last_step
 from clippy_train.trials import OBJECTIVE, Local, Slurm, Trial
@@ -65,6 +66,8 @@ def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None
     run = Sweep(varied, Local(1) if plan else _runner(settings.launcher), plan)
     for first in firsts:
         run.check(first)
+    if isinstance(run.runner, Local) and not plan:
+        claim(Path(settings.run.root) / settings.run.name, f"run.name={settings.run.name}")
     with suppress(Interrupted):
         _multirun(run.batch, [*_plugins(settings, run.runner.parallel), *map(input_line, parsed)])
     return run.end()

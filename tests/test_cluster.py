@@ -260,26 +260,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 CLAIM = """
 import os, sys
 from pathlib import Path
-from clippy_train.config import load
 from clippy_train.train.launch import claim
-claim(load(Path(sys.argv[1])))
+claim(Path(sys.argv[1]), "run.name=x")
 os.execv(sys.executable, [sys.executable, "-c", "print(flush=True); input()"])
 """
 
 
-def test_a_claim_to_a_folder_stays_with_what_the_process_becomes(
-    train_config: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
-    config = train_config(f"run.root={tmp_path}")
-    config.run_dir.mkdir()
-    save(config, config.run_dir / CONFIG)
-    command = [sys.executable, "-c", CLAIM, config.run_dir / CONFIG]
+def test_a_claim_to_a_folder_stays_with_what_the_process_becomes(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    command = [sys.executable, "-c", CLAIM, folder]
     process = processes.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout.readline()
-    with pytest.raises(ConfigError, match=f"process {process.pid} on .* trains in"):
-        claim(config)
+    with pytest.raises(ConfigError, match=rf"run\.name=x: process {process.pid} on .* trains in"):
+        claim(folder, "run.name=x")
     process.communicate(b"\n")
-    claim(config)
+    claim(folder, "run.name=x")
 
 
 def test_a_checkpoint_is_chosen_when_nobody_can_write_another_one(
@@ -289,7 +284,7 @@ def test_a_checkpoint_is_chosen_when_nobody_can_write_another_one(
 
     def found(run_dir: Path) -> None:
         with pytest.raises(ConfigError, match="trains in"):
-            claim(config)
+            claim(config.run_dir, "run.name=x")
 
     monkeypatch.setattr(launch, "find", found)
     with pytest.raises(CheckpointError, match="has no checkpoint"):

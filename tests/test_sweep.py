@@ -56,6 +56,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 def swept(runs: Runs) -> Swept:
     process = start(runs)
     runs.wait_for_step(FIRST, 2, process)
+    refused = runs.clippy("train", "-m", *runs.settings, *SETTINGS, code=2)
+    assert f"run.name=swept: process {process.pid} on " in refused.stderr
     process.send_signal(signal.SIGTERM)
     interrupted = outcome(runs, process)
     continued = outcome(runs, start(runs, "launcher.parallel=2"))

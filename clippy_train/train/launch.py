@@ -29,6 +29,7 @@ from clippy_train.train.node import CONFIG, handling_signals, here, interrupt, r
 from clippy_train.train.stacks import STACKS
 
 ENVIRONMENT = "environment.json"
+UNWRITABLE = "run.root: the run's folder cannot be written: {}"
 LOCK = ".lock"  # in the run folder: held while a command trains there, and names it
 HF_FOLDER = "hf"  # configuration and tokenizer of the model in training, as Hugging Face files
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "deepspeed", "hydra-core", "numpy", "zstandard")
@@ -61,7 +62,7 @@ def prepare(config: TrainConfig) -> list[str] | int:
     if blocked:
         raise blocked[0] if len(blocked) == 1 else type(blocked[0])("\n".join(map(str, blocked)))
     new = not config.run_dir.exists()
-    claim(config)
+    claim(config.run_dir, f"run.name={config.run.name}", slurm.life() if config.launcher.name == "slurm" else "")
     try:
         checkpoint = choose_checkpoint(config)
     except CheckpointError:
@@ -210,36 +211,33 @@ def prepare_run_folder(config: TrainConfig) -> None:
         save(config, config.run_dir / CONFIG)
         (config.run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
-        raise unwritable(config, error) from error
+        raise ConfigError(UNWRITABLE.format(error)) from error
 
 
-def unwritable(config: TrainConfig, error: OSError) -> ConfigError:
-    return ConfigError(f"run.root={config.run.root}: the run's folder cannot be written: {error}")
-
-
-def claim(config: TrainConfig) -> None:
-    """Make the run's folder, and keep every other command out of it until this process has ended, however it ends.
+def claim(folder: Path, setting: str, life: str = "") -> None:
+    """Make the folder of a run, and keep every other command out of it until this process has ended, however it ends.
 
     The system's lock on a file lets go by itself, and stays with a process of torchrun's when that becomes rank 0. Of a
     Slurm job Slurm knows whether it lives: a lock that a dead node left on a shared file system keeps nobody out.
+
+    Args:
+        setting: the key and value that lead to this folder.
+        life: this one of a Slurm job's (`slurm.life`).
 
     Raises:
         ConfigError: another command trains there, or the folder cannot be written.
     """
     try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        holder = os.open(config.run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        folder.mkdir(parents=True, exist_ok=True)
+        holder = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise unwritable(config, error) from error
+        raise ConfigError(UNWRITABLE.format(error)) from error
     who = os.read(holder, 1000).decode() or "another command"
     if not _locked(holder) and not slurm.has_ended(who):
         os.close(holder)
-        raise ConfigError(
-            f"run.name={config.run.name}: {who} trains in {config.run_dir}; wait for it, or choose another run.name"
-        )
-    me = slurm.life() if config.launcher.name == "slurm" else f"process {os.getpid()} on {socket.gethostname()}"
+        raise ConfigError(f"{setting}: {who} trains in {folder}; wait for it, or choose another run.name")
     os.truncate(holder, 0)
-    os.pwrite(holder, me.encode(), 0)
+    os.pwrite(holder, (life or f"process {os.getpid()} on {socket.gethostname()}").encode(), 0)
     os.set_inheritable(holder, True)
 
 
