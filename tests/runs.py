@@ -112,7 +112,7 @@ def rank_pids(run_dir: Path) -> list[int]:
     for entry in Path("/proc").iterdir():
         try:
             line = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            inside = b"clippy_train.train.rank" in line and (entry / "cwd").readlink() == run_dir.parents[1]
+            inside = b"clippy_train.train" in line and (entry / "cwd").readlink() == run_dir.parents[1]
         except OSError:
             continue
         if inside and f"runs/{run_dir.name}".encode() in line:

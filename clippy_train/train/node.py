@@ -26,7 +26,7 @@ from clippy_train.errors import ClippyError, ConfigError, Interrupted
 from clippy_train.train import stacks
 
 CONFIG = "config.yaml"  # in the run folder: what ranks read
-RANK, PREFLIGHT = "clippy_train.train.rank", "clippy_train.train.preflight"  # what a rank's process runs
+RANK, PREFLIGHT = "clippy_train.train", "clippy_train.train.preflight"  # what a rank's process runs
 STRAGGLER_SECONDS = 60.0  # how long the other ranks may take once one has ended well
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # each asks the run to save and stop
 

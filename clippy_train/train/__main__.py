@@ -1,6 +1,6 @@
 """A rank's process. Started by `train.node`, or what a process of torchrun's becomes:
 
-    python -m clippy_train.train.rank RUN_DIR [CHECKPOINT [WHOLE]]
+    python -m clippy_train.train RUN_DIR [CHECKPOINT [WHOLE]]
 
 Importing what `train.run` needs makes half a million objects, and they stay. Looking for garbage among them takes a
 second in all while they are imported, and a quarter of one for each collection later on (DeepSpeed asks for five while
