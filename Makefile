@@ -25,11 +25,11 @@ test: $(READY) ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: $(READY) ## strike runs at random 200 times with kill -9, and 200 times with signals: an hour on two cores
-	$(BIN)/python tests/chaos.py kill
-	$(BIN)/python tests/chaos.py signal
+	cd tests && ../$(BIN)/python -m tools.chaos kill
+	cd tests && ../$(BIN)/python -m tools.chaos signal
 
 chaos-selftest: $(READY) ## take each protection out of a copy, and see the test that guards it fail
-	$(BIN)/python tests/chaos_selftest.py
+	cd tests && ../$(BIN)/python -m tools.chaos_selftest
 
 fuzz: $(READY) ## the long form of the fuzz tests: 6,000 shards, 180,000 lines
 	FUZZ_SHARDS=1500 $(BIN)/pytest -s --timeout=1800 tests/test_fuzz.py

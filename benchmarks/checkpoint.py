@@ -27,10 +27,10 @@ from typing import Any
 
 from clippy_train.config import WHITESPACE_TOKENS, CorpusConfig, DataConfig
 from clippy_train.corpus.build import build_corpus
-from clippy_train.sources import open_corpus
+from clippy_train.run.checkpoint import checkpoints, hash_file, open_checkpoint
+from clippy_train.run.rows import METRICS, read_rows
+from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, train_bpe
-from clippy_train.train.checkpoint import checkpoints, hash_file, open_checkpoint
-from clippy_train.train.record import METRICS, read_rows
 
 VOCAB_SIZE = 50257  # of GPT-2, before the white-space tokens
 SAVES = 5

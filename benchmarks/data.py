@@ -42,10 +42,10 @@ from clippy_train.config import WHITESPACE_TOKENS, CorpusConfig, DataConfig, Tra
 from clippy_train.corpus.build import build_corpus
 from clippy_train.data.module import DataModule
 from clippy_train.data.stream import Cursor, Stream
-from clippy_train.shards import SUFFIX
-from clippy_train.sources import open_corpus
+from clippy_train.shards.format import SUFFIX
+from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, train_bpe
-from clippy_train.train.progress import fresh_cursors
+from clippy_train.train.callbacks.progress import fresh_cursors
 
 SEQ_LEN, MICRO_BATCH = 2048, 8  # the recipe's
 ROUNDS = 4

@@ -42,10 +42,10 @@ from clippy_train.model.flops import flops_per_token, peak_flops
 from clippy_train.model.loss import loss_head, mean_loss
 from clippy_train.optim import build_optimizer, clip_grad_norm
 from clippy_train.report import quiet_transformers
+from clippy_train.train.callbacks.health import Finite
+from clippy_train.train.callbacks.monitor import Monitor
+from clippy_train.train.callbacks.progress import Progress, fresh_cursors
 from clippy_train.train.module import CodeLM
-from clippy_train.train.monitor import Monitor
-from clippy_train.train.progress import Progress, fresh_cursors
-from clippy_train.train.sanity import Finite
 from clippy_train.train.strategy import build_trainer
 
 VOCAB_SIZE = 50261

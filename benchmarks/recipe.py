@@ -20,9 +20,9 @@ from transformers import GPT2Tokenizer
 
 from clippy_train.config import WHITESPACE_TOKENS, DataConfig
 from clippy_train.data.module import encoder
-from clippy_train.sources import open_corpus
+from clippy_train.run.rows import read_rows
+from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, take_out
-from clippy_train.train.record import read_rows
 
 PLAIN = "./demo/tokenizer-plain"  # the demo's tokenizer without white-space tokens
 WARMUP = 50  # the demo's

@@ -17,8 +17,8 @@ from rich.table import Table
 from clippy_train import __version__, compose, config
 from clippy_train.errors import CheckpointError, ClippyError, ConfigError
 from clippy_train.report import print_columns, print_table, quiet_transformers
-from clippy_train.sweep import sweep
-from clippy_train.trials import follow_sweep
+from clippy_train.sweep.sweep import sweep
+from clippy_train.sweep.trials import follow_sweep
 
 
 def run_corpus(settings: config.CorpusConfig) -> int:
@@ -37,7 +37,7 @@ def report_corpus(settings: config.CorpusConfig) -> int:
 
 
 def run_extend(settings: config.ExtendConfig) -> int:
-    from clippy_train.extend import extend_folder
+    from clippy_train.hf.extend import extend_folder
 
     quiet_transformers()
     print(extend_folder(settings))
@@ -45,7 +45,7 @@ def run_extend(settings: config.ExtendConfig) -> int:
 
 
 def run_import(settings: config.ImportConfig) -> int:
-    from clippy_train.import_flax import import_flax
+    from clippy_train.hf.import_flax import import_flax
 
     quiet_transformers()
     print(import_flax(settings))
@@ -53,14 +53,14 @@ def run_import(settings: config.ImportConfig) -> int:
 
 
 def run_train(settings: config.TrainConfig) -> int:
-    from clippy_train.train.launch import train
+    from clippy_train.launch.start import train
 
     follow_sweep()
     return train(settings)
 
 
 def run_checkpoint(settings: config.CheckpointsConfig) -> int:
-    from clippy_train.train.listing import listing
+    from clippy_train.run.listing import listing
 
     header, rows, intact = listing(Path(settings.run), content=settings.action == "verify")
     print_columns(f"checkpoints of {settings.run}", header, rows)
@@ -68,8 +68,8 @@ def run_checkpoint(settings: config.CheckpointsConfig) -> int:
 
 
 def run_plan(settings: config.TrainConfig) -> int:
+    from clippy_train.launch.start import obstacles
     from clippy_train.plan import plan
-    from clippy_train.train.launch import obstacles
 
     print_table("plan", plan(settings))
     for error in obstacles(settings):
@@ -78,7 +78,7 @@ def run_plan(settings: config.TrainConfig) -> int:
 
 
 def run_export(settings: config.ExportConfig) -> int:
-    from clippy_train.export import export
+    from clippy_train.hf.export import export
 
     quiet_transformers()
     print(export(settings))
@@ -106,7 +106,7 @@ def run_interactive(settings: config.GenerateConfig) -> int:
 def run_evaluate(settings: config.EvaluateConfig) -> int:
     from clippy_train.evaluate.humaneval import humaneval
     from clippy_train.evaluate.perplexity import perplexity, tables
-    from clippy_train.results import require_writable, write_results
+    from clippy_train.evaluate.results import require_writable, write_results
 
     quiet_transformers()
     require_writable(settings)

@@ -19,14 +19,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clippy_train.config import TrainConfig, keys, typed
 from clippy_train.errors import ConfigError
-from clippy_train.train.cluster import fill_in
+from clippy_train.launch.resources import fill_in
 
 T = TypeVar("T")
 
 _HERE = Path(__file__).parent
-# In a wheel conf/ and launch/ lie inside the package; in the source tree, beside it.
-_FILES = _HERE if (_HERE / "conf").is_dir() else _HERE.parent
-CONF, LAUNCH = _FILES / "conf", _FILES / "launch"
+# In a wheel the folders conf/ and launch/ are inside the package; in the source tree they are beside it.
+_INSTALLED = (_HERE / "conf").is_dir()
+CONF = _HERE / "conf" if _INSTALLED else _HERE.parent / "conf"
+LAUNCH = _HERE / "launch_scripts" if _INSTALLED else _HERE.parent / "launch"
 
 
 def compose(schema: type[T], overrides: list[str]) -> T:

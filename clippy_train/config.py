@@ -2,7 +2,7 @@
 
 Recipe values (learning rate, steps, batch, ...) have no default here: an experiment under `conf/` pins them. Dull
 knobs have their default here and are absent from `conf/`. `problems(config)` is pure: it reports everything that is
-wrong with a configuration at once and looks at nothing outside it (files and devices are `train.launch`'s).
+wrong with a configuration at once and looks at nothing outside it (files and devices are `launch.start`'s).
 """
 
 import dataclasses
@@ -308,7 +308,7 @@ class TrainConfig:
         """Nodes, and ranks on each of them."""
         nodes, devices = self.trainer.num_nodes, self.trainer.devices
         assert nodes is not None
-        assert devices is not None, "train.cluster fills these in when a configuration is composed"
+        assert devices is not None, "launch.resources fills these in when a configuration is composed"
         return nodes, devices
 
     @property

@@ -7,7 +7,7 @@ them was measured on a GPU by this project.
 from clippy_train.config import TrainConfig
 from clippy_train.model.flops import parameters
 from clippy_train.optim import lr_at
-from clippy_train.shards import READ_BYTES
+from clippy_train.shards.format import READ_BYTES
 
 Range = tuple[float, float]
 

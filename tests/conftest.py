@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import processes
 import pytest
 from hypothesis import HealthCheck, settings
-from small_corpus import make_corpus, make_tokenizer, write_sources
+from support import processes
+from support.small_corpus import make_corpus, make_tokenizer, write_sources
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig

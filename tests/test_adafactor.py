@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from models import gpt_neo
-from runs import Runs, end, losses_and_norms, trained, weights, weights_hash
+from support.models import gpt_neo
+from support.runs import Runs, end, losses_and_norms, trained, weights, weights_hash
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoForCausalLM
 

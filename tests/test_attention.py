@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import gpt_neo, token_ids
+from support.models import gpt_neo, token_ids
 from torch import Tensor
 
 from clippy_train.errors import ConfigError

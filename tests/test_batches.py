@@ -13,25 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
-import processes
 import pytest
 import torch
 import zstandard
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
+from support import oracle, processes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig, save
 from clippy_train.data.module import DataModule, encoder, val_batches
-from clippy_train.data.rows import Row as ScoredRow
-from clippy_train.data.rows import first_blocks
+from clippy_train.data.scored import Row as ScoredRow
+from clippy_train.data.scored import first_blocks
 from clippy_train.data.stream import COUNTS, Cursor, Stream
 from clippy_train.errors import DataError
-from clippy_train.sources import open_corpus
+from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import load_tokenizer
-from clippy_train.train.progress import Progress
+from clippy_train.train.callbacks.progress import Progress
 
 SETTINGS = ["data.seq_len=32", "data.streams=4", "data.window=8", "data.num_workers=0", "trainer.global_batch_size=8"]
 START = np.zeros((4, len(Cursor._fields)), dtype=np.int64)
@@ -316,7 +315,7 @@ from pathlib import Path
 from clippy_train.config import load
 from clippy_train.data.module import DataModule
 from clippy_train.tokenizer import load_tokenizer
-from clippy_train.train.progress import fresh_cursors
+from clippy_train.train.callbacks.progress import fresh_cursors
 config = load(Path(sys.argv[1]))
 batches = iter(DataModule(config, load_tokenizer(config.tokenizer.base), 0, fresh_cursors(4)).train_dataloader())
 next(batches)

@@ -4,8 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from chaos import Blow, Chaos, ask, kill
-from runs import Runs
+from support.runs import Runs
+from tools.chaos import Blow, Chaos, ask, kill
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import DAMAGE, flip
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.damage import DAMAGE, flip
 
 from clippy_train.cli import main
 from clippy_train.compose import compose
 from clippy_train.config import CheckpointConfig, TrainConfig
 from clippy_train.errors import CheckpointError
 from clippy_train.plan import checkpoints_kept
-from clippy_train.train.checkpoint import (
+from clippy_train.run.checkpoint import (
     ASIDE,
     BEST,
     MANIFEST,
@@ -130,7 +130,7 @@ def test_a_file_that_cannot_be_read_is_damage(run_dir: Path, monkeypatch: pytest
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr("clippy_train.train.checkpoint.hash_file", fail)
+    monkeypatch.setattr("clippy_train.run.checkpoint.hash_file", fail)
     with pytest.raises(CheckpointError, match="Input/output error"):
         open_checkpoint(folder(run_dir, 4))
 

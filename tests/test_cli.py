@@ -395,6 +395,6 @@ def test_wrong_types_are_config_errors() -> None:
 def test_a_launcher_needs_no_torch() -> None:
     """It starts ranks, which take seconds to import it; before them come its checks, which a user waits for."""
     code = (
-        "import sys, clippy_train.train.launch; sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
+        "import sys, clippy_train.launch.start; sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,22 +8,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import processes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import Runs, environment, trained, weights_hash
+from support import processes
+from support.runs import Runs, environment, trained, weights_hash
 
 from clippy_train.compose import LAUNCH, compose
 from clippy_train.config import TrainConfig, save
 from clippy_train.data.module import DataModule
 from clippy_train.errors import CheckpointError, ConfigError, Interrupted
+from clippy_train.launch import resources, slurm, start
+from clippy_train.launch.agent import CONFIG, PREFLIGHT, Place, here, rank_environment, run_ranks
+from clippy_train.launch.start import claim
 from clippy_train.plan import plan, tokens_per_second
 from clippy_train.tokenizer import load_tokenizer
-from clippy_train.train import cluster, launch, slurm
-from clippy_train.train.launch import claim
-from clippy_train.train.node import CONFIG, PREFLIGHT, Place, here, rank_environment, run_ranks
-from clippy_train.train.progress import fresh_cursors
+from clippy_train.train.callbacks.progress import fresh_cursors
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
 ON_TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
@@ -40,7 +40,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(cluster, "_visible_gpus", lambda: gpus)
+        monkeypatch.setattr(resources, "_visible_gpus", lambda: gpus)
 
     return surround
 
@@ -66,7 +66,7 @@ def test_devices_are_those_of_the_place(
     config = compose(TrainConfig, ["experiment=code_clippy_125m", *DIVIDES])
     trainer = config.trainer
     assert (config.launcher.name, trainer.accelerator, trainer.num_nodes, trainer.devices) == expected
-    assert not list(cluster.misfits(config))
+    assert not list(resources.misfits(config))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_run_that_does_not_fit_its_place_is_told_why(
     surroundings(variables)
     if overrides == ["launcher=local"]:
         overrides = [*overrides, "trainer.num_nodes=2"]
-    (error,) = cluster.misfits(compose(TrainConfig, ["experiment=code_clippy_125m", *DIVIDES, *overrides]))
+    (error,) = resources.misfits(compose(TrainConfig, ["experiment=code_clippy_125m", *DIVIDES, *overrides]))
     assert said in str(error)
     assert isinstance(error, ConfigError)
 
@@ -123,7 +123,7 @@ RUN_NODES = """
 import sys
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
-from clippy_train.train.slurm import run_nodes
+from clippy_train.launch.slurm import run_nodes
 overrides = ["experiment=demo", "trainer.num_nodes=2", "trainer.devices=1", f"run.root={sys.argv[1]}"]
 config = compose(TrainConfig, overrides)
 config.run_dir.mkdir()
@@ -260,7 +260,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 CLAIM = """
 import os, sys
 from pathlib import Path
-from clippy_train.train.launch import claim
+from clippy_train.launch.start import claim
 claim(Path(sys.argv[1]), "run.name=x")
 os.execv(sys.executable, [sys.executable, "-c", "print(flush=True); input()"])
 """
@@ -286,9 +286,9 @@ def test_a_checkpoint_is_chosen_when_nobody_can_write_another_one(
         with pytest.raises(ConfigError, match="trains in"):
             claim(config.run_dir, "run.name=x")
 
-    monkeypatch.setattr(launch, "find", found)
+    monkeypatch.setattr(start, "find", found)
     with pytest.raises(CheckpointError, match="has no checkpoint"):
-        launch.prepare(config)
+        start.prepare(config)
     assert not config.run_dir.exists()
 
 

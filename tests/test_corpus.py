@@ -14,9 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 import zstandard
+from support import processes
 
 from clippy_train.cli import main
 from clippy_train.config import CorpusConfig, DedupConfig, FilterConfig
@@ -25,7 +25,7 @@ from clippy_train.corpus.document import Document, Unusable
 from clippy_train.corpus.folders import folder_documents
 from clippy_train.corpus.manifest import Tally
 from clippy_train.errors import ConfigError, DataError
-from clippy_train.shards import SPLITS
+from clippy_train.shards.format import SPLITS
 
 CODE = "print('enough text for a file that passes the rule of the smallest size')\n"
 

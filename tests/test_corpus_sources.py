@@ -18,7 +18,7 @@ from clippy_train.corpus.folders import folder_documents
 from clippy_train.corpus.hub import GROUPS, hub_documents
 from clippy_train.corpus.repository import licence, origin
 from clippy_train.errors import DataError
-from clippy_train.filters import META_COLUMNS
+from clippy_train.shards.filters import META_COLUMNS
 
 CODE = "def answer():\n    return 42\n"
 LICENCE_TEXTS = dict(LICENSES)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Runs, weights
+from support.runs import Runs, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clippy_train.optim import parameter_groups
-from clippy_train.train.base_state import MOMENTS
-from clippy_train.train.checkpoint import ASIDE, STATE, checkpoints, folder, open_checkpoint
-from clippy_train.train.consolidate import WEIGHTS, whole_tensors
+from clippy_train.run.checkpoint import ASIDE, STATE, checkpoints, folder, open_checkpoint
+from clippy_train.run.consolidate import WEIGHTS, whole_tensors
+from clippy_train.run.moments import MOMENTS
 
 STEPS = int(os.environ.get("CLIPPY_ELASTIC_STEPS", "2"))  # between two changes; `make elastic` takes 50
 LAYOUTS = [("zero3", 4, 2), ("zero2", 2, 4)]  # strategy, ranks, micro-batch; the run starts with `single`, 1 and 2

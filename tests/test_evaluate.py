@@ -14,17 +14,17 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import gpt_neo, small_bpe
+from support.models import gpt_neo, small_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from clippy_train.cli import main
 from clippy_train.config import DataConfig, TrainConfig
 from clippy_train.data.module import DataModule, encoder
-from clippy_train.data.rows import Groups, block_rows, first_blocks, language, window_rows
+from clippy_train.data.scored import Groups, block_rows, first_blocks, language, window_rows
 from clippy_train.data.stream import Stream
+from clippy_train.evaluate.results import weights_hash
 from clippy_train.model.score import add_scores, measures, new_sums
-from clippy_train.results import weights_hash
-from clippy_train.sources import open_corpus
+from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import load_tokenizer
 
 LANGUAGES = ["Python", "C", None, "C++"]

@@ -5,17 +5,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import hub_server
 import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import Runs
+from support import hub_server
+from support.runs import Runs
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from clippy_train.cli import main
 from clippy_train.config import load
-from clippy_train.train.checkpoint import checkpoints, find_best, read_checkpoint
+from clippy_train.run.checkpoint import checkpoints, find_best, read_checkpoint
 
 TOKEN = "hf_good"
 
@@ -194,7 +194,9 @@ def test_nothing_is_published_without_leave(
 
 
 def test_what_fails_its_check_is_not_published(hub: hub_server.Hub, runs: Runs, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("clippy_train.export.PROBE", "<|endoftext|>")  # which no decoding without special tokens gives
+    monkeypatch.setattr(
+        "clippy_train.hf.export.PROBE", "<|endoftext|>"
+    )  # which no decoding without special tokens gives
     assert main(["export", f"run={runs.folder('run')}", f"out={tmp_path / 'out'}", "push_to=me/model"]) == 4
     assert hub.repositories["me/model"]["files"] == {}
     assert not (tmp_path / "out").exists()

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import WHITESPACE_TOKENS, base_folder, gpt2_bpe, gpt_neo, small_bpe
+from support.models import WHITESPACE_TOKENS, base_folder, gpt2_bpe, gpt_neo, small_bpe
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from clippy_train.config import ExtendConfig, TokenizerConfig
 from clippy_train.errors import ConfigError
-from clippy_train.extend import extend_folder
+from clippy_train.hf.extend import extend_folder
 from clippy_train.model.build import extend
 from clippy_train.tokenizer import END_OF_TEXT, add_whitespace_tokens
 

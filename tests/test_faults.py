@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
 import pytest
-from runs import Runs, environment, rank_pids
+from support import processes
+from support.runs import Runs, environment, rank_pids
 
 from clippy_train.config import DataConfig, TrainConfig, save
 from clippy_train.errors import Diverged, NonFinite
+from clippy_train.launch.agent import CONFIG
 from clippy_train.model.build import build
-from clippy_train.sources import open_corpus
+from clippy_train.run.checkpoint import ASIDE, checkpoints, open_checkpoint, step_of
+from clippy_train.run.rows import RowFile, read_rows
+from clippy_train.shards.sources import open_corpus
 from clippy_train.train import collective
-from clippy_train.train.checkpoint import ASIDE, checkpoints, open_checkpoint, step_of
+from clippy_train.train.callbacks.health import require_equal_replicas
 from clippy_train.train.loggers import EventLogger
 from clippy_train.train.module import CodeLM
-from clippy_train.train.node import CONFIG
-from clippy_train.train.record import RowFile, read_rows
-from clippy_train.train.sanity import require_equal_replicas
 
 LAST_SAVE = 54  # more than twice the disk operations of a save; every later one fails
 POISONED = LAST_SAVE + 2  # a step with a loss that is not a number
@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 def faults(runs: Runs, faults: str) -> Iterator[Path]:
     """Ranks that start now have these faults; yields the file in which they write down what happened."""
     record = runs.root / "faults.jsonl"
-    path = os.pathsep.join([str(Path(__file__).parent / "faulty"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parent / "support" / "faulty"), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"PYTHONPATH": path, "CLIPPY_FAULT": faults, "CLIPPY_FAULT_LOG": str(record)}.items():
             patch.setenv(name, value)
@@ -170,7 +170,7 @@ def test_a_second_interrupt_ends_ranks_that_hear_nothing(
 import sys
 from pathlib import Path
 from clippy_train.config import load
-from clippy_train.train.node import here, run_ranks
+from clippy_train.launch.agent import here, run_ranks
 sys.exit(run_ranks(load(Path({str(config.run_dir / CONFIG)!r})), here(), [], "deaf"))
 """
     launcher = processes.start([sys.executable, "-c", start], cwd=tmp_path, env=environment(tmp_path))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from clippy_train.compose import compose
 from clippy_train.config import CorpusConfig, FilterConfig
 from clippy_train.errors import ConfigError
-from clippy_train.filters import META_COLUMNS, RULES, broken_rule, code_clippy_meta
+from clippy_train.shards.filters import META_COLUMNS, RULES, broken_rule, code_clippy_meta
 
 TEXT = "def f(a):\n    return a\n"
 META = {

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from clippy_train import shards
-from clippy_train.shards import FEED_BYTES, REASONS, Entry, Fields
+from clippy_train.shards import format as shards
+from clippy_train.shards.format import FEED_BYTES, REASONS, Entry, Fields
 
 NUM_SHARDS = int(os.environ.get("FUZZ_SHARDS", "40"))  # of each format
 LINES = 80  # in a shard
@@ -228,7 +228,7 @@ READER = """
 import re, sys
 from collections import Counter
 from pathlib import Path
-from clippy_train.shards import Fields, documents
+from clippy_train.shards.format import Fields, documents
 with open(sys.argv[1], "rb") as file:
     reasons = Counter(reason for _, _, reason in documents(file, sys.argv[1], Fields()))
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1], dict(reasons))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CODE, base_folder, gpt_neo, small_bpe
+from support.models import CODE, base_folder, gpt_neo, small_bpe
 
 from clippy_train.cli import main
 from clippy_train.config import GenerateConfig

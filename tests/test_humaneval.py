@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import base_folder, small_bpe
+from support.models import base_folder, small_bpe
 
 from clippy_train.cli import main
 from clippy_train.evaluate.humaneval import pass_at_k

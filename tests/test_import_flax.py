@@ -14,9 +14,9 @@ import msgpack
 import numpy as np
 import pytest
 import torch
-from make_flax_checkpoint import ACCUMULATION, BETAS, CLIP, MICRO_STEPS, OUT, UPDATES, gradient
-from runs import Runs
 from safetensors.torch import load_file
+from support.runs import Runs
+from tools.make_flax_checkpoint import ACCUMULATION, BETAS, CLIP, MICRO_STEPS, OUT, UPDATES, gradient
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPTNeoForCausalLM
 
@@ -25,14 +25,14 @@ from clippy_train.compose import compose
 from clippy_train.config import ImportConfig, OptimConfig, TrainConfig
 from clippy_train.data.module import DataModule
 from clippy_train.errors import ConfigError
-from clippy_train.export import load_checkpoint_model
-from clippy_train.import_flax import import_flax, read_tree
+from clippy_train.hf.export import load_checkpoint_model
+from clippy_train.hf.import_flax import import_flax, read_tree
 from clippy_train.optim import build_optimizer, lr_at
+from clippy_train.run.checkpoint import STATE, open_checkpoint
+from clippy_train.run.checkpoint import folder as checkpoint_folder
+from clippy_train.run.moments import OPTIMIZER, open_base_state
 from clippy_train.tokenizer import load_tokenizer
-from clippy_train.train.base_state import OPTIMIZER, open_base_state
-from clippy_train.train.checkpoint import STATE, open_checkpoint
-from clippy_train.train.checkpoint import folder as checkpoint_folder
-from clippy_train.train.progress import fresh_cursors
+from clippy_train.train.callbacks.progress import fresh_cursors
 
 ARRAY = 1  # Flax's extension type of an array
 

@@ -4,13 +4,13 @@ import os
 import signal
 from pathlib import Path
 
-import oracle
 import pytest
-from runs import Runs, rank_pids
+from support import oracle
+from support.runs import Runs, rank_pids
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from clippy_train.run.rows import LEDGER, TENSORBOARD, RowFile, read_rows
 from clippy_train.tokenizer import load_tokenizer
-from clippy_train.train.record import LEDGER, TENSORBOARD, RowFile, read_rows
 
 SETTINGS = [
     "trainer.audit=true",

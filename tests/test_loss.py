@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import gpt_neo, token_ids
+from support.models import gpt_neo, token_ids
 from torch import Tensor
 
 from clippy_train.model import loss

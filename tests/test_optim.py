@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flax_trace import FlaxTrace
 from hypothesis import given
 from hypothesis import strategies as st
-from models import gpt_neo
+from support.flax_trace import FlaxTrace
+from support.models import gpt_neo
 from torch import nn
 
 from clippy_train.config import OptimConfig

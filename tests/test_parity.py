@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from flax_trace import FlaxTrace
-from replay import Replay, configuration, train, train_on_two_ranks
+from support.flax_trace import FlaxTrace
+from support.replay import Replay, configuration, train, train_on_two_ranks
 
 from clippy_train.config import OptimConfig
 from clippy_train.model import attention

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flax_trace import FlaxTrace
-from models import gpt_neo, token_ids
 from omegaconf import OmegaConf
-from runs import Runs
+from support.flax_trace import FlaxTrace
+from support.models import gpt_neo, token_ids
+from support.runs import Runs
 
 from clippy_train.compose import CONF, compose
 from clippy_train.config import DataConfig, TrainConfig, keys
@@ -21,9 +21,9 @@ from clippy_train.data.stream import Stream
 from clippy_train.errors import ConfigError
 from clippy_train.model.loss import mean_loss, token_losses
 from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm
-from clippy_train.sources import open_corpus
+from clippy_train.shards.sources import open_corpus
+from clippy_train.train.callbacks.monitor import Clock
 from clippy_train.train.module import CodeLM
-from clippy_train.train.monitor import Clock
 
 HERE = Path(__file__).parent
 COMMAND = HERE / "data" / "card_command.txt"  # the flags of the model card's command line

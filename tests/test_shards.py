@@ -15,9 +15,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clippy_train import shards
 from clippy_train.errors import ConfigError
-from clippy_train.shards import Entry, Fields, Selection, ShardWriter, encode, new_folder, parse
+from clippy_train.shards import format as shards
+from clippy_train.shards.format import Entry, Fields, Selection, ShardWriter, encode, new_folder, parse
 
 
 def jsonl(*texts: str) -> bytes:

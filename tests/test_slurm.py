@@ -16,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import Runs, environment, trained, weights_hash
+from support.runs import Runs, environment, trained, weights_hash
 
 from clippy_train.compose import LAUNCH
 from clippy_train.config import load
 from clippy_train.errors import Interrupted
-from clippy_train.sweep import TABLE
-from clippy_train.train.slurm import LIVES
-from clippy_train.trials import JOB_FILE
+from clippy_train.launch.slurm import LIVES
+from clippy_train.sweep.sweep import TABLE
+from clippy_train.sweep.trials import JOB_FILE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

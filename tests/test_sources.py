@@ -24,14 +24,15 @@ import pytest
 import torch
 import zstandard
 
-from clippy_train import shards, sources
 from clippy_train.config import DataConfig, FilterConfig, TrainConfig
-from clippy_train.data.identity import data_identity
 from clippy_train.data.module import DataModule
 from clippy_train.data.stream import Cursor
 from clippy_train.errors import DataError
-from clippy_train.shards import Entry, ShardWriter
-from clippy_train.sources import ATTEMPTS, Corpus, open_corpus, require_text
+from clippy_train.run.identity import data_identity
+from clippy_train.shards import format as shards
+from clippy_train.shards import sources
+from clippy_train.shards.format import Entry, ShardWriter
+from clippy_train.shards.sources import ATTEMPTS, Corpus, open_corpus, require_text
 from clippy_train.tokenizer import load_tokenizer
 
 TEXTS = [f"document {number}: {random.Random(number).randbytes(37 * number % 101).hex()}" for number in range(120)]

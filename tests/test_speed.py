@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import gpt_neo, token_ids
-from runs import Runs
+from support.models import gpt_neo, token_ids
+from support.runs import Runs
 from torch.utils.flop_counter import FlopCounterMode
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
 from clippy_train.model.flops import flops_per_token, parameters, peak_flops
-from clippy_train.train.monitor import device_peak, progress_line
+from clippy_train.train.callbacks.monitor import device_peak, progress_line
 
 RECIPE = ["experiment=code_clippy_125m"]
 

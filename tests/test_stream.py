@@ -15,13 +15,13 @@ import zstandard
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from clippy_train import shards
 from clippy_train.data import stream as stream_module
 from clippy_train.data.order import parts
 from clippy_train.data.stream import COUNTS, EMPTY_EPOCHS, START, Block, Cursor, Stream
 from clippy_train.errors import DataError
-from clippy_train.shards import REASONS, Fields
-from clippy_train.sources import FileCorpus
+from clippy_train.shards import format as shards
+from clippy_train.shards.format import REASONS, Fields
+from clippy_train.shards.sources import FileCorpus
 
 BAD = -1  # a line that is no document
 EOS = 10**9

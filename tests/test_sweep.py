@@ -12,21 +12,21 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import processes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import Runs
+from support import processes
+from support.runs import Runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
 from clippy_train.config import TrainConfig
 from clippy_train.errors import Interrupted
-from clippy_train.sweep import TABLE, _multirun, _plugins, composition, trial_name
-from clippy_train.train.checkpoint import folder as checkpoint_folder
+from clippy_train.run.checkpoint import folder as checkpoint_folder
+from clippy_train.run.rows import METRICS, TENSORBOARD
+from clippy_train.sweep.sweep import TABLE, _multirun, _plugins, composition, trial_name
+from clippy_train.sweep.trials import FOLLOWS, OBJECTIVE, OUTPUT, Trial
 from clippy_train.train.loggers import CHARTS
-from clippy_train.train.record import METRICS, TENSORBOARD
-from clippy_train.trials import FOLLOWS, OBJECTIVE, OUTPUT, Trial
 
 STEPS = 80
 SETTINGS = [
@@ -152,9 +152,8 @@ def test_a_trial_that_fails_is_marked_and_does_not_end_the_sweep(runs: Runs) -> 
 
 
 def test_a_trial_ends_when_its_sweep_was_killed() -> None:
-    code = (
-        "import time; from clippy_train.trials import follow_sweep; follow_sweep(); print(flush=True); time.sleep(60)"
-    )
+    follow = "from clippy_train.sweep.trials import follow_sweep; follow_sweep()"
+    code = f"import time; {follow}; print(flush=True); time.sleep(60)"
     trial = processes.start(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CODE, WHITESPACE_TOKENS, gpt2_bpe, small_bpe
+from support.models import CODE, WHITESPACE_TOKENS, gpt2_bpe, small_bpe
 from tokenizers import AddedToken
 
 from clippy_train.errors import ConfigError

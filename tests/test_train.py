@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import DAMAGE, flip
-from runs import Runs, end, losses_and_norms, rank_pids, trained, weights, weights_hash
+from support.damage import DAMAGE, flip
+from support.runs import Runs, end, losses_and_norms, rank_pids, trained, weights, weights_hash
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clippy_train.config import CorpusConfig, load
 from clippy_train.corpus.build import build_corpus
 from clippy_train.errors import CheckpointError
-from clippy_train.export import load_checkpoint_model
+from clippy_train.hf.export import load_checkpoint_model
+from clippy_train.launch.start import LOCK
 from clippy_train.model.build import build
 from clippy_train.plan import state_bytes
-from clippy_train.train.checkpoint import STATE, checkpoints, find, open_checkpoint, read_checkpoint
-from clippy_train.train.checkpoint import folder as checkpoint_folder
-from clippy_train.train.launch import LOCK
-from clippy_train.train.record import SAMPLES, read_rows
+from clippy_train.run.checkpoint import STATE, checkpoints, find, open_checkpoint, read_checkpoint
+from clippy_train.run.checkpoint import folder as checkpoint_folder
+from clippy_train.run.rows import SAMPLES, read_rows
 
 
 @pytest.fixture(scope="module")

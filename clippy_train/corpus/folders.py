@@ -19,7 +19,7 @@ from pygments.lexers import find_lexer_class_for_filename
 from clippy_train.corpus.document import Document, Unusable
 from clippy_train.corpus.repository import licence, origin
 from clippy_train.errors import DataError
-from clippy_train.shards import MAX_LINE_BYTES
+from clippy_train.shards.format import MAX_LINE_BYTES
 
 # Folders that hold other people's code, build products or no code.
 SKIPPED = {".git", ".hg", ".svn", "__pycache__", "node_modules", "site-packages", "dist-packages", ".venv", ".tox"}

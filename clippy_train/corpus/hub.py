@@ -13,7 +13,7 @@ from clippy_train.config import CorpusConfig
 from clippy_train.corpus.document import Document, Unusable
 from clippy_train.corpus.folders import language, mime_type
 from clippy_train.errors import DataError
-from clippy_train.filters import code_clippy_meta
+from clippy_train.shards.filters import code_clippy_meta
 
 GROUPS = 4096  # of rows that name no repository: each group is one, so memory does not grow with the rows
 

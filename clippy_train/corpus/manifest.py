@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clippy_train.errors import DataError
-from clippy_train.sources import MANIFEST
+from clippy_train.shards.sources import MANIFEST
 
 VERSION = 2
 UNKNOWN = "unknown"  # a language or licence that no one stated

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from clippy_train.config import TrainConfig
-from clippy_train.data.rows import Groups, Row, block_rows, collate_rows, first_blocks, language
+from clippy_train.data.scored import Groups, Row, block_rows, collate_rows, first_blocks, language
 from clippy_train.data.stream import Block, Cursor, Stream
 from clippy_train.errors import DataError
-from clippy_train.sources import Corpus, open_corpus
+from clippy_train.shards.sources import Corpus, open_corpus
 
 # Rounds that a loader process makes ahead, 8 kB a block. A stream tokenises several documents at a time, so rounds cost
 # from nothing to a second: processes that take turns must not wait for each other's dear ones.

@@ -14,8 +14,8 @@ import numpy as np
 
 from clippy_train.data.order import Part, parts, shuffled
 from clippy_train.errors import DataError
-from clippy_train.shards import FILTERED, REASONS
-from clippy_train.sources import Corpus
+from clippy_train.shards.format import FILTERED, REASONS
+from clippy_train.shards.sources import Corpus
 
 ENCODE_DOCUMENTS = 16  # documents tokenised at once: enough for the tokenizer's batch speed, few to redo on a resume
 EMPTY_EPOCHS = 10  # in a row before a stream gives up: shards without a document may fall to it now and then

@@ -1,6 +1,6 @@
 """`clippy evaluate task=perplexity`: how well models predict a split, in total, by language and by repository.
 
-Promises: rows, sums and measures are those of validation during training (`data.rows`, `model.score`), so the same
+Promises: rows, sums and measures are those of validation during training (`data.scored`, `model.score`), so the same
 blocks give the same numbers. Bits per byte do not depend on the tokenizer and are the number to compare models by; with
 `stride` every model is scored on exactly the same bytes. Costs one forward pass over the rows; memory for one batch.
 """
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from clippy_train.config import EvaluateConfig
 from clippy_train.data.module import encode
-from clippy_train.data.rows import (
+from clippy_train.data.scored import (
     Groups,
     Row,
     block_rows,
@@ -31,7 +31,7 @@ from clippy_train.errors import ConfigError, DataError
 from clippy_train.generate import load_both
 from clippy_train.model.loss import token_losses
 from clippy_train.model.score import add_scores, measures, new_sums
-from clippy_train.sources import open_corpus
+from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import is_byte_level, token_bytes, without_whitespace_tokens
 
 Label = tuple[str, str]  # language, repository

@@ -1,8 +1,8 @@
-"""A rank's process. Started by `train.node`, or what a process of torchrun's becomes:
+"""A rank's process. Started by `launch.agent`, or what a process of torchrun's becomes:
 
     python -m clippy_train.train RUN_DIR [CHECKPOINT [WHOLE]]
 
-Importing what `train.run` needs makes half a million objects, and they stay. Looking for garbage among them takes a
+Importing what `train.rank` needs makes half a million objects, and they stay. Looking for garbage among them takes a
 second in all while they are imported, and a quarter of one for each collection later on (DeepSpeed asks for five while
 it starts), so both are left out. What the run makes itself is collected as ever.
 """
@@ -14,7 +14,7 @@ import sys
 
 def main(*arguments: str) -> int:
     gc.disable()
-    from clippy_train.train.run import main as run
+    from clippy_train.train.rank import main as run
 
     gc.freeze()
     gc.enable()

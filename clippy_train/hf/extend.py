@@ -1,0 +1,28 @@
+"""`clippy extend`: a model and its tokenizer with white-space tokens, as a new Hugging Face folder."""
+
+from pathlib import Path
+
+from clippy_train.config import ExtendConfig, TokenizerConfig
+from clippy_train.model.build import extend, load_model, save_model
+from clippy_train.shards.format import new_folder
+from clippy_train.tokenizer import load_tokenizer
+
+
+def extend_folder(config: ExtendConfig) -> str:
+    """Write the extended model and tokenizer to `out`; returns what was done in one line.
+
+    Raises:
+        ConfigError: `base` cannot be loaded, or `out` is not empty.
+    """
+    with new_folder(Path(config.out), "out") as out:
+        model, tokenizer = load_model(config.base), load_tokenizer(config.base)
+        before = len(tokenizer)
+        settings = TokenizerConfig(
+            base=config.base,
+            whitespace_tokens=config.whitespace_tokens,
+            matching=config.matching,
+            new_row_init=config.new_row_init,
+        )
+        extend(model, tokenizer, settings)
+        save_model(model, tokenizer, out)
+    return f"{config.out}: {before:,} tokens and {len(tokenizer) - before} new ones"

@@ -1,0 +1,199 @@
+"""The ranks of one node: one process per device, signals passed on to them, one exit code for all of them.
+
+The launcher runs this for its own machine. Under Slurm it is what srun starts once on each node:
+
+    python -m clippy_train.launch.agent RUN_DIR HOST:PORT [CHECKPOINT [WHOLE]]
+
+so that a cluster and a laptop share their handling of signals, stragglers, hangs and exit codes. The exit code is that
+of the first rank that ends with an error. (torchrun's agent would replace it by its own.)
+"""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from clippy_train.config import TrainConfig, load
+from clippy_train.errors import ClippyError, ConfigError, Interrupted
+from clippy_train.launch import stacks
+
+CONFIG = "config.yaml"  # in the run folder: what ranks read
+RANK, PREFLIGHT = "clippy_train.train", "clippy_train.launch.preflight"  # what a rank's process runs
+STRAGGLER_SECONDS = 60.0  # how long the other ranks may take once one has ended well
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # each asks the run to save and stop
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node's number, and where rank 0 listens for all ranks."""
+
+    node: int
+    address: str
+    port: int
+
+
+def here() -> Place:
+    """The only node of a run."""
+    return Place(0, "127.0.0.1", free_port())
+
+
+def run_ranks(config: TrainConfig, place: Place, arguments: list[str], module: str = RANK) -> int:
+    """Start one process per device of this node, pass signals on to them, and return their exit code.
+
+    Children die with this process, however it ends: each holds the read end of a pipe to it. A second SIGINT ends it.
+    """
+    command = [sys.executable, "-m", module, str(config.run_dir), *arguments]
+    ranks: dict[int, subprocess.Popen] = {}
+    asked = False
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if number == signal.SIGINT and asked:
+            sys.exit(128 + number)  # ranks that hang in a collective hear nothing; leaving here kills them
+        asked = asked or number == signal.SIGINT
+        for process in ranks.values():
+            if process.poll() is None:
+                process.send_signal(number)
+
+    # Ranks inherit the blocked signals, so one that comes while they start waits until they can handle it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        with handling_signals(forward):
+            for local_rank in range(config.nodes_and_devices[1]):
+                variables = rank_environment(config, local_rank, place)
+                ranks[int(variables["RANK"])] = subprocess.Popen(
+                    command,
+                    env={**os.environ, **variables},
+                    stdin=subprocess.PIPE,
+                    start_new_session=True,  # a terminal's Ctrl-C reaches the ranks once, through `forward`
+                )
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return _wait(ranks, config.run_dir)
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for process in ranks.values():
+            _kill_group(process)
+        stacks.tidy(config.run_dir)
+        while signal.sigpending() & set(SIGNALS):
+            signal.sigwait(SIGNALS)  # it comes too late to change how the run ended
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def rank_environment(config: TrainConfig, local_rank: int, place: Place) -> dict[str, str]:
+    """The variables that tell a process which rank it is; the names are torchrun's."""
+    _, devices = config.nodes_and_devices
+    variables = {
+        "RANK": str(place.node * devices + local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "GROUP_RANK": str(place.node),
+        "WORLD_SIZE": str(config.world_size),
+        "LOCAL_WORLD_SIZE": str(devices),
+        "MASTER_ADDR": place.address,
+        "MASTER_PORT": str(place.port),
+        "CLIPPY_LAUNCHED": "1",
+        **device_environment(config),
+    }
+    return variables
+
+
+def device_environment(config: TrainConfig) -> dict[str, str]:
+    """Settings of the libraries that a rank uses, where the user has not made them."""
+    if config.trainer.accelerator == "cpu":
+        threads = max(1, (os.cpu_count() or 1) // config.nodes_and_devices[1])
+        chosen = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "DS_ACCELERATOR": "cpu"}
+    else:
+        chosen = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}
+    return {**chosen, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _wait(ranks: Mapping[int, subprocess.Popen], run_dir: Path) -> int:
+    """Wait for all ranks; the first that fails or stands still decides, and ends the others."""
+    deadline = float("inf")
+    while True:
+        codes = [code for code in (process.poll() for process in ranks.values()) if code is not None]
+        failed = [code for code in codes if code not in (0, Interrupted.exit_code)]
+        if failed:
+            return failed[0] if failed[0] > 0 else 1
+        if len(codes) == len(ranks):
+            return max(codes)
+        if codes and deadline == float("inf"):
+            deadline = time.monotonic() + STRAGGLER_SECONDS
+        if stacks.expired(run_dir, ranks):
+            log.error("%s", stacks.report(run_dir, ranks))
+            return 1
+        if time.monotonic() > deadline:
+            log.error("ranks did not end together (exit codes so far: %s)", codes)
+            return 1
+        time.sleep(0.05)
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    """End a rank and everything that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
+
+
+@contextmanager
+def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have `handler` called for each of `SIGNALS` while the block runs."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A signal handler for the time before ranks run."""
+    raise Interrupted("interrupted before the run started: nothing is lost, the same command starts it")
+
+
+def free_port(first: int = 0) -> int:
+    """The first port from `first` on that nothing listens on, on this machine; any with 0."""
+    for port in range(first, first + 100):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port))
+            return listener.getsockname()[1]
+    raise ConfigError(f"no free port between {first} and {first + 100} on {socket.gethostname()}")
+
+
+def main(run_dir: str, meeting_point: str, *arguments: str) -> int:
+    """Run this node's part of a run that lies on all nodes; the preflight goes first."""
+    try:
+        config = _shared_config(Path(run_dir))
+        address, _, port = meeting_point.rpartition(":")
+        place = Place(int(os.environ["SLURM_NODEID"]), address, int(port))
+        if config.launcher.preflight:
+            code = run_ranks(config, place, [], PREFLIGHT)
+            if code:
+                return code
+        return run_ranks(config, replace(place, port=place.port + 1), list(arguments))
+    except ClippyError as error:
+        print(f"{socket.gethostname()}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _shared_config(run_dir: Path) -> TrainConfig:
+    if not (run_dir / CONFIG).exists():
+        raise ConfigError(f"run.root: {run_dir} is not to be seen from this node; it must lie on a shared file system")
+    return load(run_dir / CONFIG)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    with handling_signals(interrupt):
+        sys.exit(main(*sys.argv[1:]))

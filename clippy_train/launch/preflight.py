@@ -1,0 +1,107 @@
+"""Before a run on several nodes: has every rank its device, do the ranks reach each other, and how fast?
+
+    python -m clippy_train.launch.preflight RUN_DIR
+
+in one process per rank, started as a rank is. Costs what importing torch does, and an all-reduce.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from clippy_train.config import TrainConfig, load
+from clippy_train.errors import ClippyError, ConfigError, Interrupted
+from clippy_train.launch.agent import CONFIG, SIGNALS
+
+MEGABYTES = 64  # of the all-reduce
+PATIENCE = timedelta(seconds=90)  # for the slowest rank's import of torch
+
+
+def check(config: TrainConfig) -> str:
+    """Meet all ranks, compare their devices, and time an all-reduce; the result in words. Collective.
+
+    Raises:
+        ConfigError: a node has too few devices, or a rank is out of reach.
+    """
+    cuda = config.trainer.accelerator == "cuda"
+    meet("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    (nodes, devices), world = config.nodes_and_devices, config.world_size
+    visible = torch.cuda.device_count() if cuda else devices
+    seen: list[tuple[str, int]] = [("", 0)] * world
+    dist.all_gather_object(seen, (socket.gethostname(), visible))
+    short = sorted({f"{host} has {count}" for host, count in seen if count < devices})
+    if short:
+        raise ConfigError(
+            f"trainer.devices={devices}, but of CUDA devices {', '.join(short)}: ask Slurm for "
+            f"--gpus-per-node={devices}"
+        )
+    seconds = time_all_reduce(torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu"))
+    rate = 2 * (world - 1) / world * MEGABYTES / 1e3 / seconds
+    return (
+        f"preflight: {nodes} nodes x {devices} {config.trainer.accelerator}, {'nccl' if cuda else 'gloo'}: all-reduce "
+        f"of {MEGABYTES} MB in {1e3 * seconds:.1f} ms, {rate:.2f} GB/s in and out of each rank"
+    )
+
+
+def meet(backend: str) -> None:
+    """Join the process group.
+
+    Raises:
+        ConfigError: not all ranks came in time.
+    """
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except (dist.DistError, RuntimeError) as error:
+        rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        raise ConfigError(
+            f"{socket.gethostname()}: rank {rank} does not meet the others at {address}:{port} "
+            f"({str(error).splitlines()[0]}). Name the network interface that the nodes share in launch/env.sh"
+        ) from error
+
+
+def time_all_reduce(device: torch.device) -> float:
+    """Seconds of the second of two all-reduces; the first opens the connections. Collective."""
+    ranks = dist.get_world_size()
+    for _ in range(2):
+        values = torch.full((MEGABYTES * 250_000,), float(dist.get_rank() + 1), device=device)
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(values)
+        reduced = values[-1].item()  # waits for the device
+        seconds = time.perf_counter() - started
+        assert reduced == ranks * (ranks + 1) / 2
+    return seconds
+
+
+def main(run_dir: str) -> int:
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: os._exit(Interrupted.exit_code))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the node held them back until now
+    leads = os.environ["RANK"] == "0"
+    try:
+        config = load(Path(run_dir) / CONFIG)
+        if config.trainer.accelerator == "cuda" and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        result = check(config)
+        if leads:
+            print(result, flush=True)
+        dist.barrier()
+    except ClippyError as error:
+        if leads or not dist.is_initialized():
+            print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,204 @@
+"""A run inside a Slurm job: srun starts `launch.agent` once on each node; an interrupted job goes back into the queue.
+
+Everything that decides whether a job runs again is here. After exit code 75 (interrupted and saved) it does, unless it
+was cancelled, must not be requeued (`sbatch --no-requeue`), has been so often enough, or made no step in two lives in a
+row. Any other code ends it: a retry mends neither a wrong setting nor a bug. Slurm itself requeues the job of a dead
+node.
+
+srun starts one task for each node, and that one a process for each device, so that a node's ranks are started,
+signalled and ended by the same code as on a laptop, and it does not matter how Slurm binds tasks to cores and GPUs.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from clippy_train.config import TrainConfig
+from clippy_train.errors import Interrupted, Stuck
+from clippy_train.launch.agent import SIGNALS, STRAGGLER_SECONDS, free_port, handling_signals
+from clippy_train.launch.resources import JOB
+from clippy_train.run.checkpoint import checkpoints, step_of
+
+LIVES = "lives.json"  # in the run folder: at which step each life of the job began
+PORTS = range(10_000, 30_000)  # below those that the kernel gives to outgoing connections
+REPEAT_SECONDS = 5.0  # after which a signal is sent to srun once more: it drops those that come while it starts tasks
+PROBE_SECONDS = 60.0  # in which every node of the job must answer
+
+# How the job asked for tasks, which srun would apply to ours.
+TASK_VARIABLES = (
+    "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK",
+    "SRUN_CPUS_PER_TASK", "SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_CPU_BIND", "SLURM_DISTRIBUTION",
+)  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+def run_nodes(config: TrainConfig, arguments: list[str]) -> int:
+    """Run all nodes of this job, and requeue it where that helps; return the run's exit code.
+
+    Raises:
+        Stuck: Slurm has requeued the job again and again, and it does not get anywhere.
+    """
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    steps = begin_life(config.run_dir, os.environ[JOB])
+    stop = why_stop(restarts, steps, config.launcher.max_requeues)
+    if stop:
+        raise Stuck(f"job {os.environ[JOB]} ends here: {stop}")
+    nodes, _ = config.nodes_and_devices
+    code = _srun(nodes, ["-m", "clippy_train.launch.agent", str(config.run_dir), meeting_point(restarts), *arguments])
+    if code == 1 and not _nodes_answer(nodes):
+        log.error("a node of job %s does not answer: interrupted", os.environ[JOB])
+        code = Interrupted.exit_code
+    if code == Interrupted.exit_code:
+        stop = why_stop(restarts + 1, [*steps, last_step(config.run_dir)], config.launcher.max_requeues)
+        requeue(stop)
+    return code
+
+
+def why_stop(requeues: int, steps: Sequence[int], max_requeues: int) -> str | None:
+    """Why a job must not live once more, or None.
+
+    Args:
+        requeues: how often it would have been requeued by then.
+        steps: at which step each life began, and at which the next one would.
+    """
+    if requeues > max_requeues:
+        return f"it was requeued launcher.max_requeues={max_requeues} times"
+    if len(steps) > 2 and steps[-3] == steps[-1]:
+        return f"two lives in a row made no step beyond {steps[-1]}"
+    return None
+
+
+def begin_life(run_dir: Path, job: str) -> list[int]:
+    """Write down at which step this life of a job begins; those of all its lives."""
+    path = run_dir / LIVES
+    lives = json.loads(path.read_text()) if path.exists() else {}
+    steps = [*lives["steps"], last_step(run_dir)] if lives.get("job") == job else [last_step(run_dir)]
+    aside = path.with_suffix(".new")
+    aside.write_text(json.dumps({"job": job, "steps": steps}))
+    aside.replace(path)
+    return steps
+
+
+def life() -> str:
+    """This life of this job, in words that `has_ended` understands."""
+    return f"life {os.environ.get('SLURM_RESTART_COUNT', 0)} of job {os.environ[JOB]}"
+
+
+def has_ended(who: str) -> bool:
+    """Whether `who` is a life of a job, and over: it is an earlier one of this job, or Slurm says so."""
+    named = re.fullmatch(r"life (\d+) of job (\S+)", who)
+    if not named or not shutil.which("scontrol"):
+        return False
+    if named[2] == os.environ.get(JOB):
+        return int(named[1]) < int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return job_facts(named[2]).get("JobState") not in ("RUNNING", "SUSPENDED", "COMPLETING")
+
+
+def last_step(run_dir: Path) -> int:
+    newest = checkpoints(run_dir)[:1]
+    return step_of(newest[0]) if newest else 0
+
+
+def requeue(stop: str | None) -> None:
+    """Put this job back into the queue, unless something speaks against it."""
+    job = os.environ[JOB]
+    facts = job_facts(job)
+    if not stop and facts.get("BatchFlag") != "1":
+        stop = "only batch jobs can be"
+    if not stop and facts.get("Requeue") != "1":
+        stop = "it was submitted with --no-requeue"
+    if not stop and facts.get("JobState") != "RUNNING":
+        stop = f"Slurm is ending it ({facts.get('JobState')})"  # cancelled, or requeued already
+    if stop:
+        print(f"job {job} is not requeued: {stop}", flush=True)
+        return
+    print(f"job {job} is requeued", flush=True)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # Slurm ends this life of the job now
+    subprocess.run(["scontrol", "requeue", job], check=False)
+
+
+def job_facts(job: str) -> dict[str, str]:
+    """What Slurm knows of a job, by its names for it; nothing of one that it has forgotten."""
+    shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False).stdout
+    return dict(item.split("=", 1) for item in shown.split() if "=" in item)
+
+
+def meeting_point(restarts: int) -> str:
+    """HOST:PORT where ranks meet: the first node, and a port of this life of this job; the one after it is used too."""
+    listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    first_node = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()[0]
+    return f"{first_node}:{free_port(first_port(int(os.environ[JOB]), restarts))}"
+
+
+def first_port(job: int, restarts: int) -> int:
+    """Where this life of a job looks for its two ports: apart from the jobs around it and from its own last lives."""
+    return PORTS[0] + (job * 20 + restarts % 10 * 2) % (len(PORTS) - 100)
+
+
+def _srun(nodes: int, command: list[str]) -> int:
+    """Run a Python command once on each node of the job, pass signals on to it, and return its exit code."""
+    process = subprocess.Popen(
+        [*_one_task_each(nodes), sys.executable, *command],
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # a terminal's Ctrl-C reaches it once, through `forward`
+    )
+    asked = False
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        again = asked and number == signal.SIGINT
+        asked = True
+        # Any signal asks for a save; srun passes USR1 on, but kills its tasks when it gets TERM.
+        process.send_signal(signal.SIGTERM if again else signal.SIGUSR1)
+
+    with handling_signals(forward):
+        while True:
+            try:
+                return exit_code(process.wait(REPEAT_SECONDS))
+            except subprocess.TimeoutExpired:
+                if asked:
+                    process.send_signal(signal.SIGUSR1)
+
+
+def exit_code(code: int) -> int:
+    """A run's exit code, from srun's: the largest of its tasks', 128 + N where signal N ended one."""
+    signalled = code - 128 if code > 128 else -code
+    if signalled in SIGNALS:
+        return Interrupted.exit_code  # it came before the task could handle it
+    return code if 0 <= code <= 128 else 1
+
+
+def _one_task_each(nodes: int) -> list[str]:
+    return [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--overlap",  # also from inside a step, such as an interactive shell
+        "--cpu-bind=none",
+        "--kill-on-bad-exit=0",
+        f"--wait={STRAGGLER_SECONDS:.0f}",
+    ]
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in TASK_VARIABLES}
+
+
+def _nodes_answer(nodes: int) -> bool:
+    probe = [*_one_task_each(nodes), "true"]
+    try:
+        return subprocess.run(probe, env=_environment(), timeout=PROBE_SECONDS, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False

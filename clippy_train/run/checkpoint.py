@@ -1,0 +1,250 @@
+"""Checkpoints: complete or absent. Written aside, fsynced, listed in a manifest with a hash for each file, renamed.
+
+A folder such as `checkpoints/step-00000500/` holds the strategy's state (`state`), each rank's random state
+(`rng-*.pt`), and `manifest.json`: step, cursors, counts, what the data depended on, size and SHA-256 of every file and
+of itself. DeepSpeed loads flipped bytes and torn mixes without complaint, so nothing is loaded before its manifest was
+checked. Nothing in a finished folder is ever rewritten. Costs one read of the checkpoint for hashing, at save and at
+start.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clippy_train.config import CheckpointConfig, TrainConfig
+from clippy_train.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+STATE = "state"  # what Lightning's strategy writes: a file, or DeepSpeed's folder
+BEST = "best"  # a link to the checkpoint with the lowest validation
+ASIDE = ".writing"
+VERSION = 2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is.
+
+    Attributes:
+        data: what the order of the data depends on (`run.identity`).
+        layout: what its files depend on (`layout`).
+        bits_per_byte: of the validation after this step; None if there was none.
+        files: size in bytes and SHA-256 of each path inside the folder.
+    """
+
+    step: int
+    tokens: int
+    cursors: list[list[int]]
+    counts: dict[str, int]
+    data: dict[str, Any]
+    layout: dict[str, Any]
+    bits_per_byte: float | None
+    files: dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    manifest: Manifest
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for size, _ in self.manifest.files.values())
+
+
+def layout(config: TrainConfig) -> dict[str, Any]:
+    """What the files of a checkpoint depend on: a run that is laid out otherwise starts from consolidated tensors."""
+    return {
+        "ranks": config.world_size,
+        "strategy.name": config.strategy.name,
+        "strategy.stage": config.strategy.stage,
+        "trainer.precision": config.trainer.precision,
+        "trainer.micro_batch_size": config.trainer.micro_batch_size,
+        "optim.name": config.optim.name,
+    }
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder; -1 if it has another name."""
+    matched = re.fullmatch(r"step-(\d{8})", path.name)
+    return int(matched[1]) if matched else -1
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first, good or not; what was left half-written is not among them."""
+    return sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def find(run_dir: Path, step: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint that passes verification (or that of `step`), or None where the run has none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is intact.
+    """
+    candidates = checkpoints(run_dir) if step is None else [folder(run_dir, step)]
+    broken = []
+    for path in candidates:
+        try:
+            found = open_checkpoint(path)
+        except CheckpointError as error:
+            log.warning("%s", error)
+            broken.append(str(error))
+            continue
+        if broken:
+            log.warning("falling back to %s", path)
+        return found
+    if broken:
+        raise CheckpointError("\n".join([f"no intact checkpoint in {run_dir}:", *broken]))
+    return None
+
+
+def open_checkpoint(path: Path, content: bool = True) -> Checkpoint:
+    """Verify a checkpoint folder against its manifest: every byte, or without `content` names and sizes only.
+
+    Raises:
+        CheckpointError: naming what is wrong with it.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        wrong = _damage(checkpoint, content)
+    except OSError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {', '.join(wrong)}")
+    return checkpoint
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint as its manifest describes it; no other file is looked at.
+
+    Raises:
+        CheckpointError: the manifest is missing, damaged, or another checkpoint's.
+    """
+    try:
+        content = (path / MANIFEST).read_bytes()
+        fields = json.loads(content)
+        version = fields.pop("version")
+        fields.pop("sha256", None)
+        manifest = Manifest(**fields) if version == VERSION else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: no readable {MANIFEST} ({type(error).__name__})") from error
+    if manifest is None:
+        raise CheckpointError(f"{path}: written by another version of this program (format {version})")
+    if encode(manifest) != content:
+        raise CheckpointError(f"{path} is damaged: {MANIFEST} has other content")
+    if step_of(path) not in (-1, manifest.step):
+        raise CheckpointError(f"{path} is damaged: {MANIFEST} is that of step {manifest.step}")
+    return Checkpoint(path, manifest)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of a manifest's file, with a hash of themselves: a reader compares every one of them."""
+    fields = {"version": VERSION, **asdict(manifest)}
+    sha256 = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return json.dumps({**fields, "sha256": sha256}).encode()
+
+
+def _damage(checkpoint: Checkpoint, content: bool) -> list[str]:
+    path, files = checkpoint.path, checkpoint.manifest.files
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
+    wrong = [f"{name} is missing" for name in sorted(files.keys() - present)]
+    wrong += [f"{name} does not belong there" for name in sorted(present - files.keys())]
+    for name in sorted(present & files.keys()):
+        size, sha256 = files[name]
+        if (path / name).stat().st_size != size:
+            wrong.append(f"{name} has another size")
+        elif content and hash_file(path / name) != sha256:
+            wrong.append(f"{name} has other content")
+    return wrong
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(aside: Path, final: Path, manifest: Manifest) -> None:
+    """Put the manifest in place and give the folder its name: from here on the checkpoint exists."""
+    _write(aside / MANIFEST, encode(manifest))
+    _fsync(aside)
+    if final.exists():  # a damaged checkpoint of the same step that was passed over at the start
+        shutil.rmtree(final)
+    aside.rename(final)
+    _fsync(final.parent)
+
+
+def prune(run_dir: Path, step: int, settings: CheckpointConfig) -> None:
+    """Delete what need not be kept now that the checkpoint of `step` is complete, and point to the best one.
+
+    Kept are the newest `keep_last`, those of every `keep_every` steps, and the best. What lies ahead of `step` goes as
+    well: another life of the run wrote it before this one fell back behind it. So does what was left half-written.
+    """
+    for path in (run_dir / "checkpoints").glob(f"*{ASIDE}"):
+        shutil.rmtree(path)
+    for path in checkpoints(run_dir):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+    best, left = find_best(run_dir), checkpoints(run_dir)
+    for path in left[settings.keep_last :]:
+        if path != best and not (settings.keep_every and step_of(path) % settings.keep_every == 0):
+            shutil.rmtree(path)
+    if best:
+        point(run_dir / "checkpoints" / BEST, best)
+
+
+def find_best(run_dir: Path) -> Path | None:
+    """The checkpoint with the lowest validation, the oldest of equals; by their manifests alone."""
+    found = []
+    for path in checkpoints(run_dir):
+        with suppress(CheckpointError):
+            manifest = read_checkpoint(path).manifest
+            if manifest.bits_per_byte is not None:
+                found.append((manifest.bits_per_byte, manifest.step, path))
+    return min(found)[-1] if found else None
+
+
+def point(link: Path, target: Path) -> None:
+    """Make a link to a folder beside it, in one step where there is one already."""
+    aside = link.with_suffix(".new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target.name)
+    aside.replace(link)
+
+
+def seal(path: Path) -> dict[str, list[Any]]:
+    """Bring every file and folder below `path` to the disk; size and SHA-256 of each file."""
+    files = {}
+    for each in sorted(path.rglob("*")):
+        _fsync(each)
+        if each.is_file():
+            files[str(each.relative_to(path))] = [each.stat().st_size, hash_file(each)]
+    return files
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file and bring it to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

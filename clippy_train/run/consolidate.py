@@ -1,0 +1,134 @@
+"""A checkpoint of any strategy and any number of ranks as whole fp32 tensors, by their Hugging Face names.
+
+What `clippy export` writes, and what a run starts from whose layout (ranks, strategy, precision, micro-batch) is not
+that of its checkpoint. Weights and moments are DeepSpeed's fp32 ones, bit for bit. Costs a copy of the state on disk,
+twice while DeepSpeed's converter runs.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from clippy_train.errors import CheckpointError
+from clippy_train.optim import parameter_groups
+from clippy_train.run.checkpoint import ASIDE, STATE, Checkpoint, folder
+from clippy_train.run.moments import MOMENTS, save_base_state
+
+WEIGHTS = "fp32"  # DeepSpeed's name for them; the moments have the same names there as in torch
+WEIGHTS_FILE = "model.safetensors"
+PREFIX = "model."  # the model's name inside `train.module.CodeLM`
+# Tied to the embedding. DeepSpeed's converter, which finds no optimizer state of its own for it, fills it from the
+# bf16 weights: loaded after the embedding, it would round every row.
+HEAD = "lm_head.weight"
+
+Tensors = dict[str, Tensor]
+
+
+def consolidate(checkpoint: Checkpoint, description: Path, run_dir: Path) -> Path:
+    """Write a checkpoint's weights and Adam moments to a folder of the run, as `clippy import` does; returns it.
+
+    It is named like something half-written, so the run's next checkpoint clears it away.
+
+    Raises:
+        CheckpointError: the checkpoint is not of the model that `description` describes, or the disk is full.
+    """
+    out = folder(run_dir, checkpoint.manifest.step).with_suffix(".whole" + ASIDE)
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        out.mkdir(parents=True)
+        tensors = whole_tensors(checkpoint, description, (WEIGHTS, *MOMENTS), out)
+        save_file(tensors.pop(WEIGHTS), out / WEIGHTS_FILE)
+        save_base_state(out, checkpoint.manifest.step, tensors)
+    except OSError as error:
+        shutil.rmtree(out, ignore_errors=True)
+        raise CheckpointError(f"{checkpoint.path} cannot be laid out anew in {out}: {error}") from error
+    return out
+
+
+def whole_tensors(
+    checkpoint: Checkpoint, description: Path, kinds: Sequence[str], aside: Path | None = None
+) -> dict[str, Tensors]:
+    """Each of `kinds` (of `WEIGHTS` and `MOMENTS`) as fp32 tensors by name, without the tied head.
+
+    Args:
+        description: folder with the model's Hugging Face configuration.
+        aside: where DeepSpeed's converter may put a copy of the state for a moment; by default the system's place.
+
+    Raises:
+        CheckpointError: the checkpoint is not of the model that `description` describes.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(description))
+    state = checkpoint.path / STATE
+    if state.is_dir():
+        found = {kind: _unprefixed(tensors) for kind, tensors in _deepspeed(state, kinds, aside).items()}
+    else:
+        found = _torch(state, kinds, model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # the tied head is not among them
+    for tensors in found.values():
+        if tensors.keys() != shapes.keys():
+            wrong = sorted(tensors.keys() ^ shapes.keys())
+            raise CheckpointError(f"{checkpoint.path} is not of this model: it differs in {wrong}")
+    # those of ZeRO-3 are flat, as DeepSpeed's converter leaves them
+    return {kind: {name: each.view(shapes[name]) for name, each in tensors.items()} for kind, tensors in found.items()}
+
+
+@torch.no_grad()
+def set_weights(model: Any, weights: Tensors) -> None:
+    """Give a model the weights that `whole_tensors` found, in place."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def _torch(state: Path, kinds: Sequence[str], model: Any) -> dict[str, Tensors]:
+    """From the file of a run without DeepSpeed, whose optimizer counts parameters in the order of its groups."""
+    content = torch.load(state, weights_only=True)
+    found = {WEIGHTS: _unprefixed(content["state_dict"])}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(parameter)] for group in parameter_groups(model) for parameter in group]
+    for moment in set(kinds) & set(MOMENTS):
+        moments = content["optimizer_states"][0]["state"]
+        found[moment] = {name: moments[index][moment] for index, name in enumerate(order)}
+    return {kind: found[kind] for kind in kinds}
+
+
+def _deepspeed(state: Path, kinds: Sequence[str], aside: Path | None) -> dict[str, Tensors]:
+    with tempfile.TemporaryDirectory(dir=aside) as temporary:
+        universal = _convert_to_universal(state, Path(temporary) / "universal")
+        return {kind: {file.parent.name: _read(file) for file in universal.glob(f"zero/*/{kind}.pt")} for kind in kinds}
+
+
+def _read(file: Path) -> Tensor:
+    content = torch.load(file, weights_only=True)
+    return content["param"] if isinstance(content, dict) else content
+
+
+def _unprefixed(tensors: Tensors) -> Tensors:
+    named = {name.removeprefix(PREFIX): tensor.detach() for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if name != HEAD}
+
+
+def _convert_to_universal(state: Path, out: Path) -> Path:
+    """Convert DeepSpeed's per-rank files to its universal format, one folder for each parameter; returns `out`.
+
+    Raises:
+        CheckpointError: DeepSpeed's converter failed.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command += ["--input_folder", str(state / "checkpoint"), "--output_folder", str(out)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise CheckpointError(f"{state} cannot be consolidated: {result.stderr.strip().splitlines()[-1:]}")
+    return out

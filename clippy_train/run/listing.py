@@ -1,0 +1,61 @@
+"""`clippy checkpoint ls|verify`: the checkpoints of a run, for a person. Only verify reads all of them."""
+
+from datetime import datetime
+from pathlib import Path
+
+from clippy_train.errors import CheckpointError, ConfigError
+from clippy_train.run.checkpoint import MANIFEST, checkpoints, find_best, open_checkpoint, read_checkpoint, step_of
+
+HEADER = ["step", "tokens", "written", "GB", "ranks", "strategy", "", "state"]
+
+
+def listing(run_dir: Path, content: bool) -> tuple[list[str], list[list[str]], bool]:
+    """Headings, a row for each checkpoint, newest first, and whether all of them are intact.
+
+    Args:
+        content: verify every byte; otherwise names and sizes of files, and the manifest.
+
+    Raises:
+        ConfigError: no such run.
+    """
+    if not (run_dir / "checkpoints").is_dir():
+        raise ConfigError(f"run={run_dir}: not a run folder with checkpoints")
+    best = find_best(run_dir)
+    rows: list[list[str]] = []
+    for path in checkpoints(run_dir):
+        pointers = ["last"] if not rows else []
+        pointers += ["best"] if path == best else []
+        rows.append([*_facts(path), ", ".join(pointers), _state(path, content)])
+    return HEADER, rows, all(row[-1] == _intact(content) for row in rows)
+
+
+def _intact(content: bool) -> str:
+    return "intact" if content else "complete"
+
+
+def _state(path: Path, content: bool) -> str:
+    try:
+        open_checkpoint(path, content)
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path} is ").removeprefix(f"{path}: ")
+    return _intact(content)
+
+
+def _facts(path: Path) -> list[str]:
+    """Step, tokens, time, size, ranks and strategy, as far as the manifest can be read."""
+    try:
+        checkpoint = read_checkpoint(path)
+    except CheckpointError:
+        return [str(step_of(path)), "", "", "", "", ""]
+    manifest = checkpoint.manifest
+    written = datetime.fromtimestamp((path / MANIFEST).stat().st_mtime).isoformat(" ", "minutes")
+    name, stage = manifest.layout["strategy.name"], manifest.layout["strategy.stage"] or ""
+    size = f"{checkpoint.num_bytes / 1e9:.3g}"
+    return [
+        f"{manifest.step:,}",
+        f"{manifest.tokens:,}",
+        written,
+        size,
+        str(manifest.layout["ranks"]),
+        f"{name}{stage}",
+    ]

@@ -1,0 +1,182 @@
+"""The trials of a sweep as processes, on this machine or as Slurm jobs: each is a `clippy train` with its own folder.
+
+A trial is done when the checkpoint of its last step is there, whoever wrote it.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from clippy_train.compose import LAUNCH
+from clippy_train.errors import ConfigError, Interrupted
+from clippy_train.launch.slurm import job_facts, last_step
+from clippy_train.run.rows import METRICS, read_rows
+
+OUTPUT = "output.log"  # of a trial that shares the terminal with others
+JOB_FILE = "job.txt"  # the id of a trial's Slurm job
+FOLLOWS = "CLIPPY_SWEEP"  # in the environment of a trial's process: its standard input is a pipe to the sweep
+OBJECTIVE = "val/bits_per_byte"  # its lowest validation decides, whose checkpoint is the run's best
+
+
+@dataclass
+class Trial:
+    """One point of a sweep.
+
+    Attributes:
+        varied: the values that are its own, by key.
+        arguments: of its `clippy train`.
+        code: exit code; None while there is none.
+        job: id of its Slurm job, if it has one that has not ended.
+    """
+
+    varied: dict[str, str]
+    arguments: list[str]
+    run_dir: Path
+    max_steps: int
+    code: int | None = None
+    job: str = ""
+
+    @property
+    def done(self) -> bool:
+        return last_step(self.run_dir) >= self.max_steps
+
+    @property
+    def state(self) -> str:
+        if self.done:
+            return "done"
+        if self.code is None:
+            return f"in the queue: job {self.job}" if self.job else "not started"
+        return "interrupted" if self.code == Interrupted.exit_code else f"failed: exit code {self.code}"
+
+    def validations(self) -> list[tuple[float, int]]:
+        """Bits per byte and step of each validation after a step."""
+        rows = read_rows(self.run_dir / METRICS)
+        return [(row[OBJECTIVE], row["step"]) for row in rows if OBJECTIVE in row and row["step"] > 0]
+
+    @property
+    def result(self) -> float | None:
+        """The objective; None unless the trial is done, and has its metrics still."""
+        return min(self.validations(), default=(None, 0))[0] if self.done else None
+
+
+class Local:
+    """Trials as child processes: one after another on this terminal, or `parallel` at a time, with a file for each."""
+
+    poll_seconds = 0.1
+
+    def __init__(self, parallel: int) -> None:
+        self.parallel = parallel
+        self._processes: dict[Path, subprocess.Popen] = {}
+
+    def start(self, trial: Trial) -> None:
+        trial.run_dir.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as files:
+            output = None
+            if self.parallel > 1:
+                print(f"{trial.run_dir}: started, see {OUTPUT} there", flush=True)
+                output = files.enter_context((trial.run_dir / OUTPUT).open("a"))
+            self._processes[trial.run_dir] = subprocess.Popen(
+                [sys.executable, "-m", "clippy_train.cli", "train", *trial.arguments],
+                env={**os.environ, FOLLOWS: "1"},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # a terminal's Ctrl-C reaches it once, through `stop`
+            )
+
+    def left(self, running: list[Trial]) -> list[Trial]:
+        """The trials that have not ended; the others get their exit code."""
+        for trial in running:
+            code = self._processes[trial.run_dir].poll()
+            trial.code = 128 - code if code is not None and code < 0 else code
+        return [trial for trial in running if trial.code is None]
+
+    def stop(self, number: int) -> None:
+        """Have all trials save and end."""
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+def follow_sweep() -> None:
+    """In a trial's process: save and end when the sweep has gone, however it ended."""
+    if os.environ.pop(FOLLOWS, None):
+        threading.Thread(target=_wait_for_end, daemon=True).start()
+
+
+def _wait_for_end() -> None:
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Slurm:
+    """Trials as jobs of launch/train.sbatch, which go back into the queue by themselves.
+
+    A job outlives the sweep that submitted it; the same sweep later waits for it, instead of submitting another one.
+    """
+
+    poll_seconds = 5.0
+    ENDED = (  # the states that a job does not come back from
+        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+        "REVOKED", "TIMEOUT",
+    )  # fmt: skip
+
+    def __init__(self, parallel: int | None, options: str) -> None:
+        if shutil.which("sbatch") is None:
+            raise ConfigError("launcher=slurm: there is no sbatch on the PATH; leave launcher out to run trials here")
+        self.parallel, self.options = parallel or sys.maxsize, shlex.split(options)
+        self._detached = False
+
+    def start(self, trial: Trial) -> None:
+        trial.run_dir.mkdir(parents=True, exist_ok=True)
+        known = trial.run_dir / JOB_FILE
+        trial.job = known.read_text() if known.exists() else ""
+        if trial.job and self._states([trial.job]).get(trial.job, "COMPLETED") not in self.ENDED:
+            print(f"{trial.run_dir}: waiting for job {trial.job}", flush=True)
+            return
+        output = f"--output={trial.run_dir.resolve()}/slurm-%j.out"
+        command = ["sbatch", "--parsable", f"--job-name={trial.run_dir.name}", output, *self.options]
+        command += [str(LAUNCH / "train.sbatch"), *trial.arguments]
+        submitted = subprocess.run(command, capture_output=True, text=True, check=False)
+        trial.job = submitted.stdout.strip().split(";")[0]
+        if submitted.returncode:
+            print(f"{trial.run_dir}: {submitted.stderr.strip()}", file=sys.stderr)
+            trial.job, trial.code = "", ConfigError.exit_code
+            return
+        known.write_text(trial.job)
+        print(f"{trial.run_dir}: job {trial.job}", flush=True)
+
+    def left(self, running: list[Trial]) -> list[Trial]:
+        """The trials that have not ended; the others get their exit code. None, once the sweep is to end."""
+        states = self._states([trial.job for trial in running if trial.job])
+        for trial in running:
+            if trial.job and states.get(trial.job, "COMPLETED") in self.ENDED:
+                trial.code, trial.job = self._code(trial.job), ""
+        return [] if self._detached else [trial for trial in running if trial.code is None]
+
+    def stop(self, number: int) -> None:
+        """Leave the jobs to Slurm."""
+        self._detached = True
+
+    def _states(self, jobs: list[str]) -> dict[str, str]:
+        """The state of each job that Slurm still knows; `UNKNOWN` for all while it does not answer."""
+        command = ["squeue", "--noheader", "--states=all", "--format=%i %T", f"--jobs={','.join(jobs)}"]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        if asked.returncode and "Invalid job id" not in asked.stderr:
+            return dict.fromkeys(jobs, "UNKNOWN")
+        return dict(line.split() for line in asked.stdout.splitlines())
+
+    def _code(self, job: str) -> int:
+        """The exit code of a job that ended by itself; otherwise, or if Slurm has forgotten it, of an interruption."""
+        facts = job_facts(job)
+        if facts.get("JobState") not in ("COMPLETED", "FAILED"):
+            return Interrupted.exit_code
+        code, number = map(int, facts["ExitCode"].split(":"))
+        return 128 + number if number else code

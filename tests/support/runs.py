@@ -1,0 +1,153 @@
+"""Real training runs for tests: the `clippy` command in child processes, two DeepSpeed ranks, small models."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from clippy_train.hf.export import load_checkpoint_model
+from clippy_train.run.checkpoint import find
+from support import processes
+
+# A model and a batch that train in seconds. `{corpus}` and `{tokenizer}` are filled in by `Runs`.
+SMALL = [
+    "experiment=demo",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.window_size=8",
+    "model.max_position_embeddings=64",
+    "data.seq_len=32",
+    "data.streams=4",
+    "data.window=8",
+    "trainer.global_batch_size=8",
+    "trainer.micro_batch_size=2",
+    "trainer.eval_micro_batch_size=4",
+    "trainer.val_samples=6",
+    "trainer.max_steps=6",
+    "trainer.val_every_steps=4",
+    "trainer.log_every_steps=2",
+    "checkpoint.every_steps=2",
+    "logger.sample_prompts=[]",
+    "optim.warmup_steps=2",
+    "optim.decay_steps=4",
+]
+
+MEASURED = ("throughput/", "system/", "checkpoint/")  # names of what differs from run to run
+
+
+class Runs:
+    """Runs in one folder, on one corpus and tokenizer."""
+
+    def __init__(self, root: Path, corpus: Path, tokenizer: Path) -> None:
+        self.root, self.tokenizer = root, tokenizer
+        self.settings = [*SMALL, f"data.path={corpus}", f"tokenizer.base={tokenizer}"]
+
+    def folder(self, name: str) -> Path:
+        return self.root / "runs" / name
+
+    def train(self, name: str, *overrides: str, code: int = 0) -> subprocess.CompletedProcess:
+        """Train to the end and check the exit code."""
+        return self.clippy("train", *self.settings, f"run.name={name}", *overrides, code=code)
+
+    def clippy(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+        result = subprocess.run(
+            command(*arguments), cwd=self.root, env=environment(self.root), capture_output=True, text=True, timeout=150
+        )
+        assert result.returncode == code, f"exit code {result.returncode}:\n{result.stdout}\n{result.stderr}"
+        return result
+
+    def start(self, name: str, *overrides: str) -> subprocess.Popen:
+        """Start training in the background, in a process group of its own."""
+        return self.start_command("train", *self.settings, f"run.name={name}", *overrides)
+
+    def start_command(self, *arguments: str) -> subprocess.Popen:
+        return processes.start(
+            command(*arguments),
+            cwd=self.root,
+            env=environment(self.root),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def rows(self, name: str, key: str = "train/loss") -> list[dict]:
+        """The logged rows of a run that have `key`."""
+        path = self.folder(name) / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [row for row in rows if key in row]
+
+    def wait_for_step(self, name: str, step: int, process: subprocess.Popen, key: str = "train/loss") -> None:
+        deadline = time.monotonic() + 100
+        while not any(row["step"] >= step for row in self.rows(name, key)):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, f"no step {step} in time"
+            time.sleep(0.02)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "clippy_train.cli", *arguments]
+
+
+def environment(root: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_EXTENSIONS_DIR": str(root / "torch_extensions"),
+        "TMPDIR": str(root),
+    }
+
+
+def rank_pids(run_dir: Path) -> list[int]:
+    """Processes that train `run_dir`: ranks and their loader processes."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            line = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            inside = b"clippy_train.train" in line and (entry / "cwd").readlink() == run_dir.parents[1]
+        except OSError:
+            continue
+        if inside and f"runs/{run_dir.name}".encode() in line:
+            found.append(int(entry.name))
+    return sorted(found)
+
+
+def end(process: subprocess.Popen, number: signal.Signals) -> int:
+    """Signal a launcher and return its exit code."""
+    process.send_signal(number)
+    process.communicate(timeout=90)
+    return process.returncode
+
+
+def trained(row: dict) -> dict:
+    """What a step computed, without what was measured about it."""
+    return {name: value for name, value in row.items() if not name.startswith(MEASURED)}
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a run's newest checkpoint."""
+    checkpoint = find(run_dir)
+    assert checkpoint
+    return {
+        name: parameter.detach()
+        for name, parameter in load_checkpoint_model(run_dir / "hf", checkpoint).named_parameters()
+    }
+
+
+def weights_hash(run_dir: Path) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights(run_dir).items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def losses_and_norms(runs: Runs, name: str) -> list[float]:
+    return [row[key] for row in runs.rows(name) for key in ("train/loss", "train/grad_norm")]

@@ -1,0 +1,254 @@
+"""Strike real runs at random moments, let the same command go on, and compare them with a run that nobody touched.
+
+    python -m tools.chaos kill --trials 200        kill -9: the whole run, single ranks, the launcher, a loader process
+    python -m tools.chaos signal --trials 200      TERM, USR1, USR2, INT to random processes, up to 2 s apart
+
+Every run has two DeepSpeed ZeRO-1 ranks and is struck again and again until it ends by itself. It must then equal the
+reference in every logged loss, gradient norm, digest and validation, in the ledger of what was trained, in the bytes of
+the fp32 weights and in the random state of every rank. Costs about 10 seconds a trial on two cores.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.models import gpt_neo
+from support.runs import Runs, rank_pids, trained, weights_hash
+from support.small_corpus import make_corpus, make_tokenizer
+
+from clippy_train.run.checkpoint import ASIDE, checkpoints, find
+from clippy_train.tokenizer import load_tokenizer
+
+STEPS = 40
+VAL_EVERY = 10
+SETTINGS = [
+    f"trainer.max_steps={STEPS}",
+    f"trainer.val_every_steps={VAL_EVERY}",
+    "checkpoint.every_steps=3",
+    "optim.decay_steps=30",
+    "trainer.audit=true",
+]
+MOMENTS = ("start-up", "step", "save", "validation")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+MAX_SKEW = 2.0  # seconds between the first and the last process that a signal reaches
+GRACE = 30.0  # seconds in which a signalled run must be gone
+TIMEOUT = 120.0  # seconds after which a run counts as hung
+
+
+@dataclass
+class Run:
+    """A run in one of its lives."""
+
+    folder: Path
+    process: subprocess.Popen
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def ranks(self) -> list[int]:
+        return [pid for pid in rank_pids(self.folder) if parent(pid) == self.process.pid]
+
+    def loaders(self) -> list[int]:
+        return sorted(set(rank_pids(self.folder)) - set(self.ranks()))
+
+
+Blow = Callable[[Run, random.Random], str]  # strikes a run; returns what it did
+
+
+def kill(run: Run, rng: random.Random) -> str:
+    """kill -9, without a warning."""
+    victims = {
+        "everything": lambda: [run.process.pid, *rank_pids(run.folder)],
+        "rank 0": lambda: run.ranks()[:1],
+        "rank 1": lambda: run.ranks()[1:],
+        "launcher": lambda: [run.process.pid],
+        "a loader": lambda: run.loaders()[:1],
+    }
+    name = rng.choice(list(victims))
+    for pid in victims[name]():
+        send(pid, signal.SIGKILL)
+    return name
+
+
+def ask(run: Run, rng: random.Random) -> str:
+    """One signal, to some or all of a run's processes."""
+    number = rng.choice(SIGNALS)
+    everyone = [run.process.pid, *rank_pids(run.folder)]
+    choices = [[run.process.pid], run.ranks()[:1], run.ranks()[1:], everyone]
+    targets = rng.choice([each for each in choices if each])  # ranks may not have started
+    for pid in targets:
+        if pid != targets[0]:
+            time.sleep(rng.uniform(0, MAX_SKEW / (len(targets) - 1)))
+        # A second INT means "at once"; one sent to the launcher already reaches every rank.
+        if not (number == signal.SIGINT and pid != targets[0]):
+            send(pid, number)
+    return number.name
+
+
+def send(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):  # it ended by itself just now
+        os.kill(pid, number)
+
+
+class Chaos:
+    """A reference run, and runs that must become equal to it.
+
+    Attributes:
+        counts: what was done and seen, by name.
+    """
+
+    def __init__(self, runs: Runs, seed: int, moments: Sequence[str] = MOMENTS) -> None:
+        self.runs, self.rng, self.moments, self.counts = runs, random.Random(seed), moments, Counter[str]()
+        base = runs.root / "base"  # with dropout, so that a lost random state is another loss
+        vocab_size = len(load_tokenizer(str(runs.tokenizer)))
+        gpt_neo(window=8, hidden=32, heads=2, vocab_size=vocab_size, dropout=0.1).save_pretrained(base)
+        self.settings = [*SETTINGS, f"model.base={base}"]
+        started = time.monotonic()
+        process = runs.start("reference", *self.settings)
+        runs.wait_for_step("reference", 1, process)
+        self.start_up = time.monotonic() - started
+        assert process.wait(TIMEOUT) == 0
+        self.reference = self.outcome("reference")
+
+    def outcome(self, name: str) -> dict[str, Any]:
+        """Everything that must not depend on what happened to a run."""
+        folder = self.runs.folder(name)
+        checkpoint = find(folder)
+        assert checkpoint
+        ledger = folder / "ledger.jsonl"
+        return {
+            "steps": list(map(trained, self.runs.rows(name))),
+            "validations": self.runs.rows(name, "val/loss"),
+            "ledger": ledger.read_text().splitlines() if ledger.exists() else None,
+            "weights": weights_hash(folder),
+            "random state": [
+                str(torch.load(file, weights_only=True)) for file in sorted(checkpoint.path.glob("rng-*"))
+            ],
+        }
+
+    def campaign(self, blow: Blow, trials: int) -> Counter[str]:
+        """Strike until `trials` blows have hit; returns `counts`.
+
+        Raises:
+            AssertionError: a run hung, lost a process, left no checkpoint behind, or became another run.
+        """
+        number = 0
+        while self.counts["trials"] < trials:
+            number += 1
+            name = f"struck-{number}"
+            while self.counts["trials"] < trials and self.strike(name, blow):
+                pass
+            self.runs.train(name, *self.settings)
+            differing = [part for part, value in self.outcome(name).items() if value != self.reference[part]]
+            assert not differing, f"{name} differs from the reference in {differing}; see {self.runs.folder(name)}"
+            self.counts["runs compared"] += 1
+            shutil.rmtree(self.runs.folder(name))
+        return self.counts
+
+    def strike(self, name: str, blow: Blow) -> bool:
+        """Start a life of a run and strike it once; whether it was still there to be struck."""
+        run = Run(self.runs.folder(name), self.runs.start(name, *self.settings))
+        moment = self.rng.choice(self.moments)
+        self.wait_for(moment, run, name)
+        if not run.alive:
+            assert run.process.returncode == 0, run.process.communicate()[0]
+            return False
+        unborn = not rank_pids(run.folder)
+        what = blow(run, self.rng)
+        self.settle(run, name, asked=blow is ask, unborn=unborn)
+        self.counts.update(["trials", f"during {moment}", what])
+        return True
+
+    def wait_for(self, moment: str, run: Run, name: str) -> None:
+        """Wait for a random moment of this kind, or for the run's end."""
+        if moment == "start-up":
+            time.sleep(self.rng.uniform(0, self.start_up))
+            return
+        rows = self.runs.rows(name)
+        done = rows[-1]["step"] if rows else 0
+        first = done + self.rng.randint(1, 8)
+        reached = {
+            "step": lambda: self.last_step(name) >= first,
+            "save": lambda: self.last_step(name) >= first and any(run.folder.glob(f"checkpoints/*{ASIDE}")),
+            "validation": lambda: self.last_step(name) >= first and self.last_step(name) % VAL_EVERY == 0,
+        }[moment]
+        deadline = time.monotonic() + TIMEOUT
+        while run.alive and not reached():
+            assert time.monotonic() < deadline, f"{name} hangs before its {moment}"
+            time.sleep(0.001)
+        time.sleep(self.rng.uniform(0, 0.05))
+
+    def last_step(self, name: str) -> int:
+        path = self.runs.folder(name) / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        try:
+            return json.loads(lines[-1])["step"] if lines else 0
+        except ValueError:
+            return 0  # it is being written
+
+    def settle(self, run: Run, name: str, asked: bool, unborn: bool) -> None:
+        """Wait until nothing of a struck run is left, and check how it left.
+
+        Until its ranks start, a command may not have set up its handlers yet: any signal may end it then.
+        """
+        struck = time.monotonic()
+        said, _ = run.process.communicate(timeout=TIMEOUT)
+        while rank_pids(run.folder):
+            assert time.monotonic() - struck < TIMEOUT, f"{name}: processes {rank_pids(run.folder)} outlive the run"
+            time.sleep(0.01)
+        if any(run.folder.glob(f"checkpoints/*{ASIDE}")):
+            self.counts["inside a save"] += 1
+        if not asked:
+            return
+        seconds = time.monotonic() - struck
+        self.counts["slowest exit, ms"] = max(self.counts["slowest exit, ms"], round(1000 * seconds))
+        assert unborn or run.process.returncode in (0, 75), f"{name}: exit code {run.process.returncode}\n{said}"
+        assert seconds < GRACE, f"{name} took {seconds:.0f} s to leave"
+        self.counts["before its ranks started" if unborn else f"exit code {run.process.returncode}"] += 1
+        rows, newest = self.runs.rows(name), checkpoints(run.folder)
+        assert not rows or newest[0].name == f"step-{rows[-1]['step']:08d}", f"{name} left without saving\n{said}"
+
+
+def parent(pid: int) -> int:
+    try:
+        return int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return -1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("blow", choices=("kill", "signal"))
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--moment", choices=MOMENTS, help="strike only then")
+    options = parser.parse_args()
+    started = time.monotonic()
+    root = Path(tempfile.mkdtemp())  # stays where a run differs, to be looked at
+    corpus = make_corpus(root)
+    chaos = Chaos(
+        Runs(root, corpus, make_tokenizer(corpus, root / "tokenizer")),
+        options.seed,
+        [options.moment] if options.moment else MOMENTS,
+    )
+    counts = chaos.campaign({"kill": kill, "signal": ask}[options.blow], options.trials)
+    shutil.rmtree(root)
+    print(json.dumps({"blow": options.blow, **counts, "seconds": round(time.monotonic() - started)}))
+
+
+if __name__ == "__main__":
+    main()
