@@ -40,12 +40,12 @@ from transformers import GPT2Tokenizer, default_data_collator
 from clippy_train.compose import compose
 from clippy_train.config import WHITESPACE_TOKENS, CorpusConfig, DataConfig, TrainConfig
 from clippy_train.corpus.build import build_corpus
-from clippy_train.data.module import DataModule
 from clippy_train.data.stream import Cursor, Stream
 from clippy_train.shards.format import SUFFIX
 from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, train_bpe
 from clippy_train.train.callbacks.progress import fresh_cursors
+from clippy_train.train.data import DataModule
 
 SEQ_LEN, MICRO_BATCH = 2048, 8  # the recipe's
 ROUNDS = 4

@@ -20,10 +20,10 @@ import psutil
 from clippy_train.compose import compose
 from clippy_train.config import WHITESPACE_TOKENS, CorpusConfig, TrainConfig
 from clippy_train.corpus.build import build_corpus
-from clippy_train.data.module import DataModule
 from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, train_bpe
 from clippy_train.train.callbacks.progress import fresh_cursors
+from clippy_train.train.data import DataModule
 
 PERIOD = 10.0  # seconds between two readings
 WARM_UP = 0.2  # of the time

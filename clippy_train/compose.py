@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clippy_train.config import TrainConfig, keys, typed
-from clippy_train.errors import ConfigError
+from clippy_train.errors import ConfigError, first_line
 from clippy_train.launch.resources import fill_in
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def _parsed(text: str, as_text: str) -> Override:
         (parsed,) = parse([text])
     except HydraException as error:
         if not as_text:
-            raise ConfigError(f"{text}: {_first_line(error)}") from error
+            raise ConfigError(f"{text}: {first_line(error)}") from error
     else:
         if not as_text or not isinstance(parsed.value(), int | float):
             return parsed
@@ -139,12 +139,8 @@ def reason(error: Exception) -> str:
     while cause.__cause__ is not None and not getattr(cause, "full_key", None):
         cause = cause.__cause__
     key = getattr(cause, "full_key", None)
-    text = _first_line(cause) if key else " ".join(str(error).split())
+    text = first_line(cause) if key else " ".join(str(error).split())
     return f"{key}: {text}" if key else text
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def to_yaml(config: Any) -> str:

@@ -51,3 +51,8 @@ class Stuck(ClippyError):
     """A job came back again and again without making a step."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; libraries often add paragraphs of advice."""
+    return str(error).strip().split("\n")[0]

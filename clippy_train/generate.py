@@ -5,26 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from clippy_train.config import GenerateConfig
 from clippy_train.errors import ConfigError
-from clippy_train.model.build import load_model
+from clippy_train.model.load import load_both
 from clippy_train.model.sample import Sampling, at_function_end, complete, never
-from clippy_train.tokenizer import load_tokenizer
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load_both(name: str) -> tuple[Any, Any]:
-    """A model, ready to be evaluated, and its tokenizer.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    return load_model(name).eval().to(device()), load_tokenizer(name)
 
 
 def prompt_of(config: GenerateConfig) -> str:

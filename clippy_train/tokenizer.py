@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from clippy_train.errors import ConfigError
+from clippy_train.errors import ConfigError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -28,7 +28,7 @@ def load_tokenizer(name: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer could be loaded from {name}: {_first_line(error)}") from error
+        raise ConfigError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {name} is not a fast tokenizer with an end-of-text token")
     return tokenizer
@@ -142,7 +142,3 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> np.ndarray:
         else:
             lengths[index] = len(token)  # byte-level BPE writes every byte as one character
     return lengths
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig, save
-from clippy_train.data.module import DataModule, encoder, val_batches
+from clippy_train.data.batches import encoder, val_batches
 from clippy_train.data.scored import Row as ScoredRow
 from clippy_train.data.scored import first_blocks
 from clippy_train.data.stream import COUNTS, Cursor, Stream
@@ -31,6 +31,7 @@ from clippy_train.errors import DataError
 from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train.callbacks.progress import Progress
+from clippy_train.train.data import DataModule
 
 SETTINGS = ["data.seq_len=32", "data.streams=4", "data.window=8", "data.num_workers=0", "trainer.global_batch_size=8"]
 START = np.zeros((4, len(Cursor._fields)), dtype=np.int64)
@@ -313,7 +314,7 @@ RANK = """
 import multiprocessing, sys, time
 from pathlib import Path
 from clippy_train.config import load
-from clippy_train.data.module import DataModule
+from clippy_train.train.data import DataModule
 from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train.callbacks.progress import fresh_cursors
 config = load(Path(sys.argv[1]))

@@ -16,7 +16,6 @@ from support.runs import Runs, environment, trained, weights_hash
 
 from clippy_train.compose import LAUNCH, compose
 from clippy_train.config import TrainConfig, save
-from clippy_train.data.module import DataModule
 from clippy_train.errors import CheckpointError, ConfigError, Interrupted
 from clippy_train.launch import resources, slurm, start
 from clippy_train.launch.agent import CONFIG, PREFLIGHT, Place, here, rank_environment, run_ranks
@@ -24,6 +23,7 @@ from clippy_train.launch.start import claim
 from clippy_train.plan import plan, tokens_per_second
 from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train.callbacks.progress import fresh_cursors
+from clippy_train.train.data import DataModule
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
 ON_TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}

@@ -9,8 +9,9 @@ import torch
 from support.runs import Runs, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from clippy_train.files import STAGING
 from clippy_train.optim import parameter_groups
-from clippy_train.run.checkpoint import ASIDE, STATE, checkpoints, folder, open_checkpoint
+from clippy_train.run.checkpoint import STATE, checkpoints, folder, open_checkpoint
 from clippy_train.run.consolidate import WEIGHTS, whole_tensors
 from clippy_train.run.moments import MOMENTS
 
@@ -100,5 +101,5 @@ def test_fp32_weights_survive_a_move_to_bf16_bit_for_bit(runs: Runs, moved: str)
     after = weights(runs.folder(moved))
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in before.values())
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    left = [path.name for path in (runs.folder(moved) / "checkpoints").iterdir() if path.name.endswith(ASIDE)]
+    left = [path.name for path in (runs.folder(moved) / "checkpoints").iterdir() if path.name.endswith(STAGING)]
     assert not left  # the copy that the run started from

@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from clippy_train.cli import main
 from clippy_train.config import DataConfig, TrainConfig
-from clippy_train.data.module import DataModule, encoder
+from clippy_train.data.batches import encoder
 from clippy_train.data.scored import Groups, block_rows, first_blocks, language, window_rows
 from clippy_train.data.stream import Stream
 from clippy_train.evaluate.results import weights_hash
 from clippy_train.model.score import add_scores, measures, new_sums
 from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import load_tokenizer
+from clippy_train.train.data import DataModule
 
 LANGUAGES = ["Python", "C", None, "C++"]
 

@@ -18,9 +18,10 @@ from support.runs import Runs, environment, rank_pids
 
 from clippy_train.config import DataConfig, TrainConfig, save
 from clippy_train.errors import Diverged, NonFinite
+from clippy_train.files import STAGING
 from clippy_train.launch.agent import CONFIG
 from clippy_train.model.build import build
-from clippy_train.run.checkpoint import ASIDE, checkpoints, open_checkpoint, step_of
+from clippy_train.run.checkpoint import checkpoints, open_checkpoint, step_of
 from clippy_train.run.rows import RowFile, read_rows
 from clippy_train.shards.sources import open_corpus
 from clippy_train.train import collective
@@ -78,7 +79,7 @@ def test_a_save_that_fails_anywhere_leaves_the_checkpoint_before_and_training_go
     unsaved = {row["step"] for row in rows if row is not tried[-1]}
     steps = [open_checkpoint(path).manifest.step for path in reversed(checkpoints(runs.folder("broken")))]
     assert steps == [step for step in range(1, LAST_SAVE + 1) if step not in unsaved]
-    assert not list((runs.folder("broken") / "checkpoints").glob(f"*{ASIDE}"))
+    assert not list((runs.folder("broken") / "checkpoints").glob(f"*{STAGING}"))
     assert [row["step"] for row in runs.rows("broken", "checkpoint/failed")] == [row["step"] for row in rows]
 
 

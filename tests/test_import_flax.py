@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from clippy_train.cli import main
 from clippy_train.compose import compose
 from clippy_train.config import ImportConfig, OptimConfig, TrainConfig
-from clippy_train.data.module import DataModule
 from clippy_train.errors import ConfigError
 from clippy_train.hf.export import load_checkpoint_model
 from clippy_train.hf.import_flax import import_flax, read_tree
@@ -33,6 +32,7 @@ from clippy_train.run.checkpoint import folder as checkpoint_folder
 from clippy_train.run.moments import OPTIMIZER, open_base_state
 from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train.callbacks.progress import fresh_cursors
+from clippy_train.train.data import DataModule
 
 ARRAY = 1  # Flax's extension type of an array
 

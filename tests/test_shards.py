@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clippy_train.errors import ConfigError
+from clippy_train.files import new_folder
 from clippy_train.shards import format as shards
-from clippy_train.shards.format import Entry, Fields, Selection, ShardWriter, encode, new_folder, parse
+from clippy_train.shards.format import Entry, Fields, Selection, ShardWriter, encode, parse
 
 
 def jsonl(*texts: str) -> bytes:

@@ -25,15 +25,16 @@ import torch
 import zstandard
 
 from clippy_train.config import DataConfig, FilterConfig, TrainConfig
-from clippy_train.data.module import DataModule
 from clippy_train.data.stream import Cursor
 from clippy_train.errors import DataError
 from clippy_train.run.identity import data_identity
 from clippy_train.shards import format as shards
-from clippy_train.shards import sources
+from clippy_train.shards import retry, sources
 from clippy_train.shards.format import Entry, ShardWriter
-from clippy_train.shards.sources import ATTEMPTS, Corpus, open_corpus, require_text
+from clippy_train.shards.retry import ATTEMPTS
+from clippy_train.shards.sources import Corpus, open_corpus, require_text
 from clippy_train.tokenizer import load_tokenizer
+from clippy_train.train.data import DataModule
 
 TEXTS = [f"document {number}: {random.Random(number).randbytes(37 * number % 101).hex()}" for number in range(120)]
 
@@ -307,7 +308,7 @@ def serve() -> Iterator[Callable[..., Server]]:
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Short pauses between attempts, and requests of 1000 bytes: several for each shard."""
-    monkeypatch.setattr(sources, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(shards, "READ_BYTES", 1000)
 
 
@@ -367,7 +368,7 @@ def test_a_server_that_goes_on_failing_is_told_after_bounded_attempts(root, serv
 
 
 def test_the_pauses_are_bounded() -> None:
-    pauses = [sources.FIRST_PAUSE * 2**number + sources.FIRST_PAUSE for number in range(ATTEMPTS - 1)]
+    pauses = [retry.FIRST_PAUSE * 2**number + retry.FIRST_PAUSE for number in range(ATTEMPTS - 1)]
     assert sum(pauses) < 30
 
 
@@ -421,7 +422,7 @@ def test_a_protocol_that_cannot_be_used_is_an_error(path, reason) -> None:
 
 @pytest.mark.parametrize("url", ["hf://datasets/org/name/{split}/*.parquet", "https://host/{split}"])
 def test_a_url_names_its_files_by_urls(url) -> None:
-    assert sources._absolute(sources._filesystem(url), url).partition("://")[::2] == url.partition("://")[::2]
+    assert sources._absolute(retry.filesystem(url), url).partition("://")[::2] == url.partition("://")[::2]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -25,8 +25,9 @@ from clippy_train.corpus.hub import hub_documents
 from clippy_train.corpus.manifest import VERSION, Tally, write_manifest
 from clippy_train.corpus.spool import Spool
 from clippy_train.errors import ConfigError, DataError
+from clippy_train.files import new_folder
 from clippy_train.shards.filters import broken_meta_rule, broken_text_rule
-from clippy_train.shards.format import MAX_LINE_BYTES, SPLITS, ShardWriter, encode, new_folder
+from clippy_train.shards.format import MAX_LINE_BYTES, SPLITS, ShardWriter, encode
 
 
 def build_corpus(config: CorpusConfig) -> dict[str, Any]:

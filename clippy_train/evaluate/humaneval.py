@@ -24,7 +24,8 @@ from tqdm import tqdm
 from clippy_train.config import EvaluateConfig
 from clippy_train.errors import ConfigError, DataError
 from clippy_train.evaluate.sandbox import PASSED, Limits, isolation, run_checked
-from clippy_train.generate import fit, load_both
+from clippy_train.generate import fit
+from clippy_train.model.load import load_both
 from clippy_train.model.sample import Sampling, at_sequence, complete
 
 RESULTS = "_results.jsonl"  # behind the name of the samples' file, as OpenAI's harness has it

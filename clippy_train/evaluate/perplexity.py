@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clippy_train.config import EvaluateConfig
-from clippy_train.data.module import encode
+from clippy_train.data.batches import encode
 from clippy_train.data.scored import (
     Groups,
     Row,
@@ -28,7 +28,7 @@ from clippy_train.data.scored import (
 )
 from clippy_train.data.stream import Stream
 from clippy_train.errors import ConfigError, DataError
-from clippy_train.generate import load_both
+from clippy_train.model.load import load_both
 from clippy_train.model.loss import token_losses
 from clippy_train.model.score import add_scores, measures, new_sums
 from clippy_train.shards.sources import open_corpus

@@ -14,6 +14,7 @@ from typing import Any
 
 from clippy_train.config import EvaluateConfig, keys
 from clippy_train.errors import ConfigError
+from clippy_train.files import atomic_write
 
 
 def require_writable(config: EvaluateConfig) -> None:
@@ -35,10 +36,8 @@ def write_results(config: EvaluateConfig, results: dict[str, Any]) -> None:
         return
     models = {name: weights_hash(Path(name)) for name in config.model}
     about = {"task": config.task, "command": command(config), "models": models}
-    path = Path(config.out)
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(json.dumps({**results, "about": about}, indent=1) + "\n")
-    aside.replace(path)
+    with atomic_write(Path(config.out)) as file:
+        file.write(json.dumps({**results, "about": about}, indent=1) + "\n")
 
 
 def read_results(path: str) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from clippy_train.config import ExportConfig, load
 from clippy_train.errors import CheckpointError, ConfigError
 from clippy_train.evaluate.results import read_results, weights_hash
+from clippy_train.files import new_folder
 from clippy_train.hf.card import CURVES, draw_curves, model_card
 from clippy_train.launch.start import CONFIG, ENVIRONMENT, HF_FOLDER
-from clippy_train.model.build import save_model
+from clippy_train.model.load import save_model
 from clippy_train.run.checkpoint import Checkpoint, find, find_best, step_of
 from clippy_train.run.consolidate import WEIGHTS, set_weights, whole_tensors
 from clippy_train.run.rows import METRICS, read_rows
-from clippy_train.shards.format import new_folder
 from clippy_train.tokenizer import load_tokenizer
 
 TOKEN = "HF_TOKEN"

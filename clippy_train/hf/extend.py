@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from clippy_train.config import ExtendConfig, TokenizerConfig
-from clippy_train.model.build import extend, load_model, save_model
-from clippy_train.shards.format import new_folder
+from clippy_train.files import new_folder
+from clippy_train.model.build import extend
+from clippy_train.model.load import load_model, save_model
 from clippy_train.tokenizer import load_tokenizer
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GPTNeoConfig, GPTNeoForCausalLM
 
 from clippy_train.config import ImportConfig
-from clippy_train.errors import ConfigError
-from clippy_train.model.build import share_tensors
+from clippy_train.errors import ConfigError, first_line
+from clippy_train.files import new_folder
+from clippy_train.model.load import share_tensors
 from clippy_train.run.moments import save_base_state
-from clippy_train.shards.format import new_folder
 from clippy_train.tokenizer import load_tokenizer
 
 WEIGHTS, OPT_STATE, TRAINING_STATE = "flax_model.msgpack", "opt_state.msgpack", "training_state.json"
@@ -102,7 +102,7 @@ def load_generation_config(folder: Path, model: GPTNeoForCausalLM) -> Generation
     try:
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"flax={folder}: unreadable generation_config.json: {_first_line(error)}") from error
+        raise ConfigError(f"flax={folder}: unreadable generation_config.json: {first_line(error)}") from error
 
 
 def load_adam(folder: Path, parameters: dict[str, Tensor]) -> tuple[int, dict[str, dict[str, Tensor]], int]:
@@ -187,7 +187,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, LookupError, RecursionError, msgpack.UnpackException) as error:
-        raise ConfigError(f"{path} is damaged: {_first_line(error)}") from error
+        raise ConfigError(f"{path} is damaged: {first_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} is damaged: no dictionary")
     return tree
@@ -246,7 +246,3 @@ def _count(value: Any, path: Path) -> int:
         return int(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path} is damaged: a counter is no number") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -15,8 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -24,11 +24,11 @@ from types import FrameType
 from clippy_train.config import TrainConfig, load
 from clippy_train.errors import ClippyError, ConfigError, Interrupted
 from clippy_train.launch import stacks
+from clippy_train.signals import SIGNALS, handling_signals
 
 CONFIG = "config.yaml"  # in the run folder: what ranks read
 RANK, PREFLIGHT = "clippy_train.train", "clippy_train.launch.preflight"  # what a rank's process runs
 STRAGGLER_SECONDS = 60.0  # how long the other ranks may take once one has ended well
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # each asks the run to save and stop
 
 log = logging.getLogger(__name__)
 
@@ -144,17 +144,6 @@ def _kill_group(process: subprocess.Popen) -> None:
     process.wait()
     if process.stdin:
         process.stdin.close()
-
-
-@contextmanager
-def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `handler` called for each of `SIGNALS` while the block runs."""
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

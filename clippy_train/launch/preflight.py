@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from clippy_train.config import TrainConfig, load
 from clippy_train.errors import ClippyError, ConfigError, Interrupted
-from clippy_train.launch.agent import CONFIG, SIGNALS
+from clippy_train.launch.agent import CONFIG
+from clippy_train.signals import SIGNALS
 
 MEGABYTES = 64  # of the all-reduce
 PATIENCE = timedelta(seconds=90)  # for the slowest rank's import of torch

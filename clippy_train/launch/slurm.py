@@ -23,9 +23,11 @@ from types import FrameType
 
 from clippy_train.config import TrainConfig
 from clippy_train.errors import Interrupted, Stuck
-from clippy_train.launch.agent import SIGNALS, STRAGGLER_SECONDS, free_port, handling_signals
+from clippy_train.files import atomic_write
+from clippy_train.launch.agent import STRAGGLER_SECONDS, free_port
 from clippy_train.launch.resources import JOB
 from clippy_train.run.checkpoint import checkpoints, step_of
+from clippy_train.signals import SIGNALS, handling_signals
 
 LIVES = "lives.json"  # in the run folder: at which step each life of the job began
 PORTS = range(10_000, 30_000)  # below those that the kernel gives to outgoing connections
@@ -82,9 +84,8 @@ def begin_life(run_dir: Path, job: str) -> list[int]:
     path = run_dir / LIVES
     lives = json.loads(path.read_text()) if path.exists() else {}
     steps = [*lives["steps"], last_step(run_dir)] if lives.get("job") == job else [last_step(run_dir)]
-    aside = path.with_suffix(".new")
-    aside.write_text(json.dumps({"job": job, "steps": steps}))
-    aside.replace(path)
+    with atomic_write(path) as file:
+        json.dump({"job": job, "steps": steps}, file)
     return steps
 
 

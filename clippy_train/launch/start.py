@@ -20,13 +20,14 @@ from clippy_train import __version__
 from clippy_train.config import SHAPE, TrainConfig, load, save
 from clippy_train.errors import CheckpointError, ConfigError, DataError
 from clippy_train.launch import slurm, torchrun
-from clippy_train.launch.agent import CONFIG, handling_signals, here, interrupt, run_ranks
+from clippy_train.launch.agent import CONFIG, here, interrupt, run_ranks
 from clippy_train.launch.resources import misfits
 from clippy_train.launch.stacks import STACKS
 from clippy_train.run.checkpoint import Checkpoint, checkpoints, find, layout, open_checkpoint
 from clippy_train.run.identity import data_identity
 from clippy_train.run.moments import BaseState, open_base_state
 from clippy_train.shards.sources import open_corpus, require_text
+from clippy_train.signals import handling_signals
 
 ENVIRONMENT = "environment.json"
 UNWRITABLE = "run.root: the run's folder cannot be written: {}"

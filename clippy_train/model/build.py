@@ -5,17 +5,15 @@ Every rank builds the whole model from the same bits before any strategy sees it
 rank. `extend` is the one code path that adds white-space tokens, for `clippy extend` and for `clippy train`.
 """
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from clippy_train.config import SHAPE, ModelConfig, TokenizerConfig, TrainConfig
 from clippy_train.errors import ConfigError
 from clippy_train.model.embeddings import grow_embeddings
+from clippy_train.model.load import load_model
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer
 
 
@@ -41,32 +39,6 @@ def extend(model: Any, tokenizer: Any, settings: TokenizerConfig, seed: int = 0)
         grow_embeddings(model, tokenizer, pieces, max(num_rows, len(tokenizer)), settings.new_row_init)
     for each in (model.config, model.generation_config):
         each.bos_token_id = each.eos_token_id = tokenizer.eos_token_id
-
-
-def load_model(name: str) -> Any:
-    """Load a causal LM in fp32 from a folder or the hub.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(f"no model could be loaded from {name}: {first}") from error
-
-
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a model and its tokenizer as a Hugging Face folder."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    share_tensors(folder)
-
-
-def share_tensors(folder: Path) -> None:
-    """Let those read a folder's tensors who may read the rest: safetensors keeps its files to their owner."""
-    for path in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "config.json", path)
 
 
 def random_model(settings: ModelConfig, tokenizer: Any, seed: int) -> Any:

@@ -10,7 +10,6 @@ start.
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from contextlib import suppress
@@ -20,11 +19,11 @@ from typing import Any
 
 from clippy_train.config import CheckpointConfig, TrainConfig
 from clippy_train.errors import CheckpointError
+from clippy_train.files import STAGING, atomic_write, fsync, replace_link
 
 MANIFEST = "manifest.json"
 STATE = "state"  # what Lightning's strategy writes: a file, or DeepSpeed's folder
 BEST = "best"  # a link to the checkpoint with the lowest validation
-ASIDE = ".writing"
 VERSION = 2
 
 log = logging.getLogger(__name__)
@@ -178,12 +177,13 @@ def hash_file(path: Path) -> str:
 
 def publish(aside: Path, final: Path, manifest: Manifest) -> None:
     """Put the manifest in place and give the folder its name: from here on the checkpoint exists."""
-    _write(aside / MANIFEST, encode(manifest))
-    _fsync(aside)
+    with atomic_write(aside / MANIFEST, durable=True) as file:
+        file.write(encode(manifest).decode())
+    fsync(aside)
     if final.exists():  # a damaged checkpoint of the same step that was passed over at the start
         shutil.rmtree(final)
     aside.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def prune(run_dir: Path, step: int, settings: CheckpointConfig) -> None:
@@ -192,7 +192,7 @@ def prune(run_dir: Path, step: int, settings: CheckpointConfig) -> None:
     Kept are the newest `keep_last`, those of every `keep_every` steps, and the best. What lies ahead of `step` goes as
     well: another life of the run wrote it before this one fell back behind it. So does what was left half-written.
     """
-    for path in (run_dir / "checkpoints").glob(f"*{ASIDE}"):
+    for path in (run_dir / "checkpoints").glob(f"*{STAGING}"):
         shutil.rmtree(path)
     for path in checkpoints(run_dir):
         if step_of(path) > step:
@@ -202,7 +202,7 @@ def prune(run_dir: Path, step: int, settings: CheckpointConfig) -> None:
         if path != best and not (settings.keep_every and step_of(path) % settings.keep_every == 0):
             shutil.rmtree(path)
     if best:
-        point(run_dir / "checkpoints" / BEST, best)
+        replace_link(run_dir / "checkpoints" / BEST, best)
 
 
 def find_best(run_dir: Path) -> Path | None:
@@ -216,35 +216,11 @@ def find_best(run_dir: Path) -> Path | None:
     return min(found)[-1] if found else None
 
 
-def point(link: Path, target: Path) -> None:
-    """Make a link to a folder beside it, in one step where there is one already."""
-    aside = link.with_suffix(".new")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target.name)
-    aside.replace(link)
-
-
 def seal(path: Path) -> dict[str, list[Any]]:
     """Bring every file and folder below `path` to the disk; size and SHA-256 of each file."""
     files = {}
     for each in sorted(path.rglob("*")):
-        _fsync(each)
+        fsync(each)
         if each.is_file():
             files[str(each.relative_to(path))] = [each.stat().st_size, hash_file(each)]
     return files
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file and bring it to the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clippy_train.errors import CheckpointError
+from clippy_train.files import STAGING
 from clippy_train.optim import parameter_groups
-from clippy_train.run.checkpoint import ASIDE, STATE, Checkpoint, folder
+from clippy_train.run.checkpoint import STATE, Checkpoint, folder
 from clippy_train.run.moments import MOMENTS, save_base_state
 
 WEIGHTS = "fp32"  # DeepSpeed's name for them; the moments have the same names there as in torch
@@ -42,7 +43,7 @@ def consolidate(checkpoint: Checkpoint, description: Path, run_dir: Path) -> Pat
     Raises:
         CheckpointError: the checkpoint is not of the model that `description` describes, or the disk is full.
     """
-    out = folder(run_dir, checkpoint.manifest.step).with_suffix(".whole" + ASIDE)
+    out = folder(run_dir, checkpoint.manifest.step).with_suffix(".whole" + STAGING)
     shutil.rmtree(out, ignore_errors=True)
     try:
         out.mkdir(parents=True)

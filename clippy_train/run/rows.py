@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clippy_train.files import atomic_write
+
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
 SAMPLES = "samples.jsonl"
@@ -22,10 +24,8 @@ class RowFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
-        aside = path.with_suffix(".writing")
-        with aside.open("w") as file:
+        with atomic_write(path) as file:
             file.writelines(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= resumed_step)
-        aside.replace(path)
         self._size = path.stat().st_size
         self._unwritten = b""
 

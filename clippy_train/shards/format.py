@@ -10,11 +10,8 @@ import codecs
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -24,7 +21,6 @@ from typing import Any, NamedTuple, Protocol
 import zstandard
 
 from clippy_train.config import FilterConfig
-from clippy_train.errors import ConfigError
 from clippy_train.shards.filters import META_COLUMNS, RULES, broken_rule, code_clippy_meta
 
 SPLITS = ("train", "validation", "test")
@@ -276,29 +272,3 @@ class ShardWriter:
             }
         )
         self._lines, self._size = [], 0
-
-
-@contextmanager
-def new_folder(path: Path, setting: str) -> Iterator[Path]:
-    """Fill a new folder: yields one aside that becomes `path` when the block ends, and is removed if it raises.
-
-    Raises:
-        ConfigError: `path` holds something; nothing is ever overwritten.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{setting}={path} exists and is not empty: choose another folder or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield aside
-        aside.chmod(0o777 & ~_umask())
-        aside.rename(path)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -6,7 +6,6 @@ fingerprint), one request for a block of a shard that is not local.
 """
 
 import hashlib
-import io
 import json
 import logging
 from abc import ABC, abstractmethod
@@ -14,25 +13,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
-import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
 from clippy_train.config import DataConfig, FilterConfig, SourceConfig
-from clippy_train.errors import ClippyError, DataError
+from clippy_train.errors import DataError
 from clippy_train.shards.format import FILTERED, SUFFIXES, Entry, Fields, Selection, documents, usable
-
-T = TypeVar("T")
+from clippy_train.shards.retry import HTTP, RetriedFile, described_error, filesystem, retried
 
 PLACEHOLDER = "{split}"
 MANIFEST = "manifest.json"
-HTTP = ("http://", "https://")
 PROBED_LINES = 10_000
-ATTEMPTS = 6  # of a request, with pauses between them that double: about 15 s
-FIRST_PAUSE = 0.5  # seconds
-REQUEST_SECONDS = 60.0  # without an answer after which a request over HTTP has failed
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +96,7 @@ class HubCorpus(Corpus):
                     yield number, *usable(example, self.fields)
                 number += 1
         except OSError as error:
-            raise DataError(f"{self.place}: {self.shards[shard]} cannot be read: {_described(error)}") from error
+            raise DataError(f"{self.place}: {self.shards[shard]} cannot be read: {described_error(error)}") from error
         except ValueError:  # of a parser; the examples that it had read ahead are lost with the rest
             if wanted.includes(number):
                 yield number, None, "damaged_shard"
@@ -149,9 +142,9 @@ def _open_files(path: str, split: str, fields: Fields) -> FileCorpus:
     root = root.rstrip("/") + "/" if is_folder else root
     where, place = f"{root}{split}{rest}", f"data.path={path}"
     try:
-        fs = _filesystem(path)
+        fs = filesystem(path)
     except (ImportError, ValueError, OSError) as error:  # no such protocol, its package is missing, or no such host
-        raise DataError(f"{place} cannot be opened: {_described(error)}") from error
+        raise DataError(f"{place} cannot be opened: {described_error(error)}") from error
 
     manifest = _manifest(fs, root, place) if is_folder else b""
     sizes = _listed_in(manifest, root, split) if path.startswith(HTTP) else None
@@ -212,18 +205,6 @@ def _is_local(fs: Any) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
-def _filesystem(name: str) -> Any:
-    """The file system of a path or URL; made anew in a forked process, as fsspec demands."""
-    if "://" not in name:
-        return fsspec.filesystem("file")
-    options = {}
-    if name.startswith(HTTP):
-        from aiohttp import ClientTimeout
-
-        options = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=REQUEST_SECONDS, sock_read=REQUEST_SECONDS)}}
-    return fsspec.core.url_to_fs(name, **options)[0]
-
-
 def _open_hub(data: SourceConfig, split: str, fields: Fields) -> HubCorpus:
     import datasets
 
@@ -233,7 +214,7 @@ def _open_hub(data: SourceConfig, split: str, fields: Fields) -> HubCorpus:
         builder = datasets.load_dataset_builder(name, data.hub_config, revision=revision or None)
         streams = builder.as_streaming_dataset()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{key} cannot be opened: {_described(error)}") from error
+        raise DataError(f"{key} cannot be opened: {described_error(error)}") from error
     if split not in streams:
         raise DataError(
             f"{key} has no split {split} (it has {', '.join(streams)}): name one with data.validation_split, or make a "
@@ -248,98 +229,3 @@ def _open_hub(data: SourceConfig, split: str, fields: Fields) -> HubCorpus:
     identity = json.dumps([list(files), files.origin_metadata, data.hub_config, split, count])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return HubCorpus(f"{key} {split}", tuple(shards), fingerprint, fields, stream.select_columns(columns))
-
-
-class RetriedFile(io.RawIOBase):
-    """A shard open for reading, whose every request is tried again from the same position when it fails.
-
-    Raises:
-        DataError: it does not exist, or goes on failing.
-    """
-
-    def __init__(self, name: str, what: str) -> None:
-        self._name, self._what = name, what
-        self._position = 0
-        try:
-            self._file = retried(self._opened, what=what)
-        except FileNotFoundError as error:
-            raise DataError(f"{what} is not there any more") from error
-        self._size: int | None = self._file.size  # of the file that was opened first: another may take its place
-
-    def read(self, size: int = -1) -> bytes:
-        data = retried(self._read, size, what=self._what)
-        self._position += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._size or 0)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
-
-    def _opened(self) -> Any:
-        return _filesystem(self._name).open(self._name, "rb", cache_type="none")
-
-    def _read(self, size: int) -> bytes:
-        if self._file.closed:
-            self._file = self._opened()
-        try:
-            if self._file.tell() != self._position:
-                self._file.seek(self._position)
-            data = self._file.read(size)
-            if not data and size and self._position < (self._size or 0):
-                raise OSError(f"ended after {self._position} of {self._size} bytes")
-            return data
-        except Exception:
-            self._file.close()  # whatever state it is in, the next attempt opens it anew
-            raise
-
-
-def retried(function: Callable[..., T], *args: Any, what: str, **kwargs: Any) -> T:
-    """Call a function of a file system, again after growing pauses while it fails.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: at once.
-        DataError: it failed `ATTEMPTS` times; the message begins with `what`.
-    """
-
-    def announce(state: tenacity.RetryCallState) -> None:
-        pause = state.next_action.sleep if state.next_action else 0.0
-        error = state.outcome.exception() if state.outcome else None
-        log.warning("%s failed (%s); next attempt in %.1f s", what, _described(error), pause)
-
-    attempts = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
-        wait=tenacity.wait_exponential(FIRST_PAUSE) + tenacity.wait_random(0, FIRST_PAUSE),
-        retry=tenacity.retry_if_exception(_may_pass),
-        before_sleep=announce,
-        reraise=True,
-    )
-    try:
-        return attempts(function, *args, **kwargs)
-    except (FileNotFoundError, NotADirectoryError, ClippyError):
-        raise
-    except Exception as error:
-        raise DataError(f"{what} cannot be read: {_described(error)}") from error
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether an error of a file system may be gone the next time. Each has exceptions of its own kinds."""
-    lasting = (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError, ImportError, ClippyError)
-    return isinstance(error, Exception) and not isinstance(error, lasting)
-
-
-def _described(error: BaseException | None) -> str:
-    return f"{type(error).__name__}: {error}".strip(": ")

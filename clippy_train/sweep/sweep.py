@@ -37,11 +37,12 @@ from clippy_train.compose import (
 )
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError, Interrupted
-from clippy_train.launch.agent import handling_signals
+from clippy_train.files import atomic_write
 from clippy_train.launch.resources import JOB
 from clippy_train.launch.slurm import last_step
 from clippy_train.launch.start import claim
 from clippy_train.report import print_columns
+from clippy_train.signals import handling_signals
 from clippy_train.sweep.trials import OBJECTIVE, Local, Slurm, Trial
 
 TABLE = "sweep.csv"
@@ -220,11 +221,8 @@ class Sweep:
 
     def write(self) -> None:
         """Write the table as it is now, the best trial first."""
-        path = self._folder / TABLE
-        aside = path.with_suffix(".new")
-        with aside.open("w", newline="") as file:
+        with atomic_write(self._folder / TABLE) as file:
             csv.writer(file).writerows([[*self.varied, *COLUMNS], *(row(trial) for trial in self._ranked())])
-        aside.replace(path)
 
     def _ranked(self) -> list[Trial]:
         """Trials that are done by their result, then the others as they were chosen."""

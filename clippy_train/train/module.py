@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from clippy_train.config import TrainConfig
-from clippy_train.data.module import Batch
+from clippy_train.data.batches import Batch
 from clippy_train.model.loss import loss_head, mean_loss, token_losses
 from clippy_train.model.score import add_scores, new_sums
 from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 
 from clippy_train.config import TrainConfig, load
-from clippy_train.data.module import DataModule
 from clippy_train.data.stream import COUNTS
 from clippy_train.errors import CheckpointError, ClippyError, Interrupted
 from clippy_train.launch.start import CONFIG, HF_FOLDER, base_state
@@ -39,6 +38,7 @@ from clippy_train.train.callbacks.profile import Profile
 from clippy_train.train.callbacks.progress import Progress, fresh_cursors
 from clippy_train.train.callbacks.samples import Samples
 from clippy_train.train.callbacks.watchdog import Watchdog
+from clippy_train.train.data import DataModule
 from clippy_train.train.loggers import build_loggers
 from clippy_train.train.module import CodeLM
 from clippy_train.train.restore import Continuation, ExactWeights

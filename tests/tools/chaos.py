@@ -29,7 +29,8 @@ from support.models import gpt_neo
 from support.runs import Runs, rank_pids, trained, weights_hash
 from support.small_corpus import make_corpus, make_tokenizer
 
-from clippy_train.run.checkpoint import ASIDE, checkpoints, find
+from clippy_train.files import STAGING
+from clippy_train.run.checkpoint import checkpoints, find
 from clippy_train.tokenizer import load_tokenizer
 
 STEPS = 40
@@ -183,7 +184,7 @@ class Chaos:
         first = done + self.rng.randint(1, 8)
         reached = {
             "step": lambda: self.last_step(name) >= first,
-            "save": lambda: self.last_step(name) >= first and any(run.folder.glob(f"checkpoints/*{ASIDE}")),
+            "save": lambda: self.last_step(name) >= first and any(run.folder.glob(f"checkpoints/*{STAGING}")),
             "validation": lambda: self.last_step(name) >= first and self.last_step(name) % VAL_EVERY == 0,
         }[moment]
         deadline = time.monotonic() + TIMEOUT
@@ -210,7 +211,7 @@ class Chaos:
         while rank_pids(run.folder):
             assert time.monotonic() - struck < TIMEOUT, f"{name}: processes {rank_pids(run.folder)} outlive the run"
             time.sleep(0.01)
-        if any(run.folder.glob(f"checkpoints/*{ASIDE}")):
+        if any(run.folder.glob(f"checkpoints/*{STAGING}")):
             self.counts["inside a save"] += 1
         if not asked:
             return

@@ -20,7 +20,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from clippy_train.config import TrainConfig
 from clippy_train.errors import CheckpointError
-from clippy_train.run.checkpoint import ASIDE, STATE, Checkpoint, Manifest, folder, layout, prune, publish, seal
+from clippy_train.files import STAGING
+from clippy_train.run.checkpoint import STATE, Checkpoint, Manifest, folder, layout, prune, publish, seal
 from clippy_train.train import collective
 from clippy_train.train.callbacks.health import Finite, require_equal_replicas
 from clippy_train.train.callbacks.monitor import Monitor
@@ -95,7 +96,7 @@ class Checkpointer(pl.Callback):
             return
         self.finite.check(trainer)
         require_equal_replicas(trainer.lightning_module, step)
-        aside = folder(self.config.run_dir, step).with_suffix(ASIDE)
+        aside = folder(self.config.run_dir, step).with_suffix(STAGING)
         failures = self._write(trainer, aside)
         self._saved_at = time.monotonic()
         if failures:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from clippy_train.config import TrainConfig
-from clippy_train.data.module import Batch
+from clippy_train.data.batches import Batch
 from clippy_train.model.flops import flops_per_token, peak_flops
 from clippy_train.model.score import measures
 from clippy_train.run.rows import RowFile

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 
 from clippy_train.config import TrainConfig
 from clippy_train.errors import Interrupted
-from clippy_train.launch.agent import SIGNALS
+from clippy_train.signals import SIGNALS
 from clippy_train.train import collective
 from clippy_train.train.callbacks.checkpointer import Checkpointer
 from clippy_train.train.callbacks.progress import step_ended, validation_due

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 
 from clippy_train.config import TrainConfig
-from clippy_train.data.module import Batch
+from clippy_train.data.batches import Batch
 from clippy_train.data.stream import COUNTS, Cursor
 from clippy_train.errors import DataError
 from clippy_train.train import collective

@@ -1,4 +1,4 @@
-"""Streams -> batches: what a rank trains and validates on, as a LightningDataModule.
+"""Streams -> batches: what a rank trains and validates on.
 
 Promises: the rows of an optimizer step are the same for any number of ranks and loader processes; a batch holds
 integers only (DeepSpeed casts every float to bf16) and carries, for each row, the cursor behind it, so what was trained
@@ -14,7 +14,6 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from clippy_train.data.scored import Groups, Row, block_rows, collate_rows, firs
 from clippy_train.data.stream import Block, Cursor, Stream
 from clippy_train.errors import DataError
 from clippy_train.shards.sources import Corpus, open_corpus
+from clippy_train.signals import SIGNALS
 
 # Rounds that a loader process makes ahead, 8 kB a block. A stream tokenises several documents at a time, so rounds cost
 # from nothing to a second: processes that take turns must not wait for each other's dear ones.
@@ -33,64 +33,48 @@ PREFETCH_ROUNDS = 32
 Batch = dict[str, Tensor]
 
 
-class DataModule(pl.LightningDataModule):
-    """Batches of one rank.
+def train_batches(config: TrainConfig, tokenizer: Any, rank: int, cursors: np.ndarray) -> "TrainBatches":
+    """The training batches of one rank, from where each stream continues (`cursors`, `[streams, 5]`).
 
-    Training batches: `input_ids` `[micro_batch, seq]`, `cursor` `[micro_batch, 1 + 5]` (stream, then `Cursor`),
-    `counts` `[micro_batch, len(COUNTS)]`, `rejected` `[any number, 2]` (shard, lines) and `spans` `[spans of all rows
-    in turn, 1 + 5]` (stream, then `Span`), all int64. Validation batches: `input_ids` and `group`
-    `[eval_micro_batch, seq]` (1 + its language, or 0 in a row that only fills up the last batch; `model.score`).
-
-    Args:
-        cursors: `[streams, 5]`, where each stream continues.
-
-    Attributes:
-        languages: those of the validation rows; known from the first `val_dataloader` on.
+    A batch holds `input_ids` `[micro_batch, seq]`, `cursor` `[micro_batch, 1 + 5]` (stream, then `Cursor`), `counts`
+    `[micro_batch, len(COUNTS)]`, `rejected` `[any number, 2]` (shard, lines) and `spans` `[spans of all blocks in turn,
+    1 + 5]` (stream, then `Span`), all int64.
     """
+    share = config.data.streams // config.world_size
+    corpus = open_corpus(config.data, "train")
+    own = range(rank * share, (rank + 1) * share)
+    streams = [_stream(config, corpus, tokenizer, index=index) for index in own]
+    starts = [Cursor(*map(int, cursors[index])) for index in own]
+    return TrainBatches(streams, starts, config.trainer.micro_batch_size, config.data.num_workers)
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, rank: int, cursors: np.ndarray) -> None:
-        super().__init__()
-        self.config, self.tokenizer, self.rank, self.cursors = config, tokenizer, rank, cursors
-        self.languages: list[str] = []
-        self._val_batches: list[Batch] | None = None
 
-    def train_dataloader(self) -> "TrainBatches":
-        share = self.config.data.streams // self.config.world_size
-        mine = range(self.rank * share, (self.rank + 1) * share)
-        corpus = open_corpus(self.config.data, "train")
-        streams = [self._stream(corpus, index=index, shuffle=True) for index in mine]
-        starts = [Cursor(*map(int, self.cursors[index])) for index in mine]
-        return TrainBatches(streams, starts, self.config.trainer.micro_batch_size, self.config.data.num_workers)
+def validation_batches(config: TrainConfig, tokenizer: Any, rank: int) -> tuple[list[Batch], list[str]]:
+    """The validation batches of one rank, as many on every rank, and the languages of the split.
 
-    def val_dataloader(self) -> DataLoader:
-        if self._val_batches is None:
-            trainer = self.config.trainer
-            described = open_corpus(self.config.data, "validation", described=True)
-            stream = self._stream(open_corpus(self.config.data, "validation"), shuffle=False)
-            groups: Groups[str] = Groups()
-            rows = list(block_rows(first_blocks(stream, trainer.val_samples), described, language, groups))
-            self.languages = list(groups)
-            self._val_batches = val_batches(rows, self.rank, self.config.world_size, trainer.eval_micro_batch_size)
-        return DataLoader(self._val_batches, batch_size=None)  # type: ignore[arg-type]
+    A batch holds `input_ids` and `group`, both `[eval_micro_batch, seq]` int64. A token's group is 1 + the index of its
+    language, or 0 in a sequence that only fills up the last batch (see `model.score`).
+    """
+    trainer = config.trainer
+    described = open_corpus(config.data, "validation", described=True)
+    stream = _stream(config, open_corpus(config.data, "validation"), tokenizer, shuffle=False)
+    groups: Groups[str] = Groups()
+    rows = list(block_rows(first_blocks(stream, trainer.val_samples), described, language, groups))
+    return val_batches(rows, rank, config.world_size, trainer.eval_micro_batch_size), list(groups)
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """What only callbacks read stays on the host."""
-        stay = ("cursor", "counts", "rejected", "spans")
-        return {name: each if name in stay else each.to(device, non_blocking=True) for name, each in batch.items()}
 
-    def _stream(self, corpus: Corpus, shuffle: bool, index: int = 0) -> Stream:
-        data = self.config.data
-        return Stream(
-            corpus=corpus,
-            encode=encoder(self.tokenizer),
-            seq_len=data.seq_len,
-            index=index,
-            streams=data.streams if shuffle else 1,
-            seed=self.config.seed,
-            window=data.window,
-            eos=self.tokenizer.eos_token_id if data.eos_between_documents else None,
-            shuffle=shuffle,
-        )
+def _stream(config: TrainConfig, corpus: Corpus, tokenizer: Any, shuffle: bool = True, index: int = 0) -> Stream:
+    data = config.data
+    return Stream(
+        corpus=corpus,
+        encode=encoder(tokenizer),
+        seq_len=data.seq_len,
+        index=index,
+        streams=data.streams if shuffle else 1,
+        seed=config.seed,
+        window=data.window,
+        eos=tokenizer.eos_token_id if data.eos_between_documents else None,
+        shuffle=shuffle,
+    )
 
 
 class TrainBatches:
@@ -195,7 +179,7 @@ def encode(core: Any, texts: list[str]) -> list[list[int]]:
 
 def _init_worker(_: int) -> None:
     """A loader process leaves signals to its rank: Slurm and terminals send them to every process of a job."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_die_with_rank, args=(os.getppid(),), daemon=True).start()

@@ -1,0 +1,79 @@
+"""Files and folders that are complete or absent: written under another name beside their place, then renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from clippy_train.errors import ConfigError
+
+STAGING = ".writing"  # suffix of what is not complete yet
+
+
+@contextmanager
+def atomic_write(path: Path, durable: bool = False) -> Iterator[TextIO]:
+    """Open a text file that replaces `path` as a whole when the block ends; if the block raises, nothing changes.
+
+    Args:
+        durable: flush the content to the disk first.
+    """
+    staging = path.with_name(path.name + STAGING)
+    try:
+        with staging.open("w", newline="") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        staging.replace(path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+
+
+def replace_link(link: Path, target: Path) -> None:
+    """Make `link` a symbolic link to `target`, which is in the same folder; an older link is replaced in one step."""
+    staging = link.with_name(link.name + STAGING)
+    staging.unlink(missing_ok=True)
+    staging.symlink_to(target.name)
+    staging.replace(link)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_folder(path: Path, setting: str) -> Iterator[Path]:
+    """Fill a new folder: yields a staging folder that becomes `path` when the block ends and is removed if it raises.
+
+    Args:
+        setting: the key that names `path`, for the message.
+
+    Raises:
+        ConfigError: `path` holds something; nothing is ever overwritten.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{setting}={path} exists and is not empty: choose another folder or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield staging
+        staging.chmod(0o777 & ~_umask())
+        staging.rename(path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

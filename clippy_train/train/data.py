@@ -1,0 +1,41 @@
+"""The batches of a rank (`data.batches`) as a LightningDataModule."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from clippy_train.config import TrainConfig
+from clippy_train.data.batches import Batch, TrainBatches, train_batches, validation_batches
+
+ON_HOST = ("cursor", "counts", "rejected", "spans")  # only callbacks read these
+
+
+class DataModule(pl.LightningDataModule):
+    """Batches of one rank.
+
+    Args:
+        cursors: `[streams, 5]`, where each stream continues.
+
+    Attributes:
+        languages: those of the validation split; known from the first `val_dataloader` on.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, rank: int, cursors: np.ndarray) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.rank, self.cursors = config, tokenizer, rank, cursors
+        self.languages: list[str] = []
+        self._val_batches: list[Batch] = []
+
+    def train_dataloader(self) -> TrainBatches:
+        return train_batches(self.config, self.tokenizer, self.rank, self.cursors)
+
+    def val_dataloader(self) -> DataLoader:
+        if not self._val_batches:
+            self._val_batches, self.languages = validation_batches(self.config, self.tokenizer, self.rank)
+        return DataLoader(self._val_batches, batch_size=None)  # type: ignore[arg-type]
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return {name: each if name in ON_HOST else each.to(device, non_blocking=True) for name, each in batch.items()}
