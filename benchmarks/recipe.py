@@ -19,10 +19,9 @@ import numpy as np
 from transformers import GPT2Tokenizer
 
 from clippy_train.config import WHITESPACE_TOKENS, DataConfig
-from clippy_train.data.batches import encoder
 from clippy_train.run.rows import read_rows
 from clippy_train.shards.sources import open_corpus
-from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, take_out
+from clippy_train.tokenizer import add_whitespace_tokens, encoder, load_tokenizer, take_out
 
 PLAIN = "./demo/tokenizer-plain"  # the demo's tokenizer without white-space tokens
 WARMUP = 50  # the demo's

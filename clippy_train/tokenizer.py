@@ -6,7 +6,8 @@ registered the white-space tokens as *special*, so decoding deleted all indentat
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,12 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> np.ndarray:
         else:
             lengths[index] = len(token)  # byte-level BPE writes every byte as one character
     return lengths
+
+
+def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """Texts -> ids through the tokenizer's Rust core, without special tokens."""
+    return partial(encode_texts, tokenizer.backend_tokenizer)
+
+
+def encode_texts(core: Any, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=False)]

@@ -23,13 +23,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig, save
-from clippy_train.data.batches import encoder, val_batches
-from clippy_train.data.scored import Row as ScoredRow
-from clippy_train.data.scored import first_blocks
+from clippy_train.data.batches import val_batches
+from clippy_train.data.scored import ScoredSequence, first_blocks
 from clippy_train.data.stream import COUNTS, Cursor, Stream
 from clippy_train.errors import DataError
 from clippy_train.shards.sources import open_corpus
-from clippy_train.tokenizer import load_tokenizer
+from clippy_train.tokenizer import encoder, load_tokenizer
 from clippy_train.train.callbacks.progress import Progress
 from clippy_train.train.data import DataModule
 
@@ -350,7 +349,7 @@ def test_waiting_for_data_is_measured(config, tokenizer) -> None:
 @settings(max_examples=100)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 7))
 def test_validation_rows_are_spread_evenly_and_each_counts_once(num_rows, world_size, batch_size) -> None:
-    rows = [ScoredRow(np.full(3, n, dtype=np.int32), np.full(3, n + 1, dtype=np.int64)) for n in range(num_rows)]
+    rows = [ScoredSequence(np.full(3, n, dtype=np.int32), np.full(3, n + 1, dtype=np.int64)) for n in range(num_rows)]
     ranks = [val_batches(rows, rank, world_size, batch_size) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for rank in ranks for batch in rank]

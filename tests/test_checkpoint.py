@@ -23,10 +23,10 @@ from clippy_train.run.checkpoint import (
     MANIFEST,
     Manifest,
     checkpoints,
-    encode,
     find,
     find_best,
     folder,
+    manifest_bytes,
     open_checkpoint,
     prune,
     publish,
@@ -145,9 +145,9 @@ def test_another_version_is_said_to_be_one(run_dir: Path) -> None:
 @given(st.integers(0, 10**12), st.dictionaries(st.text(), st.floats(allow_nan=False) | st.text()))
 def test_a_manifest_is_read_as_it_was_written(tokens: int, data: dict) -> None:
     manifest = Manifest(4, tokens, [[1, 2], [3, 4]], {"documents": 1}, data, LAYOUT, 1 / 3, {"a": [1, "b"]})
-    fields = json.loads(encode(manifest))
+    fields = json.loads(manifest_bytes(manifest))
     assert Manifest(**{name: fields[name] for name in Manifest.__dataclass_fields__}) == manifest
-    assert encode(replace(manifest, tokens=tokens + 1)) != encode(manifest)
+    assert manifest_bytes(replace(manifest, tokens=tokens + 1)) != manifest_bytes(manifest)
 
 
 @given(
@@ -168,7 +168,7 @@ def test_pruning_keeps_the_newest_the_round_ones_and_the_best(
     for step, value in bits.items():
         folder(run_dir, step).mkdir(parents=True)
         manifest = Manifest(step, 0, [], {}, {}, LAYOUT, value, {})
-        (folder(run_dir, step) / MANIFEST).write_bytes(encode(manifest))
+        (folder(run_dir, step) / MANIFEST).write_bytes(manifest_bytes(manifest))
     folder(run_dir, 61).with_suffix(ASIDE).mkdir()
     now = data.draw(st.sampled_from(sorted(bits)))
     prune(run_dir, now, CheckpointConfig(every_steps=1, keep_last=keep_last, keep_every=keep_every))

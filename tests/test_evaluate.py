@@ -19,13 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from clippy_train.cli import main
 from clippy_train.config import DataConfig, TrainConfig
-from clippy_train.data.batches import encoder
-from clippy_train.data.scored import Groups, block_rows, first_blocks, language, window_rows
+from clippy_train.data.scored import Groups, first_blocks, language_label, scored_blocks, scored_windows
 from clippy_train.data.stream import Stream
 from clippy_train.evaluate.results import weights_hash
 from clippy_train.model.score import add_scores, measures, new_sums
 from clippy_train.shards.sources import open_corpus
-from clippy_train.tokenizer import load_tokenizer
+from clippy_train.tokenizer import encoder, load_tokenizer
 from clippy_train.train.data import DataModule
 
 LANGUAGES = ["Python", "C", None, "C++"]
@@ -72,7 +71,7 @@ def test_every_token_of_a_block_has_the_language_of_its_document(corpus: Path, t
     )
     groups: Groups[str] = Groups()
     described = open_corpus(data, "validation", described=True)
-    rows = list(block_rows(first_blocks(stream), described, language, groups))
+    rows = list(scored_blocks(first_blocks(stream), described, language_label, groups))
     names = {number: name for name, number in groups.items()}
     expected = [
         (token, each["meta"]["repo_language"] or "unknown")
@@ -92,7 +91,7 @@ def test_windows_score_every_token_of_every_document_once_and_in_its_context(
     described = open_corpus(DataConfig(path=str(corpus)), "validation", described=True)
     start = tokenizer.eos_token_id
     groups: Groups[str] = Groups()
-    rows = list(window_rows(described, encoder(tokenizer), start, seq_len, stride, language, groups))
+    rows = list(scored_windows(described, encoder(tokenizer), start, seq_len, stride, language_label, groups))
     scored = [(int(t), int(g)) for row in rows for t, g in zip(row.tokens, row.group, strict=True) if g]
     assert scored == [
         (token, groups[each["meta"]["repo_language"] or "unknown"])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from clippy_train.errors import ConfigError
 from clippy_train.files import new_folder
 from clippy_train.shards import format as shards
-from clippy_train.shards.format import Entry, Fields, Selection, ShardWriter, encode, parse
+from clippy_train.shards.format import Entry, Fields, Selection, ShardWriter, document_line, parse
 
 
 def jsonl(*texts: str) -> bytes:
@@ -67,7 +67,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, wanted, shard_bytes) -> 
     folder = tmp_path_factory.mktemp("written") / "train"
     writer = ShardWriter(folder, shard_bytes)
     for text in wanted:
-        writer.write(encode({"text": text, "meta": {"stars": None}}))
+        writer.write(document_line({"text": text, "meta": {"stars": None}}))
     writer.close()
     found = [entry for path in sorted(folder.iterdir()) for entry in documents(path, "text")]
     assert [(text, reason) for _, text, reason in found] == [(text, "") for text in wanted]
@@ -76,14 +76,14 @@ def test_what_is_written_is_read_back(tmp_path_factory, wanted, shard_bytes) -> 
 def test_a_shard_ends_with_the_line_that_fills_it(tmp_path) -> None:
     writer = ShardWriter(tmp_path / "train", shard_bytes=2 * len('{"text":"a"}\n'))
     for text in "abcde":
-        writer.write(encode({"text": text}))
+        writer.write(document_line({"text": text}))
     writer.close()
     found = {path.name: texts(documents(path, "text")) for path in (tmp_path / "train").iterdir()}
     assert found == {"00000.jsonl.zst": ["a", "b"], "00001.jsonl.zst": ["c", "d"], "00002.jsonl.zst": ["e"]}
 
 
 def test_a_shard_is_never_larger_than_asked_for_unless_by_a_single_line(tmp_path) -> None:
-    lines = [encode({"text": "a" * size}) for size in (5, 50, 5, 5, 200, 5)]
+    lines = [document_line({"text": "a" * size}) for size in (5, 50, 5, 5, 200, 5)]
     writer = ShardWriter(tmp_path / "train", shard_bytes=100)
     for line in lines:
         writer.write(line)
@@ -97,7 +97,7 @@ def test_a_shard_is_never_larger_than_asked_for_unless_by_a_single_line(tmp_path
 def test_the_files_are_listed_with_their_sums(tmp_path) -> None:
     writer = ShardWriter(tmp_path / "train", shard_bytes=1000)
     for text in ("a", "b"):
-        writer.write(encode({"text": text}))
+        writer.write(document_line({"text": text}))
     writer.close()
     data = (tmp_path / "train" / "00000.jsonl.zst").read_bytes()
     (listed,) = writer.files
@@ -114,7 +114,7 @@ def test_a_writer_without_documents_writes_no_file(tmp_path) -> None:
 
 def test_a_written_shard_carries_a_checksum(tmp_path) -> None:
     writer = ShardWriter(tmp_path / "train", shard_bytes=1)
-    writer.write(encode({"text": "a"}))
+    writer.write(document_line({"text": "a"}))
     data = (tmp_path / "train" / "00000.jsonl.zst").read_bytes()
     assert zstandard.get_frame_parameters(data).has_checksum
 

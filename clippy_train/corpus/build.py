@@ -27,7 +27,7 @@ from clippy_train.corpus.spool import Spool
 from clippy_train.errors import ConfigError, DataError
 from clippy_train.files import new_folder
 from clippy_train.shards.filters import broken_meta_rule, broken_text_rule
-from clippy_train.shards.format import MAX_LINE_BYTES, SPLITS, ShardWriter, encode
+from clippy_train.shards.format import MAX_LINE_BYTES, SPLITS, ShardWriter, document_line
 
 
 def build_corpus(config: CorpusConfig) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _accepted(document: Document, rules: FilterConfig, duplicates: Duplicates) -
     if rule := broken_meta_rule(document.meta, rules):
         raise Unusable(rule)
     text = document.read()
-    line = encode({"text": text, "meta": document.meta})
+    line = document_line({"text": text, "meta": document.meta})
     if rule := broken_text_rule(text, rules) or ("too_large" if len(line) > MAX_LINE_BYTES else None):
         raise Unusable(rule)
     if rule := duplicates.find(text):

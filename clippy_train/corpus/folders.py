@@ -116,7 +116,7 @@ def _document(path: Path, root: Path, repository: Repository, read: partial[str]
     meta = {
         "repo_name": repository.name,
         "stars": None,
-        "repo_language": language(path.suffix) or "Text",
+        "repo_language": language_of_suffix(path.suffix) or "Text",
         "file_name": name,
         "mime_type": mime_type(name),
         "license": repository.licence,
@@ -125,7 +125,7 @@ def _document(path: Path, root: Path, repository: Repository, read: partial[str]
 
 
 def _read(path: Path, any_language: bool, max_bytes: int) -> str:
-    if not any_language and language(path.suffix) is None:
+    if not any_language and language_of_suffix(path.suffix) is None:
         raise Unusable("no_language")
     try:
         if path.stat().st_size > max_bytes:
@@ -143,7 +143,7 @@ def _readable(path: Path) -> str:
 
 
 @lru_cache(maxsize=4096)
-def language(suffix: str) -> str | None:
+def language_of_suffix(suffix: str) -> str | None:
     """The programming language of a file ending (with its dot) by Pygments' table, or None."""
     lexer = find_lexer_class_for_filename(f"file{suffix}")
     return lexer.name if lexer else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from clippy_train.config import CorpusConfig
 from clippy_train.corpus.document import Document, Unusable
-from clippy_train.corpus.folders import language, mime_type
+from clippy_train.corpus.folders import language_of_suffix, mime_type
 from clippy_train.errors import DataError
 from clippy_train.shards.filters import code_clippy_meta
 
@@ -32,7 +32,7 @@ def hub_documents(config: CorpusConfig) -> Iterator[Document]:
             )
         meta = code_clippy_meta(row)
         name = meta["file_name"] or ""
-        meta["repo_language"] = meta["repo_language"] or language(PurePosixPath(name).suffix)
+        meta["repo_language"] = meta["repo_language"] or language_of_suffix(PurePosixPath(name).suffix)
         meta["mime_type"] = meta["mime_type"] or mime_type(name)
         repository = meta["repo_name"] or f"rows {number % GROUPS} modulo {GROUPS}"
         yield Document(f"row {number}", repository, meta, partial(_text, row[config.text_column]))

@@ -9,8 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -20,11 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from clippy_train.config import TrainConfig
-from clippy_train.data.scored import Groups, Row, block_rows, collate_rows, first_blocks, language
+from clippy_train.data.scored import Groups, ScoredSequence, collate_scored, first_blocks, language_label, scored_blocks
 from clippy_train.data.stream import Block, Cursor, Stream
 from clippy_train.errors import DataError
 from clippy_train.shards.sources import Corpus, open_corpus
 from clippy_train.signals import SIGNALS
+from clippy_train.tokenizer import encoder
 
 # Rounds that a loader process makes ahead, 8 kB a block. A stream tokenises several documents at a time, so rounds cost
 # from nothing to a second: processes that take turns must not wait for each other's dear ones.
@@ -58,7 +58,7 @@ def validation_batches(config: TrainConfig, tokenizer: Any, rank: int) -> tuple[
     described = open_corpus(config.data, "validation", described=True)
     stream = _stream(config, open_corpus(config.data, "validation"), tokenizer, shuffle=False)
     groups: Groups[str] = Groups()
-    rows = list(block_rows(first_blocks(stream, trainer.val_samples), described, language, groups))
+    rows = list(scored_blocks(first_blocks(stream, trainer.val_samples), described, language_label, groups))
     return val_batches(rows, rank, config.world_size, trainer.eval_micro_batch_size), list(groups)
 
 
@@ -158,23 +158,14 @@ def collate(rows: list[StreamBlock]) -> Batch:
     }
 
 
-def val_batches(rows: list[Row], rank: int, world_size: int, batch_size: int) -> list[Batch]:
+def val_batches(rows: list[ScoredSequence], rank: int, world_size: int, batch_size: int) -> list[Batch]:
     """A rank's share of the validation rows, in as many full batches on every rank: the last are filled up."""
     mine = rows[rank::world_size]
     per_rank = -(-len(rows) // world_size)
     missing = -(-per_rank // batch_size) * batch_size - len(mine)
-    filler = Row(rows[0].tokens, np.zeros_like(rows[0].group))
+    filler = ScoredSequence(rows[0].tokens, np.zeros_like(rows[0].group))
     mine = mine + [filler] * missing
-    return [collate_rows(mine[begin : begin + batch_size]) for begin in range(0, len(mine), batch_size)]
-
-
-def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> ids through the tokenizer's Rust core, without special tokens."""
-    return partial(encode, tokenizer.backend_tokenizer)
-
-
-def encode(core: Any, texts: list[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=False)]
+    return [collate_scored(mine[begin : begin + batch_size]) for begin in range(0, len(mine), batch_size)]
 
 
 def _init_worker(_: int) -> None:

@@ -23,7 +23,7 @@ T = TypeVar("T", bound=Hashable)
 UNKNOWN = "unknown"  # language or repository of a document whose meta does not say
 
 
-class Row(NamedTuple):
+class ScoredSequence(NamedTuple):
     tokens: np.ndarray  # [seq] int32
     group: np.ndarray  # [seq] int64: of each token, 0 where it is not scored
 
@@ -35,12 +35,12 @@ class Groups(dict[T, int]):
         return self.setdefault(label, len(self) + 1)
 
 
-def language(meta: dict[str, Any]) -> str:
+def language_label(meta: dict[str, Any]) -> str:
     return meta["repo_language"] or UNKNOWN
 
 
-def language_and_repository(meta: dict[str, Any]) -> tuple[str, str]:
-    return language(meta), meta["repo_name"] or UNKNOWN
+def repository_label(meta: dict[str, Any]) -> tuple[str, str]:
+    return language_label(meta), meta["repo_name"] or UNKNOWN
 
 
 def first_blocks(stream: Stream, count: int | None = None) -> Iterator[Block]:
@@ -59,9 +59,9 @@ def first_blocks(stream: Stream, count: int | None = None) -> Iterator[Block]:
         raise DataError(f"{stream.corpus.place} has less than one block of data.seq_len={stream.seq_len} tokens")
 
 
-def block_rows(
+def scored_blocks(
     blocks: Iterator[Block], described: Corpus, label: Callable[[dict[str, Any]], T], groups: Groups[T]
-) -> Iterator[Row]:
+) -> Iterator[ScoredSequence]:
     """The blocks of an unshuffled stream as rows; `described` is the same split, opened so."""
     documents = _documents(described)
     place, number = (-1, -1), 0
@@ -73,10 +73,10 @@ def block_rows(
                 place = shard, line
             number = groups.number(label(meta))
             parts.append(np.full(span.end - span.first, number, dtype=np.int64))
-        yield Row(block.tokens, np.concatenate(parts))
+        yield ScoredSequence(block.tokens, np.concatenate(parts))
 
 
-def window_rows(
+def scored_windows(
     described: Corpus,
     encode: Callable[[list[str]], list[list[int]]],
     start: int,
@@ -84,7 +84,7 @@ def window_rows(
     stride: int,
     label: Callable[[dict[str, Any]], T],
     groups: Groups[T],
-) -> Iterator[Row]:
+) -> Iterator[ScoredSequence]:
     """Each document by itself, behind the token `start`: every token of it is scored exactly once.
 
     A window of `seq_len` tokens moves on by `stride`; it scores what the one before it did not, so all but the first
@@ -97,12 +97,12 @@ def window_rows(
             yield from _windows([start, *ids], seq_len, stride, groups.number(label(meta)))
 
 
-def _windows(ids: list[int], seq_len: int, stride: int, number: int) -> Iterator[Row]:
+def _windows(ids: list[int], seq_len: int, stride: int, number: int) -> Iterator[ScoredSequence]:
     scored = 1  # the start is given
     for begin in range(0, len(ids), stride):
         if scored >= len(ids):
             return
-        row = Row(np.full(seq_len, ids[0], dtype=np.int32), np.zeros(seq_len, dtype=np.int64))
+        row = ScoredSequence(np.full(seq_len, ids[0], dtype=np.int32), np.zeros(seq_len, dtype=np.int64))
         end = min(begin + seq_len, len(ids))
         row.tokens[: end - begin] = ids[begin:end]
         row.group[scored - begin : end - begin] = number
@@ -116,7 +116,7 @@ def _documents(described: Corpus) -> Iterator[tuple[int, int, Described]]:
         yield from ((shard, line, each) for line, each, _ in described.documents(shard) if each is not None)
 
 
-def collate_rows(rows: list[Row]) -> dict[str, Tensor]:
+def collate_scored(rows: list[ScoredSequence]) -> dict[str, Tensor]:
     """`input_ids` and `group`, both `[rows, seq]` int64."""
     ids, group = (np.stack(each).astype(np.int64) for each in zip(*rows, strict=True))
     return {"input_ids": torch.from_numpy(ids), "group": torch.from_numpy(group)}

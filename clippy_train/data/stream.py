@@ -57,7 +57,7 @@ class Block(NamedTuple):
     rejected: Counter[int]  # lines that `counts` has as rejected, by shard
 
 
-class Entry(NamedTuple):
+class StreamEntry(NamedTuple):
     """A line of a shard, and where the line after it is."""
 
     text: str | None
@@ -66,14 +66,14 @@ class Entry(NamedTuple):
     line: int
 
 
-class Document(NamedTuple):
+class WindowDocument(NamedTuple):
     text: str
     shard: int
     line: int
 
 
 class Window(NamedTuple):
-    documents: list[Document]  # in training order
+    documents: list[WindowDocument]  # in training order
     counts: np.ndarray  # lines left out while reading it
     rejected: Counter[int]
     part: int  # where the next window starts
@@ -169,18 +169,18 @@ class Stream:
             return parts(len(self.corpus.shards), self.streams, self.index, self.seed, epoch)
         return [Part(shard, self.streams, self.index) for shard in range(len(self.corpus.shards))]
 
-    def _entries(self, order: list[Part], cursor: Cursor) -> Iterator[Entry]:
+    def _entries(self, order: list[Part], cursor: Cursor) -> Iterator[StreamEntry]:
         """Every line of the epoch from the cursor's window on; each shard is opened once."""
         line = cursor.line
         for number in range(cursor.part, len(order)):
             part = order[number]
             for index, text, reason in self.corpus.documents(part.shard, line, part.stride, part.residue):
-                yield Entry(text, reason, number, index + 1)
+                yield StreamEntry(text, reason, number, index + 1)
             line = 0
 
-    def _window(self, entries: Iterator[Entry], order: list[Part], cursor: Cursor) -> Window:
+    def _window(self, entries: Iterator[StreamEntry], order: list[Part], cursor: Cursor) -> Window:
         """Read the window that starts at the cursor's line and put its documents in training order."""
-        documents: list[Document] = []
+        documents: list[WindowDocument] = []
         size = 0
         counts = _counts()
         rejected: Counter[int] = Counter()
@@ -192,7 +192,7 @@ class Stream:
                 if not filtered:
                     rejected[order[entry.part].shard] += 1
                 continue
-            documents.append(Document(entry.text, order[entry.part].shard, entry.line - 1))
+            documents.append(WindowDocument(entry.text, order[entry.part].shard, entry.line - 1))
             size += len(entry.text)
             if len(documents) == self.window or size >= WINDOW_BYTES:
                 behind = (entry.part, entry.line)
@@ -202,7 +202,7 @@ class Stream:
             documents = [documents[i] for i in shuffled(len(documents), *key)]
         return Window(documents, counts, rejected, *behind)
 
-    def _encoded(self, documents: list[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+    def _encoded(self, documents: list[WindowDocument]) -> Iterator[tuple[WindowDocument, np.ndarray]]:
         """Documents with their ids, tokenised a few at a time."""
         end = [] if self.eos is None else [self.eos]
         for begin in range(0, len(documents), ENCODE_DOCUMENTS):

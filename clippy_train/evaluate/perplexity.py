@@ -16,15 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clippy_train.config import EvaluateConfig
-from clippy_train.data.batches import encode
 from clippy_train.data.scored import (
     Groups,
-    Row,
-    block_rows,
-    collate_rows,
+    ScoredSequence,
+    collate_scored,
     first_blocks,
-    language_and_repository,
-    window_rows,
+    repository_label,
+    scored_blocks,
+    scored_windows,
 )
 from clippy_train.data.stream import Stream
 from clippy_train.errors import ConfigError, DataError
@@ -32,7 +31,7 @@ from clippy_train.model.load import load_both
 from clippy_train.model.loss import token_losses
 from clippy_train.model.score import add_scores, measures, new_sums
 from clippy_train.shards.sources import open_corpus
-from clippy_train.tokenizer import is_byte_level, token_bytes, without_whitespace_tokens
+from clippy_train.tokenizer import encode_texts, is_byte_level, token_bytes, without_whitespace_tokens
 
 Label = tuple[str, str]  # language, repository
 
@@ -77,26 +76,26 @@ def score_model(config: EvaluateConfig, model: Any, tokenizer: Any, seq_len: int
 
 def split_rows(
     config: EvaluateConfig, tokenizer: Any, encode: Callable[[list[str]], list[list[int]]], seq_len: int, groups: Groups
-) -> Iterator[Row]:
+) -> Iterator[ScoredSequence]:
     """The rows of the split, cut as `stride` says."""
     described = open_corpus(config.data, config.split, described=True)
     end = tokenizer.eos_token_id
     if config.stride is not None:
-        return window_rows(described, encode, end, seq_len, config.stride, language_and_repository, groups)
+        return scored_windows(described, encode, end, seq_len, config.stride, repository_label, groups)
     eos = end if config.eos_between_documents else None
     stream = Stream(open_corpus(config.data, config.split), encode, seq_len, eos=eos, shuffle=False)
-    return block_rows(first_blocks(stream), described, language_and_repository, groups)
+    return scored_blocks(first_blocks(stream), described, repository_label, groups)
 
 
 @torch.no_grad()
-def score_rows(model: Any, num_bytes: np.ndarray, rows: Iterable[Row], batch_size: int) -> np.ndarray:
+def score_rows(model: Any, num_bytes: np.ndarray, rows: Iterable[ScoredSequence], batch_size: int) -> np.ndarray:
     """Sums by group without group 0, `[groups, 3]`."""
     device = next(model.parameters()).device
     per_token = torch.from_numpy(num_bytes).to(device)
     sums = new_sums(0, device)
     rows = iter(rows)
     while some := list(islice(rows, batch_size)):
-        batch = {name: each.to(device) for name, each in collate_rows(some).items()}
+        batch = {name: each.to(device) for name, each in collate_scored(some).items()}
         missing = int(batch["group"].max()) + 1 - len(sums)
         sums = F.pad(sums, (0, 0, 0, max(0, missing)))
         add_scores(sums, losses(model, batch["input_ids"]), batch["input_ids"], batch["group"], per_token)
@@ -136,7 +135,7 @@ class TokenCounter:
         self._bytes = 0
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        ids, plain = (encode(core, texts) for core in self._cores)
+        ids, plain = (encode_texts(core, texts) for core in self._cores)
         for index, each in enumerate((ids, plain)):
             self._tokens[index] += sum(map(len, each))
         self._bytes += sum(len(text.encode()) for text in texts)

@@ -142,14 +142,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged: no readable {MANIFEST} ({type(error).__name__})") from error
     if manifest is None:
         raise CheckpointError(f"{path}: written by another version of this program (format {version})")
-    if encode(manifest) != content:
+    if manifest_bytes(manifest) != content:
         raise CheckpointError(f"{path} is damaged: {MANIFEST} has other content")
     if step_of(path) not in (-1, manifest.step):
         raise CheckpointError(f"{path} is damaged: {MANIFEST} is that of step {manifest.step}")
     return Checkpoint(path, manifest)
 
 
-def encode(manifest: Manifest) -> bytes:
+def manifest_bytes(manifest: Manifest) -> bytes:
     """The bytes of a manifest's file, with a hash of themselves: a reader compares every one of them."""
     fields = {"version": VERSION, **asdict(manifest)}
     sha256 = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
@@ -178,7 +178,7 @@ def hash_file(path: Path) -> str:
 def publish(aside: Path, final: Path, manifest: Manifest) -> None:
     """Put the manifest in place and give the folder its name: from here on the checkpoint exists."""
     with atomic_write(aside / MANIFEST, durable=True) as file:
-        file.write(encode(manifest).decode())
+        file.write(manifest_bytes(manifest).decode())
     fsync(aside)
     if final.exists():  # a damaged checkpoint of the same step that was passed over at the start
         shutil.rmtree(final)

@@ -37,7 +37,13 @@ REASONS = ("not_json", "no_text", "not_utf8", "too_long", "damaged_shard")
 # Why a document was left out on purpose: the rule of data.filter that it breaks.
 FILTERED = tuple(f"filtered/{rule}" for rule in RULES)
 
-Entry = tuple[int, Any, str]  # number of the line or row, its text (or `Described`) or None, why there is none
+
+class Entry(NamedTuple):
+    """A line or row of a shard: its content if it can be used, else the reason why not."""
+
+    number: int  # from 0
+    content: Any  # text or `Described`; None if there is a reason
+    reason: str
 
 
 class Described(NamedTuple):
@@ -100,9 +106,9 @@ def documents(file: ByteFile, name: str, fields: Fields, wanted: Selection = ALL
         return
     for number, line in _lines(_chunks(file, name), wanted):
         if isinstance(line, str):
-            yield number, None, line
+            yield Entry(number, None, line)
         elif line and not line.isspace():
-            yield number, *parse(line, fields)
+            yield Entry(number, *parse(line, fields))
 
 
 def parse(line: bytes, fields: Fields) -> tuple[Any, str]:
@@ -217,11 +223,11 @@ def _rows(file: ByteFile, fields: Fields, wanted: Selection) -> Iterator[Entry]:
             for batch in parquet.iter_batches(PARQUET_ROWS, [group], columns):
                 for row in range(batch.num_rows):
                     if wanted.includes(number):
-                        yield number, *_row(batch, row, fields)
+                        yield Entry(number, *_row(batch, row, fields))
                     number += 1
     except (pa.ArrowException, OSError):
         if wanted.includes(number):
-            yield number, None, "damaged_shard"
+            yield Entry(number, None, "damaged_shard")
 
 
 def _row(batch: Any, row: int, fields: Fields) -> tuple[Any, str]:
@@ -231,7 +237,7 @@ def _row(batch: Any, row: int, fields: Fields) -> tuple[Any, str]:
         return None, "not_utf8"
 
 
-def encode(document: dict) -> bytes:
+def document_line(document: dict) -> bytes:
     """The line of a document, without its end."""
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 

@@ -54,10 +54,10 @@ class Corpus(ABC):
             DataError: the shard cannot be read at all, or its connection fails for good.
         """
         rejected: Counter[str] = Counter()
-        for number, text, reason in self._entries(shard, Selection(start, stride, residue)):
-            if text is None and reason not in FILTERED:
-                rejected[reason] += 1
-            yield number, text, reason
+        for entry in self._entries(shard, Selection(start, stride, residue)):
+            if entry.reason and entry.reason not in FILTERED:
+                rejected[entry.reason] += 1
+            yield entry
         if rejected:
             share = f" (every {stride}th line)" if stride > 1 else ""
             level = logging.WARNING if "damaged_shard" in rejected else logging.INFO
@@ -93,13 +93,13 @@ class HubCorpus(Corpus):
         try:
             for example in self.dataset.shard(num_shards=len(self.shards), index=shard).skip(number):
                 if wanted.includes(number):
-                    yield number, *usable(example, self.fields)
+                    yield Entry(number, *usable(example, self.fields))
                 number += 1
         except OSError as error:
             raise DataError(f"{self.place}: {self.shards[shard]} cannot be read: {described_error(error)}") from error
         except ValueError:  # of a parser; the examples that it had read ahead are lost with the rest
             if wanted.includes(number):
-                yield number, None, "damaged_shard"
+                yield Entry(number, None, "damaged_shard")
 
 
 def open_corpus(data: SourceConfig, split: str, described: bool = False) -> Corpus:
