@@ -27,8 +27,12 @@ from typing import Any
 
 from clippy_train.config import WHITESPACE_TOKENS, CorpusConfig, DataConfig
 from clippy_train.corpus.build import build_corpus
-from clippy_train.run.checkpoint import checkpoints, hash_file, open_checkpoint
-from clippy_train.run.rows import METRICS, read_rows
+from clippy_train.run.checkpoint import (
+    hash_file,
+    open_checkpoint,
+)
+from clippy_train.run.folder import METRICS, checkpoint_folders
+from clippy_train.run.rows import read_rows
 from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, train_bpe
 
@@ -66,7 +70,7 @@ def measure(work: Path, strategy: str, settings: list[str]) -> dict[str, Any]:
     run_dir = work / "runs" / strategy
     fresh = seconds_to_step(work, run_dir, 1, [*command, f"trainer.max_steps={SAVES}"])
     saves = [row["checkpoint/seconds"] for row in read_rows(run_dir / METRICS) if "checkpoint/seconds" in row]
-    newest = checkpoints(run_dir)[0]
+    newest = checkpoint_folders(run_dir)[0]
     files = [path for path in newest.rglob("*") if path.is_file()]
     num_bytes = sum(path.stat().st_size for path in files)
     row = {

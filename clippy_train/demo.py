@@ -21,10 +21,15 @@ from clippy_train.corpus.build import build_corpus
 from clippy_train.files import new_folder
 from clippy_train.generate import generate
 from clippy_train.hf.export import export
-from clippy_train.launch.start import HF_FOLDER, train
+from clippy_train.launch.start import train
 from clippy_train.plan import parameters
 from clippy_train.report import print_table
-from clippy_train.run.rows import METRICS, TENSORBOARD, read_rows
+from clippy_train.run.folder import (
+    HF_FOLDER,
+    METRICS,
+    TENSORBOARD,
+)
+from clippy_train.run.rows import read_rows
 from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, train_bpe
 

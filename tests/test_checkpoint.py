@@ -16,23 +16,25 @@ from clippy_train.cli import main
 from clippy_train.compose import compose
 from clippy_train.config import CheckpointConfig, TrainConfig
 from clippy_train.errors import CheckpointError
+from clippy_train.files import STAGING
 from clippy_train.plan import checkpoints_kept
 from clippy_train.run.checkpoint import (
-    ASIDE,
-    BEST,
-    MANIFEST,
     Manifest,
-    checkpoints,
-    find,
     find_best,
-    folder,
+    find_checkpoint,
+    flush_and_hash,
     manifest_bytes,
     open_checkpoint,
     prune,
     publish,
     read_checkpoint,
-    seal,
-    step_of,
+)
+from clippy_train.run.folder import (
+    BEST,
+    MANIFEST,
+    checkpoint_folder,
+    checkpoint_folders,
+    checkpoint_step,
 )
 
 LAYOUT = {"ranks": 2, "strategy.name": "zero", "strategy.stage": 1, "optim.name": "adamw"}
@@ -41,14 +43,14 @@ FILES = ("rng-00000.pt", "state/latest", "state/checkpoint/mp_rank_00_model_stat
 
 def write(run_dir: Path, step: int, bits_per_byte: float | None = None) -> Path:
     """A published checkpoint; files of two steps have other content and the same sizes."""
-    aside = folder(run_dir, step).with_suffix(ASIDE)
+    aside = checkpoint_folder(run_dir, step).with_suffix(STAGING)
     for name in FILES:
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
         (aside / name).write_bytes(f"{name} of step {step:03d}".encode() * 20)
     counts, data = {"documents": 9}, {"seed": 42}
-    manifest = Manifest(step, 256 * step, [[0, 1, 20]], counts, data, LAYOUT, bits_per_byte, seal(aside))
-    publish(aside, folder(run_dir, step), manifest)
-    return folder(run_dir, step)
+    manifest = Manifest(step, 256 * step, [[0, 1, 20]], counts, data, LAYOUT, bits_per_byte, flush_and_hash(aside))
+    publish(aside, checkpoint_folder(run_dir, step), manifest)
+    return checkpoint_folder(run_dir, step)
 
 
 def test_everything_of_a_checkpoint_reaches_the_disk_before_it_exists(
@@ -88,23 +90,23 @@ def run_dir(tmp_path: Path) -> Path:
 def test_damage_is_found_and_the_checkpoint_before_is_taken(
     run_dir: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    newest = folder(run_dir, 4)
-    found = find(run_dir)
+    newest = checkpoint_folder(run_dir, 4)
+    found = find_checkpoint(run_dir)
     assert found
     assert found.path == newest
-    DAMAGE[damage](newest / name, folder(run_dir, 2) / name)
-    found = find(run_dir)
+    DAMAGE[damage](newest / name, checkpoint_folder(run_dir, 2) / name)
+    found = find_checkpoint(run_dir)
     assert found
     assert found.manifest.step == 2
     assert f"{newest} is damaged" in caplog.text
-    assert f"falling back to {folder(run_dir, 2)}" in caplog.text
-    shutil.rmtree(folder(run_dir, 2))
+    assert f"falling back to {checkpoint_folder(run_dir, 2)}" in caplog.text
+    shutil.rmtree(checkpoint_folder(run_dir, 2))
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
-        find(run_dir)
+        find_checkpoint(run_dir)
 
 
 def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(run_dir: Path) -> None:
-    path = folder(run_dir, 4) / MANIFEST
+    path = checkpoint_folder(run_dir, 4) / MANIFEST
     content = path.read_bytes()
     for index in range(len(content)):
         path.write_bytes(content[:index] + bytes([content[index] ^ 1 << index % 8]) + content[index + 1 :])
@@ -115,15 +117,15 @@ def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(run_dir: Path) -> None
 
 
 def test_a_whole_older_checkpoint_in_the_place_of_the_newest_is_found(run_dir: Path) -> None:
-    shutil.rmtree(folder(run_dir, 4))
-    shutil.copytree(folder(run_dir, 2), folder(run_dir, 4))
+    shutil.rmtree(checkpoint_folder(run_dir, 4))
+    shutil.copytree(checkpoint_folder(run_dir, 2), checkpoint_folder(run_dir, 4))
     with pytest.raises(CheckpointError, match="is that of step 2"):
-        open_checkpoint(folder(run_dir, 4))
+        open_checkpoint(checkpoint_folder(run_dir, 4))
 
 
 def test_a_checkpoint_may_be_copied_elsewhere(run_dir: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(folder(run_dir, 4), tmp_path / "copy")
-    assert open_checkpoint(copy).manifest == open_checkpoint(folder(run_dir, 4)).manifest
+    copy = shutil.copytree(checkpoint_folder(run_dir, 4), tmp_path / "copy")
+    assert open_checkpoint(copy).manifest == open_checkpoint(checkpoint_folder(run_dir, 4)).manifest
 
 
 def test_a_file_that_cannot_be_read_is_damage(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,11 +134,11 @@ def test_a_file_that_cannot_be_read_is_damage(run_dir: Path, monkeypatch: pytest
 
     monkeypatch.setattr("clippy_train.run.checkpoint.hash_file", fail)
     with pytest.raises(CheckpointError, match="Input/output error"):
-        open_checkpoint(folder(run_dir, 4))
+        open_checkpoint(checkpoint_folder(run_dir, 4))
 
 
 def test_another_version_is_said_to_be_one(run_dir: Path) -> None:
-    path = folder(run_dir, 4) / MANIFEST
+    path = checkpoint_folder(run_dir, 4) / MANIFEST
     path.write_text(json.dumps({"version": 1, "step": 4, "world_size": 2}))
     with pytest.raises(CheckpointError, match=r"another version of this program \(format 1\)"):
         read_checkpoint(path.parent)
@@ -166,20 +168,20 @@ def test_pruning_keeps_the_newest_the_round_ones_and_the_best(
 ) -> None:
     run_dir = tmp_path_factory.mktemp("prune")
     for step, value in bits.items():
-        folder(run_dir, step).mkdir(parents=True)
+        checkpoint_folder(run_dir, step).mkdir(parents=True)
         manifest = Manifest(step, 0, [], {}, {}, LAYOUT, value, {})
-        (folder(run_dir, step) / MANIFEST).write_bytes(manifest_bytes(manifest))
-    folder(run_dir, 61).with_suffix(ASIDE).mkdir()
+        (checkpoint_folder(run_dir, step) / MANIFEST).write_bytes(manifest_bytes(manifest))
+    checkpoint_folder(run_dir, 61).with_suffix(STAGING).mkdir()
     now = data.draw(st.sampled_from(sorted(bits)))
     prune(run_dir, now, CheckpointConfig(every_steps=1, keep_last=keep_last, keep_every=keep_every))
     past = {step: value for step, value in bits.items() if step <= now}
     best = min((value, step) for step, value in {**past, 0: 9.0}.items() if value is not None)[1]
     newest = sorted(past)[-keep_last:]
-    assert {step_of(path) for path in checkpoints(run_dir)} == {
+    assert {checkpoint_step(path) for path in checkpoint_folders(run_dir)} == {
         step for step in past if step in newest or step == best or (keep_every and step % keep_every == 0)
     }
     assert (run_dir / "checkpoints" / BEST).is_dir() == (best > 0)
-    assert not list(run_dir.glob(f"checkpoints/*{ASIDE}"))
+    assert not list(run_dir.glob(f"checkpoints/*{STAGING}"))
 
 
 @pytest.fixture(scope="module")
@@ -211,28 +213,28 @@ def test_best_is_a_link_that_follows_the_lowest_validation(run_dir: Path) -> Non
         write(run_dir, step, bits)
         prune(run_dir, step, keep_one)
         assert open_checkpoint(link).manifest.step == best
-        assert {step_of(path) for path in checkpoints(run_dir)} == {step, best}
-    (folder(run_dir, 8) / MANIFEST).write_text("{")
+        assert {checkpoint_step(path) for path in checkpoint_folders(run_dir)} == {step, best}
+    (checkpoint_folder(run_dir, 8) / MANIFEST).write_text("{")
     assert find_best(run_dir) is None
 
 
 def test_ls_lists_and_verify_reads_every_byte(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
-    shutil.rmtree(folder(run_dir, 2))
+    shutil.rmtree(checkpoint_folder(run_dir, 2))
     write(run_dir, 2, 0.5)
     assert main(["checkpoint", "verify", f"run={run_dir}"]) == 0
     newest, older = (line for line in capsys.readouterr().out.splitlines() if "intact" in line)
     assert "1,024" in newest
     assert "last" in newest
     assert "best" in older
-    flip(folder(run_dir, 4) / FILES[2])
+    flip(checkpoint_folder(run_dir, 4) / FILES[2])
     assert main(["checkpoint", "ls", f"run={run_dir}"]) == 0
     assert capsys.readouterr().out.count("complete") == 2  # a flipped bit changes no size
     assert main(["checkpoint", "verify", f"run={run_dir}"]) == 4
     assert "damaged" in capsys.readouterr().out
-    os.truncate(folder(run_dir, 4) / FILES[2], 3)
+    os.truncate(checkpoint_folder(run_dir, 4) / FILES[2], 3)
     assert main(["checkpoint", "ls", f"run={run_dir}"]) == 0
     assert capsys.readouterr().out.count("complete") == 1
-    (folder(run_dir, 2) / MANIFEST).unlink()
+    (checkpoint_folder(run_dir, 2) / MANIFEST).unlink()
     assert main(["checkpoint", "ls", f"run={run_dir}"]) == 0
     assert "complete" not in capsys.readouterr().out
     assert main(["checkpoint", "ls", "run=nowhere"]) == 2

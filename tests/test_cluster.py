@@ -18,9 +18,16 @@ from clippy_train.compose import LAUNCH, compose
 from clippy_train.config import TrainConfig, save
 from clippy_train.errors import CheckpointError, ConfigError, Interrupted
 from clippy_train.launch import resources, slurm, start
-from clippy_train.launch.agent import CONFIG, PREFLIGHT, Place, here, rank_environment, run_ranks
+from clippy_train.launch.agent import (
+    PREFLIGHT,
+    Place,
+    here,
+    rank_environment,
+    run_ranks,
+)
 from clippy_train.launch.start import claim
 from clippy_train.plan import plan, tokens_per_second
+from clippy_train.run.folder import CONFIG
 from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train.callbacks.progress import fresh_cursors
 from clippy_train.train.data import DataModule
@@ -286,7 +293,7 @@ def test_a_checkpoint_is_chosen_when_nobody_can_write_another_one(
         with pytest.raises(ConfigError, match="trains in"):
             claim(config.run_dir, "run.name=x")
 
-    monkeypatch.setattr(start, "find", found)
+    monkeypatch.setattr(start, "find_checkpoint", found)
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         start.prepare(config)
     assert not config.run_dir.exists()

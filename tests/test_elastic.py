@@ -11,8 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from clippy_train.files import STAGING
 from clippy_train.optim import parameter_groups
-from clippy_train.run.checkpoint import STATE, checkpoints, folder, open_checkpoint
+from clippy_train.run.checkpoint import open_checkpoint
 from clippy_train.run.consolidate import WEIGHTS, whole_tensors
+from clippy_train.run.folder import (
+    STATE,
+    checkpoint_folder,
+    checkpoint_folders,
+)
 from clippy_train.run.moments import MOMENTS
 
 STEPS = int(os.environ.get("CLIPPY_ELASTIC_STEPS", "2"))  # between two changes; `make elastic` takes 50
@@ -44,7 +49,7 @@ def reference(runs: Runs) -> str:
 def moved(runs: Runs, reference: str) -> str:
     """The same run, but after its first steps it moves from layout to layout."""
     shutil.copytree(runs.folder(reference), runs.folder("moved"))
-    for path in checkpoints(runs.folder("moved"))[:-1]:
+    for path in checkpoint_folders(runs.folder("moved"))[:-1]:
         shutil.rmtree(path)
     for number, (strategy, ranks, micro_batch) in enumerate(LAYOUTS, 2):
         said = runs.train(
@@ -75,14 +80,14 @@ def test_weights_and_both_moments_are_those_of_the_run_that_did_not_move(
 ) -> None:
     """The reference is torch's own file of one rank, whose optimizer holds whole tensors in the order of its groups."""
     description = runs.folder(reference) / "hf"
-    kept = torch.load(folder(runs.folder(reference), END) / STATE, weights_only=True)
+    kept = torch.load(checkpoint_folder(runs.folder(reference), END) / STATE, weights_only=True)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(description))
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [name_of[id(parameter)] for group in parameter_groups(model) for parameter in group]
     state = kept["optimizer_states"][0]["state"]
     assert {float(each["step"]) for each in state.values()} == {END}
 
-    found = whole_tensors(open_checkpoint(folder(runs.folder(moved), END)), description, (WEIGHTS, *MOMENTS))
+    found = whole_tensors(open_checkpoint(checkpoint_folder(runs.folder(moved), END)), description, (WEIGHTS, *MOMENTS))
     for kind, tensors in found.items():
         assert tensors.keys() == set(order)
         for index, name in enumerate(order):

@@ -15,7 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from clippy_train.cli import main
 from clippy_train.config import load
-from clippy_train.run.checkpoint import checkpoints, find_best, read_checkpoint
+from clippy_train.run.checkpoint import (
+    find_best,
+    read_checkpoint,
+)
+from clippy_train.run.folder import checkpoint_folders
 
 TOKEN = "hf_good"
 
@@ -92,7 +96,7 @@ def test_the_best_step_and_a_half_precision_are_exported(runs: Runs, tmp_path: P
     assert best
     assert f"step {read_checkpoint(best).manifest.step} of" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "best", dtype="auto").dtype == torch.bfloat16
-    steps = [read_checkpoint(path).manifest.step for path in checkpoints(folder)]
+    steps = [read_checkpoint(path).manifest.step for path in checkpoint_folders(folder)]
     assert main(["export", f"run={folder}", f"out={tmp_path / 'x'}", f"step={max(steps) + 1}"]) == 4
     assert main(["export", f"run={folder}", f"out={tmp_path / 'x'}", "step=first"]) == 2
     assert "step=first" in capsys.readouterr().err
@@ -113,7 +117,7 @@ def test_the_card_tells_the_facts_of_the_run_and_of_the_evaluation(
         ("validation", round(last["val/bits_per_byte"], 4)),
         ("perplexity", round(measured["total"]["bits_per_byte"], 4)),
     ]
-    manifest = read_checkpoint(checkpoints(folder)[0]).manifest
+    manifest = read_checkpoint(checkpoint_folders(folder)[0]).manifest
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
     assert settings == yaml.safe_load((folder / "config.yaml").read_text())
     for fact in (

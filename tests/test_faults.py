@@ -19,10 +19,17 @@ from support.runs import Runs, environment, rank_pids
 from clippy_train.config import DataConfig, TrainConfig, save
 from clippy_train.errors import Diverged, NonFinite
 from clippy_train.files import STAGING
-from clippy_train.launch.agent import CONFIG
 from clippy_train.model.build import build
-from clippy_train.run.checkpoint import checkpoints, open_checkpoint, step_of
-from clippy_train.run.rows import RowFile, read_rows
+from clippy_train.run.checkpoint import open_checkpoint
+from clippy_train.run.folder import (
+    CONFIG,
+    checkpoint_folders,
+    checkpoint_step,
+)
+from clippy_train.run.rows import (
+    RowFile,
+    read_rows,
+)
 from clippy_train.shards.sources import open_corpus
 from clippy_train.train import collective
 from clippy_train.train.callbacks.health import require_equal_replicas
@@ -77,7 +84,7 @@ def test_a_save_that_fails_anywhere_leaves_the_checkpoint_before_and_training_go
         assert f"the checkpoint of step {row['step']} could not be written: {row['failures'][0]}" in said
 
     unsaved = {row["step"] for row in rows if row is not tried[-1]}
-    steps = [open_checkpoint(path).manifest.step for path in reversed(checkpoints(runs.folder("broken")))]
+    steps = [open_checkpoint(path).manifest.step for path in reversed(checkpoint_folders(runs.folder("broken")))]
     assert steps == [step for step in range(1, LAST_SAVE + 1) if step not in unsaved]
     assert not list((runs.folder("broken") / "checkpoints").glob(f"*{STAGING}"))
     assert [row["step"] for row in runs.rows("broken", "checkpoint/failed")] == [row["step"] for row in rows]
@@ -100,7 +107,7 @@ def test_a_bad_number_stops_the_run_and_names_step_rank_and_text(runs: Runs, tin
     shards = open_corpus(DataConfig(path=str(tiny_corpus), seq_len=32, streams=4), "train").shards
     texts = ", ".join(f"{shards[shard]} line {line + 1}" for _, _, shard, line, _, _ in poisoned["spans"])
     assert f"step {POISONED}: not finite: the loss of rank 1 on {texts}. " in result.stderr
-    assert step_of(checkpoints(runs.folder("broken"))[0]) == LAST_SAVE
+    assert checkpoint_step(checkpoint_folders(runs.folder("broken"))[0]) == LAST_SAVE
 
 
 @pytest.mark.usefixtures("broken")
@@ -108,7 +115,7 @@ def test_a_run_stops_before_it_saves_weights_that_differ_between_ranks(runs: Run
     with faults(runs, f"diverge:1:{LAST_SAVE + 1}"):
         said = runs.train("broken", *SETTINGS, code=1).stderr
     assert f"step {LAST_SAVE + 1}: the weights of ranks [1] are no longer those of the other ranks: 1 tensors" in said
-    assert step_of(checkpoints(runs.folder("broken"))[0]) == LAST_SAVE
+    assert checkpoint_step(checkpoint_folders(runs.folder("broken"))[0]) == LAST_SAVE
 
 
 @pytest.mark.parametrize(("world_size", "odd"), [(4, 0), (4, 3)])
@@ -171,7 +178,7 @@ def test_a_second_interrupt_ends_ranks_that_hear_nothing(
 import sys
 from pathlib import Path
 from clippy_train.config import load
-from clippy_train.launch.agent import here, run_ranks
+from clippy_train.launch.agent import (here, run_ranks,)
 sys.exit(run_ranks(load(Path({str(config.run_dir / CONFIG)!r})), here(), [], "deaf"))
 """
     launcher = processes.start([sys.executable, "-c", start], cwd=tmp_path, env=environment(tmp_path))

@@ -27,8 +27,8 @@ from clippy_train.errors import ConfigError
 from clippy_train.hf.export import load_checkpoint_model
 from clippy_train.hf.import_flax import import_flax, read_tree
 from clippy_train.optim import build_optimizer, lr_at
-from clippy_train.run.checkpoint import STATE, open_checkpoint
-from clippy_train.run.checkpoint import folder as checkpoint_folder
+from clippy_train.run.checkpoint import open_checkpoint
+from clippy_train.run.folder import STATE, checkpoint_folder
 from clippy_train.run.moments import OPTIMIZER, open_base_state
 from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train.callbacks.progress import fresh_cursors

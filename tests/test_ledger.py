@@ -9,7 +9,14 @@ from support import oracle
 from support.runs import Runs, rank_pids
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clippy_train.run.rows import LEDGER, TENSORBOARD, RowFile, read_rows
+from clippy_train.run.folder import (
+    LEDGER,
+    TENSORBOARD,
+)
+from clippy_train.run.rows import (
+    RowFile,
+    read_rows,
+)
 from clippy_train.tokenizer import load_tokenizer
 
 SETTINGS = [

@@ -11,7 +11,7 @@ from tensorboard.plugins.hparams import metadata
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError
 from clippy_train.launch.start import obstacles
-from clippy_train.run.rows import TENSORBOARD
+from clippy_train.run.folder import TENSORBOARD
 from clippy_train.train.loggers import CHARTS, METRICS_COMPARED, EventLogger
 
 

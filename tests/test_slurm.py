@@ -21,9 +21,8 @@ from support.runs import Runs, environment, trained, weights_hash
 from clippy_train.compose import LAUNCH
 from clippy_train.config import load
 from clippy_train.errors import Interrupted
-from clippy_train.launch.slurm import LIVES
+from clippy_train.run.folder import ATTEMPTS, JOB_FILE
 from clippy_train.sweep.sweep import TABLE
-from clippy_train.sweep.trials import JOB_FILE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -198,7 +197,7 @@ def test_a_job_that_wants_three_nodes_of_two_is_refused_and_ends(runs: Runs) -> 
 
 def test_one_job_at_a_time_trains_in_a_folder(runs: Runs) -> None:
     first = Job(runs, "shared", nodes=1)
-    first.wait((runs.folder("shared") / LIVES).exists, "no start")
+    first.wait((runs.folder("shared") / ATTEMPTS).exists, "no start")
     second = Job(runs, "shared", "trainer.max_steps=2", nodes=1)
     assert second.wait_for_end() == "2:0", second.log
     assert f"life 0 of job {first.number} trains in runs/shared" in second.log
@@ -208,7 +207,7 @@ def test_one_job_at_a_time_trains_in_a_folder(runs: Runs) -> None:
 
 def test_a_job_is_not_requeued_for_ever(runs: Runs) -> None:
     job = Job(runs, "capped", "launcher.max_requeues=0", "launcher.preflight=false", nodes=1)
-    job.wait((runs.folder("capped") / LIVES).exists, "no start")
+    job.wait((runs.folder("capped") / ATTEMPTS).exists, "no start")
 
     def signalled_to_the_end() -> bool:
         run("scancel", "--signal=USR1", job.number, check=False)  # nothing hears one that comes before srun has tasks

@@ -22,10 +22,18 @@ from tensorboard.plugins.hparams import metadata
 
 from clippy_train.config import TrainConfig
 from clippy_train.errors import Interrupted
-from clippy_train.run.checkpoint import folder as checkpoint_folder
-from clippy_train.run.rows import METRICS, TENSORBOARD
+from clippy_train.run.folder import (
+    METRICS,
+    OUTPUT,
+    TENSORBOARD,
+    checkpoint_folder,
+)
 from clippy_train.sweep.sweep import TABLE, _multirun, _plugins, composition, trial_name
-from clippy_train.sweep.trials import FOLLOWS, OBJECTIVE, OUTPUT, Trial
+from clippy_train.sweep.trials import (
+    FOLLOWS,
+    OBJECTIVE,
+    Trial,
+)
 from clippy_train.train.loggers import CHARTS
 
 STEPS = 80

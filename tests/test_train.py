@@ -18,12 +18,21 @@ from clippy_train.config import CorpusConfig, load
 from clippy_train.corpus.build import build_corpus
 from clippy_train.errors import CheckpointError
 from clippy_train.hf.export import load_checkpoint_model
-from clippy_train.launch.start import LOCK
 from clippy_train.model.build import build
 from clippy_train.plan import state_bytes
-from clippy_train.run.checkpoint import STATE, checkpoints, find, open_checkpoint, read_checkpoint
-from clippy_train.run.checkpoint import folder as checkpoint_folder
-from clippy_train.run.rows import SAMPLES, read_rows
+from clippy_train.run.checkpoint import (
+    find_checkpoint,
+    open_checkpoint,
+    read_checkpoint,
+)
+from clippy_train.run.folder import (
+    LOCK,
+    SAMPLES,
+    STATE,
+    checkpoint_folder,
+    checkpoint_folders,
+)
+from clippy_train.run.rows import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +91,7 @@ def test_every_loss_and_digest_differs_from_step_to_step(runs: Runs, reference: 
 
 
 def test_optimizer_state_is_partitioned_over_two_ranks(runs: Runs, reference: str) -> None:
-    checkpoint = find(runs.folder(reference))
+    checkpoint = find_checkpoint(runs.folder(reference))
     assert checkpoint
     files = sorted((checkpoint.path / STATE / "checkpoint").glob("*optim_states.pt"))
     assert len(files) == 2
@@ -99,7 +108,7 @@ def test_optimizer_state_is_partitioned_over_two_ranks(runs: Runs, reference: st
 
 
 def test_only_the_newest_checkpoints_are_kept(runs: Runs, reference: str) -> None:
-    assert [path.name for path in checkpoints(runs.folder(reference))] == ["step-00000006", "step-00000004"]
+    assert [path.name for path in checkpoint_folders(runs.folder(reference))] == ["step-00000006", "step-00000004"]
 
 
 def test_the_same_command_on_a_finished_run_says_so(runs: Runs, reference: str) -> None:
@@ -123,7 +132,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(runs: Runs, reference: str) -> N
     assert not rank_pids(runs.folder(name))
     stopped = runs.rows(name)[-1]["step"]
     assert 1 <= stopped < 6
-    assert open_checkpoint(checkpoints(runs.folder(name))[0]).manifest.step == stopped
+    assert open_checkpoint(checkpoint_folders(runs.folder(name))[0]).manifest.step == stopped
 
     resumed = runs.train(name, "trainer.audit=true")
     assert f"resuming runs/{name} from step {stopped}" in resumed.stdout
@@ -137,7 +146,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_behind(runs: Runs) -> Non
     while not rank_pids(runs.folder("early")):
         time.sleep(0.01)
     assert end(process, signal.SIGTERM) == 75
-    assert not checkpoints(runs.folder("early"))
+    assert not checkpoint_folders(runs.folder("early"))
     assert not runs.rows("early")
 
 
@@ -207,7 +216,7 @@ def test_strategies_agree_on_losses_and_gradient_norms_in_fp32(
 
 def greedy(run_dir: Path, prompt: str, length: int) -> str:
     """What the model in a run's last checkpoint makes of a prompt, token by token, without a cache."""
-    model = load_checkpoint_model(run_dir / "hf", find(run_dir)).eval()
+    model = load_checkpoint_model(run_dir / "hf", find_checkpoint(run_dir)).eval()
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
     prompt_ids = ids = tokenizer(prompt, return_tensors="pt").input_ids
     for _ in range(length):
@@ -222,7 +231,7 @@ def test_bf16_under_deepspeed_stays_near_fp32(runs: Runs, reference: str, single
 def test_a_damaged_checkpoint_is_passed_over_and_named(runs: Runs, reference: str) -> None:
     folder = runs.folder("damaged")
     shutil.copytree(runs.folder(reference), folder)
-    newest = checkpoints(folder)[0]
+    newest = checkpoint_folders(folder)[0]
     flip(next((newest / STATE / "checkpoint").glob("*_1_*optim_states.pt")))
 
     result = runs.train("damaged", "trainer.audit=true")
@@ -235,7 +244,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(runs: Runs, reference: st
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_to_any_file_of_a_checkpoint_is_seen(runs: Runs, reference: str, tmp_path: Path, damage: str) -> None:
-    newest, older = checkpoints(runs.folder(reference))[:2]
+    newest, older = checkpoint_folders(runs.folder(reference))[:2]
     names = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
     assert len(names) == 7  # manifest, two random states, the name of the state, weights, two optimizers'
     for name in names:
@@ -249,13 +258,13 @@ def test_damage_to_any_file_of_a_checkpoint_is_seen(runs: Runs, reference: str, 
         DAMAGE[damage](copy / name, older / name)
         with pytest.raises(CheckpointError, match="is damaged"):
             open_checkpoint(copy)
-        assert find(run).manifest.step == open_checkpoint(older).manifest.step
+        assert find_checkpoint(run).manifest.step == open_checkpoint(older).manifest.step
 
 
 def test_a_run_without_an_intact_checkpoint_never_restarts_silently(runs: Runs, reference: str) -> None:
     folder = runs.folder("ruined")
     shutil.copytree(runs.folder(reference), folder)
-    for path in checkpoints(folder):
+    for path in checkpoint_folders(folder):
         (path / "manifest.json").unlink()
     before = (folder / "metrics.jsonl").read_bytes()
     assert "no intact checkpoint" in runs.train("ruined", code=4).stderr
@@ -317,4 +326,4 @@ def test_the_recipes_own_model_takes_two_optimizer_steps(runs: Runs, tmp_path: P
     assert second["train/lr"] == 1e-4
     assert abs(first["train/loss"] - torch.tensor(50261.0).log().item()) < 0.3
     planned = state_bytes(125_201_664, load(runs.folder("recipe") / "config.yaml"))["checkpoint"]
-    assert read_checkpoint(checkpoints(runs.folder("recipe"))[0]).num_bytes == pytest.approx(planned, rel=0.01)
+    assert read_checkpoint(checkpoint_folders(runs.folder("recipe"))[0]).num_bytes == pytest.approx(planned, rel=0.01)

@@ -18,11 +18,21 @@ from clippy_train.errors import CheckpointError, ConfigError
 from clippy_train.evaluate.results import read_results, weights_hash
 from clippy_train.files import new_folder
 from clippy_train.hf.card import CURVES, draw_curves, model_card
-from clippy_train.launch.start import CONFIG, ENVIRONMENT, HF_FOLDER
 from clippy_train.model.load import save_model
-from clippy_train.run.checkpoint import Checkpoint, find, find_best, step_of
+from clippy_train.run.checkpoint import (
+    Checkpoint,
+    find_best,
+    find_checkpoint,
+)
 from clippy_train.run.consolidate import WEIGHTS, set_weights, whole_tensors
-from clippy_train.run.rows import METRICS, read_rows
+from clippy_train.run.folder import (
+    CONFIG,
+    ENVIRONMENT,
+    HF_FOLDER,
+    METRICS,
+    checkpoint_step,
+)
+from clippy_train.run.rows import read_rows
 from clippy_train.tokenizer import load_tokenizer
 
 TOKEN = "HF_TOKEN"
@@ -60,10 +70,10 @@ def chosen_checkpoint(run_dir: Path, step: str | None) -> Checkpoint:
         best = find_best(run_dir)
         if best is None:
             raise CheckpointError(f"run={run_dir} has no checkpoint with a validation: choose a step")
-        step = str(step_of(best))
+        step = str(checkpoint_step(best))
     if step is not None and not step.isdigit():
         raise ConfigError(f"step={step}: must be a number, best, or null")
-    checkpoint = find(run_dir, None if step is None else int(step))
+    checkpoint = find_checkpoint(run_dir, None if step is None else int(step))
     if checkpoint is None:
         raise CheckpointError(f"run={run_dir} has no checkpoint yet")
     return checkpoint

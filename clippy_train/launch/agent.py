@@ -24,9 +24,9 @@ from types import FrameType
 from clippy_train.config import TrainConfig, load
 from clippy_train.errors import ClippyError, ConfigError, Interrupted
 from clippy_train.launch import stacks
+from clippy_train.run.folder import CONFIG
 from clippy_train.signals import SIGNALS, handling_signals
 
-CONFIG = "config.yaml"  # in the run folder: what ranks read
 RANK, PREFLIGHT = "clippy_train.train", "clippy_train.launch.preflight"  # what a rank's process runs
 STRAGGLER_SECONDS = 60.0  # how long the other ranks may take once one has ended well
 

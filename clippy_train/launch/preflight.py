@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from clippy_train.config import TrainConfig, load
 from clippy_train.errors import ClippyError, ConfigError, Interrupted
-from clippy_train.launch.agent import CONFIG
+from clippy_train.run.folder import CONFIG
 from clippy_train.signals import SIGNALS
 
 MEGABYTES = 64  # of the all-reduce

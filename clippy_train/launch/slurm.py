@@ -24,12 +24,14 @@ from types import FrameType
 from clippy_train.config import TrainConfig
 from clippy_train.errors import Interrupted, Stuck
 from clippy_train.files import atomic_write
-from clippy_train.launch.agent import STRAGGLER_SECONDS, free_port
+from clippy_train.launch.agent import (
+    STRAGGLER_SECONDS,
+    free_port,
+)
 from clippy_train.launch.resources import JOB
-from clippy_train.run.checkpoint import checkpoints, step_of
+from clippy_train.run.folder import ATTEMPTS, last_step
 from clippy_train.signals import SIGNALS, handling_signals
 
-LIVES = "lives.json"  # in the run folder: at which step each life of the job began
 PORTS = range(10_000, 30_000)  # below those that the kernel gives to outgoing connections
 REPEAT_SECONDS = 5.0  # after which a signal is sent to srun once more: it drops those that come while it starts tasks
 PROBE_SECONDS = 60.0  # in which every node of the job must answer
@@ -81,7 +83,7 @@ def why_stop(requeues: int, steps: Sequence[int], max_requeues: int) -> str | No
 
 def begin_life(run_dir: Path, job: str) -> list[int]:
     """Write down at which step this life of a job begins; those of all its lives."""
-    path = run_dir / LIVES
+    path = run_dir / ATTEMPTS
     lives = json.loads(path.read_text()) if path.exists() else {}
     steps = [*lives["steps"], last_step(run_dir)] if lives.get("job") == job else [last_step(run_dir)]
     with atomic_write(path) as file:
@@ -102,11 +104,6 @@ def has_ended(who: str) -> bool:
     if named[2] == os.environ.get(JOB):
         return int(named[1]) < int(os.environ.get("SLURM_RESTART_COUNT", 0))
     return job_facts(named[2]).get("JobState") not in ("RUNNING", "SUSPENDED", "COMPLETING")
-
-
-def last_step(run_dir: Path) -> int:
-    newest = checkpoints(run_dir)[:1]
-    return step_of(newest[0]) if newest else 0
 
 
 def requeue(stop: str | None) -> None:

@@ -8,23 +8,20 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-STACKS = "stacks"
+from clippy_train.run.folder import STACKS, stack_file
+
 ANSWER_SECONDS = 3.0  # that a rank has for its stacks when the launcher asks
 EXPIRED = "Timeout ("  # how Python's watchdog begins
 
 
-def stacks(run_dir: Path, rank: int) -> Path:
-    return run_dir / STACKS / f"rank-{rank}.txt"
-
-
 def expired(run_dir: Path, ranks: Iterable[int]) -> bool:
     """Whether one of these ranks stands still."""
-    return any(EXPIRED in _read(stacks(run_dir, rank)) for rank in ranks)
+    return any(EXPIRED in _read(stack_file(run_dir, rank)) for rank in ranks)
 
 
 def report(run_dir: Path, ranks: Mapping[int, subprocess.Popen]) -> str:
     """Ask these ranks for their stacks; in words, where each of them is."""
-    files = {rank: stacks(run_dir, rank) for rank in ranks}
+    files = {rank: stack_file(run_dir, rank) for rank in ranks}
     for rank, process in ranks.items():
         if process.poll() is None and not _read(files[rank]):
             process.send_signal(signal.SIGQUIT)

@@ -20,19 +20,25 @@ from clippy_train import __version__
 from clippy_train.config import SHAPE, TrainConfig, load, save
 from clippy_train.errors import CheckpointError, ConfigError, DataError
 from clippy_train.launch import slurm, torchrun
-from clippy_train.launch.agent import CONFIG, here, interrupt, run_ranks
+from clippy_train.launch.agent import (
+    here,
+    interrupt,
+    run_ranks,
+)
 from clippy_train.launch.resources import misfits
-from clippy_train.launch.stacks import STACKS
-from clippy_train.run.checkpoint import Checkpoint, checkpoints, find, layout, open_checkpoint
+from clippy_train.run.checkpoint import (
+    Checkpoint,
+    checkpoint_layout,
+    find_checkpoint,
+    open_checkpoint,
+)
+from clippy_train.run.folder import CONFIG, ENVIRONMENT, HF_FOLDER, LOCK, STACKS, checkpoint_folders, run_of
 from clippy_train.run.identity import data_identity
 from clippy_train.run.moments import BaseState, open_base_state
 from clippy_train.shards.sources import open_corpus, require_text
 from clippy_train.signals import handling_signals
 
-ENVIRONMENT = "environment.json"
 UNWRITABLE = "run.root: the run's folder cannot be written: {}"
-LOCK = ".lock"  # in the run folder: held while a command trains there, and names it
-HF_FOLDER = "hf"  # configuration and tokenizer of the model in training, as Hugging Face files
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "deepspeed", "hydra-core", "numpy", "zstandard")
 
 
@@ -82,7 +88,7 @@ def prepare(config: TrainConfig) -> list[str] | int:
             from clippy_train.run.consolidate import consolidate
 
             print(f"laying its state out anew: {'; '.join(changed)}", flush=True)
-            whole = consolidate(checkpoint, checkpoint.path.resolve().parents[1] / HF_FOLDER, config.run_dir)
+            whole = consolidate(checkpoint, run_of(checkpoint.path) / HF_FOLDER, config.run_dir)
     elif base:
         print(
             f"starting {config.run_dir} at step {base.step} with the moments in {base.path}; "
@@ -148,8 +154,8 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
         CheckpointError: there is none where one must be (or the reverse), none is intact, or it belongs to another
             model, to other data or to another optimizer.
     """
-    found = None if config.resume == "never" else find(config.run_dir)
-    if config.resume == "never" and checkpoints(config.run_dir):
+    found = None if config.resume == "never" else find_checkpoint(config.run_dir)
+    if config.resume == "never" and checkpoint_folders(config.run_dir):
         raise CheckpointError(f"resume=never, but {config.run_dir} has checkpoints: choose another run.name")
     if config.resume == "must" and not found:
         raise CheckpointError(f"resume=must, but {config.run_dir} has no checkpoint")
@@ -164,7 +170,7 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
 
 def require_same_model(checkpoint: Checkpoint, config: TrainConfig) -> None:
     """Raises CheckpointError if the run that wrote the checkpoint trained a model of another shape."""
-    recorded = checkpoint.path.resolve().parents[1] / CONFIG
+    recorded = run_of(checkpoint.path) / CONFIG
     then = load(recorded).model if recorded.exists() else config.model
     changed = [
         f"model.{name} was {getattr(then, name)}, is {getattr(config.model, name)}"
@@ -196,7 +202,7 @@ def relaid(checkpoint: Checkpoint, config: TrainConfig) -> list[str]:
     Raises:
         CheckpointError: and the optimizer's state cannot be carried over.
     """
-    then, now = checkpoint.manifest.layout, layout(config)
+    then, now = checkpoint.manifest.layout, checkpoint_layout(config)
     changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
     if changed and {then.get("optim.name"), config.optim.name} != {"adamw"}:
         raise CheckpointError(

@@ -13,7 +13,10 @@ from typing import NoReturn
 
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ClippyError
-from clippy_train.launch.agent import RANK, device_environment
+from clippy_train.launch.agent import (
+    RANK,
+    device_environment,
+)
 
 PATIENCE = timedelta(hours=2)  # reading a large checkpoint, byte by byte, takes time
 

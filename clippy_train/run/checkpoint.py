@@ -10,7 +10,6 @@ start.
 import hashlib
 import json
 import logging
-import re
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,11 +18,17 @@ from typing import Any
 
 from clippy_train.config import CheckpointConfig, TrainConfig
 from clippy_train.errors import CheckpointError
-from clippy_train.files import STAGING, atomic_write, fsync, replace_link
+from clippy_train.files import atomic_write, fsync, replace_link
+from clippy_train.run.folder import (
+    BEST,
+    CHECKPOINTS,
+    MANIFEST,
+    checkpoint_folder,
+    checkpoint_folders,
+    checkpoint_step,
+    staging_folders,
+)
 
-MANIFEST = "manifest.json"
-STATE = "state"  # what Lightning's strategy writes: a file, or DeepSpeed's folder
-BEST = "best"  # a link to the checkpoint with the lowest validation
 VERSION = 2
 
 log = logging.getLogger(__name__)
@@ -60,7 +65,7 @@ class Checkpoint:
         return sum(size for size, _ in self.manifest.files.values())
 
 
-def layout(config: TrainConfig) -> dict[str, Any]:
+def checkpoint_layout(config: TrainConfig) -> dict[str, Any]:
     """What the files of a checkpoint depend on: a run that is laid out otherwise starts from consolidated tensors."""
     return {
         "ranks": config.world_size,
@@ -72,28 +77,13 @@ def layout(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint folder; -1 if it has another name."""
-    matched = re.fullmatch(r"step-(\d{8})", path.name)
-    return int(matched[1]) if matched else -1
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first, good or not; what was left half-written is not among them."""
-    return sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
-
-
-def find(run_dir: Path, step: int | None = None) -> Checkpoint | None:
+def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that passes verification (or that of `step`), or None where the run has none at all.
 
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
     """
-    candidates = checkpoints(run_dir) if step is None else [folder(run_dir, step)]
+    candidates = checkpoint_folders(run_dir) if step is None else [checkpoint_folder(run_dir, step)]
     broken = []
     for path in candidates:
         try:
@@ -144,7 +134,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: written by another version of this program (format {version})")
     if manifest_bytes(manifest) != content:
         raise CheckpointError(f"{path} is damaged: {MANIFEST} has other content")
-    if step_of(path) not in (-1, manifest.step):
+    if checkpoint_step(path) not in (-1, manifest.step):
         raise CheckpointError(f"{path} is damaged: {MANIFEST} is that of step {manifest.step}")
     return Checkpoint(path, manifest)
 
@@ -192,23 +182,23 @@ def prune(run_dir: Path, step: int, settings: CheckpointConfig) -> None:
     Kept are the newest `keep_last`, those of every `keep_every` steps, and the best. What lies ahead of `step` goes as
     well: another life of the run wrote it before this one fell back behind it. So does what was left half-written.
     """
-    for path in (run_dir / "checkpoints").glob(f"*{STAGING}"):
+    for path in staging_folders(run_dir):
         shutil.rmtree(path)
-    for path in checkpoints(run_dir):
-        if step_of(path) > step:
+    for path in checkpoint_folders(run_dir):
+        if checkpoint_step(path) > step:
             shutil.rmtree(path)
-    best, left = find_best(run_dir), checkpoints(run_dir)
+    best, left = find_best(run_dir), checkpoint_folders(run_dir)
     for path in left[settings.keep_last :]:
-        if path != best and not (settings.keep_every and step_of(path) % settings.keep_every == 0):
+        if path != best and not (settings.keep_every and checkpoint_step(path) % settings.keep_every == 0):
             shutil.rmtree(path)
     if best:
-        replace_link(run_dir / "checkpoints" / BEST, best)
+        replace_link(run_dir / CHECKPOINTS / BEST, best)
 
 
 def find_best(run_dir: Path) -> Path | None:
     """The checkpoint with the lowest validation, the oldest of equals; by their manifests alone."""
     found = []
-    for path in checkpoints(run_dir):
+    for path in checkpoint_folders(run_dir):
         with suppress(CheckpointError):
             manifest = read_checkpoint(path).manifest
             if manifest.bits_per_byte is not None:
@@ -216,7 +206,7 @@ def find_best(run_dir: Path) -> Path | None:
     return min(found)[-1] if found else None
 
 
-def seal(path: Path) -> dict[str, list[Any]]:
+def flush_and_hash(path: Path) -> dict[str, list[Any]]:
     """Bring every file and folder below `path` to the disk; size and SHA-256 of each file."""
     files = {}
     for each in sorted(path.rglob("*")):

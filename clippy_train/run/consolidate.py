@@ -22,7 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from clippy_train.errors import CheckpointError
 from clippy_train.files import STAGING
 from clippy_train.optim import parameter_groups
-from clippy_train.run.checkpoint import STATE, Checkpoint, folder
+from clippy_train.run.checkpoint import Checkpoint
+from clippy_train.run.folder import (
+    DEEPSPEED_TAG,
+    STATE,
+    checkpoint_folder,
+)
 from clippy_train.run.moments import MOMENTS, save_base_state
 
 WEIGHTS = "fp32"  # DeepSpeed's name for them; the moments have the same names there as in torch
@@ -43,7 +48,7 @@ def consolidate(checkpoint: Checkpoint, description: Path, run_dir: Path) -> Pat
     Raises:
         CheckpointError: the checkpoint is not of the model that `description` describes, or the disk is full.
     """
-    out = folder(run_dir, checkpoint.manifest.step).with_suffix(".whole" + STAGING)
+    out = checkpoint_folder(run_dir, checkpoint.manifest.step).with_suffix(".whole" + STAGING)
     shutil.rmtree(out, ignore_errors=True)
     try:
         out.mkdir(parents=True)
@@ -127,7 +132,7 @@ def _convert_to_universal(state: Path, out: Path) -> Path:
     """
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    command += ["--input_folder", str(state / "checkpoint"), "--output_folder", str(out)]
+    command += ["--input_folder", str(state / DEEPSPEED_TAG), "--output_folder", str(out)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:

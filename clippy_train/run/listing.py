@@ -4,7 +4,17 @@ from datetime import datetime
 from pathlib import Path
 
 from clippy_train.errors import CheckpointError, ConfigError
-from clippy_train.run.checkpoint import MANIFEST, checkpoints, find_best, open_checkpoint, read_checkpoint, step_of
+from clippy_train.run.checkpoint import (
+    find_best,
+    open_checkpoint,
+    read_checkpoint,
+)
+from clippy_train.run.folder import (
+    CHECKPOINTS,
+    MANIFEST,
+    checkpoint_folders,
+    checkpoint_step,
+)
 
 HEADER = ["step", "tokens", "written", "GB", "ranks", "strategy", "", "state"]
 
@@ -18,11 +28,11 @@ def listing(run_dir: Path, content: bool) -> tuple[list[str], list[list[str]], b
     Raises:
         ConfigError: no such run.
     """
-    if not (run_dir / "checkpoints").is_dir():
+    if not (run_dir / CHECKPOINTS).is_dir():
         raise ConfigError(f"run={run_dir}: not a run folder with checkpoints")
     best = find_best(run_dir)
     rows: list[list[str]] = []
-    for path in checkpoints(run_dir):
+    for path in checkpoint_folders(run_dir):
         pointers = ["last"] if not rows else []
         pointers += ["best"] if path == best else []
         rows.append([*_facts(path), ", ".join(pointers), _state(path, content)])
@@ -46,7 +56,7 @@ def _facts(path: Path) -> list[str]:
     try:
         checkpoint = read_checkpoint(path)
     except CheckpointError:
-        return [str(step_of(path)), "", "", "", "", ""]
+        return [str(checkpoint_step(path)), "", "", "", "", ""]
     manifest = checkpoint.manifest
     written = datetime.fromtimestamp((path / MANIFEST).stat().st_mtime).isoformat(" ", "minutes")
     name, stage = manifest.layout["strategy.name"], manifest.layout["strategy.stage"] or ""

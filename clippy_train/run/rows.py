@@ -8,11 +8,6 @@ from typing import Any
 
 from clippy_train.files import atomic_write
 
-METRICS = "metrics.jsonl"
-LEDGER = "ledger.jsonl"
-SAMPLES = "samples.jsonl"
-TENSORBOARD = "tensorboard"
-
 log = logging.getLogger(__name__)
 
 

@@ -39,11 +39,16 @@ from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError, Interrupted
 from clippy_train.files import atomic_write
 from clippy_train.launch.resources import JOB
-from clippy_train.launch.slurm import last_step
 from clippy_train.launch.start import claim
 from clippy_train.report import print_columns
+from clippy_train.run.folder import last_step
 from clippy_train.signals import handling_signals
-from clippy_train.sweep.trials import OBJECTIVE, Local, Slurm, Trial
+from clippy_train.sweep.trials import (
+    OBJECTIVE,
+    Local,
+    Slurm,
+    Trial,
+)
 
 TABLE = "sweep.csv"
 LONGEST_NAME = 120  # of a trial's folder, in characters

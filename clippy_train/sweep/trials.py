@@ -16,11 +16,10 @@ from pathlib import Path
 
 from clippy_train.compose import LAUNCH
 from clippy_train.errors import ConfigError, Interrupted
-from clippy_train.launch.slurm import job_facts, last_step
-from clippy_train.run.rows import METRICS, read_rows
+from clippy_train.launch.slurm import job_facts
+from clippy_train.run.folder import JOB_FILE, METRICS, OUTPUT, last_step
+from clippy_train.run.rows import read_rows
 
-OUTPUT = "output.log"  # of a trial that shares the terminal with others
-JOB_FILE = "job.txt"  # the id of a trial's Slurm job
 FOLLOWS = "CLIPPY_SWEEP"  # in the environment of a trial's process: its standard input is a pipe to the sweep
 OBJECTIVE = "val/bits_per_byte"  # its lowest validation decides, whose checkpoint is the run's best
 

@@ -11,7 +11,11 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from clippy_train.config import TrainConfig
-from clippy_train.run.rows import METRICS, TENSORBOARD, RowFile
+from clippy_train.run.folder import (
+    METRICS,
+    TENSORBOARD,
+)
+from clippy_train.run.rows import RowFile
 
 METRICS_COMPARED = ("val/bits_per_byte", "val/loss", "val/perplexity", "train/loss", "throughput/tokens_per_sec")
 # TensorBoard's custom scalars: group -> chart -> the names that share it, as regular expressions.

@@ -20,14 +20,22 @@ from safetensors.torch import load_file
 from clippy_train.config import TrainConfig, load
 from clippy_train.data.stream import COUNTS
 from clippy_train.errors import CheckpointError, ClippyError, Interrupted
-from clippy_train.launch.start import CONFIG, HF_FOLDER, base_state
+from clippy_train.launch.start import base_state
 from clippy_train.model.build import build
 from clippy_train.report import quiet_transformers
-from clippy_train.run.checkpoint import STATE, Checkpoint, read_checkpoint
+from clippy_train.run.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+)
 from clippy_train.run.consolidate import WEIGHTS_FILE, set_weights
+from clippy_train.run.folder import (
+    CONFIG,
+    HF_FOLDER,
+    LEDGER,
+    STATE,
+)
 from clippy_train.run.identity import data_identity
 from clippy_train.run.moments import BaseState, open_base_state
-from clippy_train.run.rows import LEDGER
 from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import fingerprint, token_bytes
 from clippy_train.train.callbacks.checkpointer import Checkpointer

@@ -22,7 +22,10 @@ from torch.utils.data import DataLoader
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
-from clippy_train.launch.agent import here, rank_environment
+from clippy_train.launch.agent import (
+    here,
+    rank_environment,
+)
 from clippy_train.model.score import new_sums
 from clippy_train.train.callbacks.progress import step_ended
 from clippy_train.train.module import CodeLM

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from clippy_train.hf.export import load_checkpoint_model
-from clippy_train.run.checkpoint import find
+from clippy_train.run.checkpoint import find_checkpoint
 from support import processes
 
 # A model and a batch that train in seconds. `{corpus}` and `{tokenizer}` are filled in by `Runs`.
@@ -134,7 +134,7 @@ def trained(row: dict) -> dict:
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     """The fp32 weights of a run's newest checkpoint."""
-    checkpoint = find(run_dir)
+    checkpoint = find_checkpoint(run_dir)
     assert checkpoint
     return {
         name: parameter.detach()

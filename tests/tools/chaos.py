@@ -30,7 +30,8 @@ from support.runs import Runs, rank_pids, trained, weights_hash
 from support.small_corpus import make_corpus, make_tokenizer
 
 from clippy_train.files import STAGING
-from clippy_train.run.checkpoint import checkpoints, find
+from clippy_train.run.checkpoint import find_checkpoint
+from clippy_train.run.folder import checkpoint_folders
 from clippy_train.tokenizer import load_tokenizer
 
 STEPS = 40
@@ -128,7 +129,7 @@ class Chaos:
     def outcome(self, name: str) -> dict[str, Any]:
         """Everything that must not depend on what happened to a run."""
         folder = self.runs.folder(name)
-        checkpoint = find(folder)
+        checkpoint = find_checkpoint(folder)
         assert checkpoint
         ledger = folder / "ledger.jsonl"
         return {
@@ -220,7 +221,7 @@ class Chaos:
         assert unborn or run.process.returncode in (0, 75), f"{name}: exit code {run.process.returncode}\n{said}"
         assert seconds < GRACE, f"{name} took {seconds:.0f} s to leave"
         self.counts["before its ranks started" if unborn else f"exit code {run.process.returncode}"] += 1
-        rows, newest = self.runs.rows(name), checkpoints(run.folder)
+        rows, newest = self.runs.rows(name), checkpoint_folders(run.folder)
         assert not rows or newest[0].name == f"step-{rows[-1]['step']:08d}", f"{name} left without saving\n{said}"
 
 

@@ -40,7 +40,7 @@ def pytest(*tests: str) -> list[str]:
 MUTATIONS = [
     Mutation(
         "files reach the disk before a checkpoint exists",
-        "run/checkpoint.py",
+        "files.py",
         "        os.fsync(descriptor)\n",
         "        pass\n",
         pytest("test_checkpoint.py", "-k", "reaches_the_disk"),
@@ -76,7 +76,7 @@ MUTATIONS = [
     Mutation(
         "the random state is part of a checkpoint",
         "train/callbacks/checkpointer.py",
-        "            load_rng(self.resumed.path / rng_name(trainer.global_rank))\n",
+        "            load_rng(rng_file(self.resumed.path, trainer.global_rank))\n",
         "            pass\n",
         KILLS,
     ),

@@ -21,7 +21,20 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from clippy_train.config import TrainConfig
 from clippy_train.errors import CheckpointError
 from clippy_train.files import STAGING
-from clippy_train.run.checkpoint import STATE, Checkpoint, Manifest, folder, layout, prune, publish, seal
+from clippy_train.run.checkpoint import (
+    Checkpoint,
+    Manifest,
+    checkpoint_layout,
+    flush_and_hash,
+    prune,
+    publish,
+)
+from clippy_train.run.folder import (
+    DEEPSPEED_TAG,
+    STATE,
+    checkpoint_folder,
+    rng_file,
+)
 from clippy_train.train import collective
 from clippy_train.train.callbacks.health import Finite, require_equal_replicas
 from clippy_train.train.callbacks.monitor import Monitor
@@ -63,7 +76,7 @@ class Checkpointer(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.resumed:
-            load_rng(self.resumed.path / rng_name(trainer.global_rank))
+            load_rng(rng_file(self.resumed.path, trainer.global_rank))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if step_ended(trainer, batch_idx) and not validation_due(self.config, trainer.global_step):
@@ -96,7 +109,7 @@ class Checkpointer(pl.Callback):
             return
         self.finite.check(trainer)
         require_equal_replicas(trainer.lightning_module, step)
-        aside = folder(self.config.run_dir, step).with_suffix(STAGING)
+        aside = checkpoint_folder(self.config.run_dir, step).with_suffix(STAGING)
         failures = self._write(trainer, aside)
         self._saved_at = time.monotonic()
         if failures:
@@ -112,7 +125,7 @@ class Checkpointer(pl.Callback):
         if failures:
             return failures
         trainer.save_checkpoint(aside / STATE)
-        self._disk.save(rng_state(), aside / rng_name(trainer.global_rank))
+        self._disk.save(rng_state(), rng_file(aside, trainer.global_rank))
         cursors, counts = self.progress.all_cursors(), self.progress.all_counts()
         failures = everywhere(self._disk.raise_error)
         if failures:
@@ -126,11 +139,11 @@ class Checkpointer(pl.Callback):
             cursors=cursors.tolist(),
             counts=counts,
             data=self.data,
-            layout=layout(self.config),
+            layout=checkpoint_layout(self.config),
             bits_per_byte=self.monitor.validated.get(step),
-            files=seal(aside),
+            files=flush_and_hash(aside),
         )
-        publish(aside, folder(self.config.run_dir, step), manifest)
+        publish(aside, checkpoint_folder(self.config.run_dir, step), manifest)
         self._bytes = sum(size for size, _ in manifest.files.values())
         try:
             prune(self.config.run_dir, step, self.config.checkpoint)
@@ -201,12 +214,8 @@ def make_aside(aside: Path, is_deepspeed: bool) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     if is_deepspeed:
-        (aside / STATE / "checkpoint").mkdir(parents=True)
-        (aside / STATE / "latest").write_text("checkpoint")
-
-
-def rng_name(rank: int) -> str:
-    return f"rng-{rank:05d}.pt"
+        (aside / STATE / DEEPSPEED_TAG).mkdir(parents=True)
+        (aside / STATE / "latest").write_text(DEEPSPEED_TAG)
 
 
 def rng_state() -> dict[str, Any]:

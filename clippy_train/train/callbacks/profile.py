@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 from torch.profiler import ProfilerActivity, profile, schedule, supported_activities, tensorboard_trace_handler
 
 from clippy_train.config import TrainConfig
+from clippy_train.run.folder import PROFILE
 from clippy_train.train.callbacks.progress import step_ended
 
-PROFILE = "profile"  # in a run folder
 SKIPPED = 2  # steps of this life that compile, allocate and connect
 
 

@@ -12,7 +12,8 @@ import lightning.pytorch as pl
 
 from clippy_train.config import TrainConfig
 from clippy_train.model.sample import Sampling, complete
-from clippy_train.run.rows import SAMPLES, RowFile
+from clippy_train.run.folder import SAMPLES
+from clippy_train.run.rows import RowFile
 from clippy_train.train.loggers import EventLogger
 
 

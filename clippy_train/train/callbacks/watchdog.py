@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from clippy_train.launch.stacks import stacks
+from clippy_train.run.folder import stack_file
 
 PATIENCE = 6  # times the usual, where progress cannot be seen: at the start, in a save
 
@@ -23,7 +23,7 @@ class Watchdog(pl.Callback):
     """Sees this rank stand still for `seconds`, from here on; 0 sees nothing. Without a launcher, it ends the rank."""
 
     def __init__(self, run_dir: Path, rank: int, seconds: int) -> None:
-        path = stacks(run_dir, rank)
+        path = stack_file(run_dir, rank)
         path.parent.mkdir(exist_ok=True)
         self._file, self._seconds = path.open("w"), seconds
         faulthandler.register(signal.SIGQUIT, self._file)

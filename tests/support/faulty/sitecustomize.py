@@ -54,7 +54,7 @@ def disk(last_save: int) -> None:
     """Every second save fails, first on rank 1, then on rank 0, each time one operation on; after `last_save` all."""
     import torch
 
-    from clippy_train.run.checkpoint import find
+    from clippy_train.run.checkpoint import find_checkpoint
     from clippy_train.train.callbacks import checkpointer as saving
 
     state = {"save": 0, "done": 0, "fails_at": 0, "failed": ""}
@@ -84,11 +84,11 @@ def disk(last_save: int) -> None:
         state["save"] += 1
         turn = state["save"] // 2 if state["save"] % 2 == 0 else 0
         turn = turn - OPERATIONS_OF_RANK_ONE if RANK == 0 else turn
-        before = find(self.config.run_dir)
+        before = find_checkpoint(self.config.run_dir)
         state.update(done=0, fails_at=1 if state["save"] > last_save and RANK == 0 else turn, failed="")
         failures = original_write(self, trainer, aside)
         state["fails_at"] = 0
-        after = find(self.config.run_dir)
+        after = find_checkpoint(self.config.run_dir)
         if failures and state["failed"]:
             steps = [each and each.manifest.step for each in (before, after)]
             record({"operation": state["failed"], "step": trainer.global_step, "failures": failures, "newest": steps})
