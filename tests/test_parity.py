@@ -137,7 +137,7 @@ def setting(name: str, change: Callable[[OptimConfig], Any]) -> Break:
         config = optim_config(trace)
         return dataclasses.replace(config, **{name: change(config)})
 
-    return replaced("flax_trace.FlaxTrace.optim_config", changed)
+    return replaced("support.flax_trace.FlaxTrace.optim_config", changed)
 
 
 def optimizer(change: Callable[[torch.optim.Optimizer, Any], torch.optim.Optimizer]) -> Break:
