@@ -42,7 +42,7 @@ from clippy_train.model.flops import flops_per_token, peak_flops
 from clippy_train.model.loss import loss_head, mean_loss
 from clippy_train.optim import build_optimizer, clip_grad_norm
 from clippy_train.report import quiet_transformers
-from clippy_train.train.callbacks.health import Finite
+from clippy_train.train.callbacks.health import Health
 from clippy_train.train.callbacks.monitor import Monitor
 from clippy_train.train.callbacks.progress import Progress, fresh_cursors
 from clippy_train.train.module import CodeLM
@@ -138,7 +138,7 @@ def framework(variant: Variant, turn: Turn) -> None:
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     config = variant.config
-    progress, finite = Progress(config, fresh_cursors(1), np.zeros(len(COUNTS)), ("",)), Finite(1, ("",))
+    progress, finite = Progress(config, fresh_cursors(1), np.zeros(len(COUNTS)), ("",)), Health(1, ("",))
     trainer = build_trainer(
         config, callbacks=[Start(), progress, finite, Monitor(config, progress, finite)], logger=False
     )

@@ -68,11 +68,11 @@ def run_checkpoint(settings: config.CheckpointsConfig) -> int:
 
 
 def run_plan(settings: config.TrainConfig) -> int:
-    from clippy_train.launch.start import obstacles
+    from clippy_train.launch.start import preflight_problems
     from clippy_train.plan import plan
 
     print_table("plan", plan(settings))
-    for error in obstacles(settings):
+    for error in preflight_problems(settings):
         print(f"before it can run here: {error}")
     return 0
 

@@ -30,7 +30,7 @@ from clippy_train.run.folder import (
     TENSORBOARD,
 )
 from clippy_train.run.rows import read_rows
-from clippy_train.shards.sources import open_corpus
+from clippy_train.shards.sources import MANIFEST, open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, train_bpe
 
 EXTENSIONS = [".py", ".c", ".h"]
@@ -80,7 +80,7 @@ def make_tokenizer(corpus: Path, out: Path, vocab_size: int, settings: Tokenizer
 
 def results(run: TrainConfig, corpus: Path) -> list[tuple[str, str]]:
     """What a finished run achieved, from its metrics."""
-    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest = json.loads((corpus / MANIFEST).read_text())
     rows = list(read_rows(run.run_dir / METRICS))
     training = [row for row in rows if "train/loss" in row]
     validation = [row for row in rows if "val/loss" in row]

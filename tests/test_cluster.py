@@ -25,7 +25,7 @@ from clippy_train.launch.agent import (
     rank_environment,
     run_ranks,
 )
-from clippy_train.launch.start import claim
+from clippy_train.launch.lock import lock_folder
 from clippy_train.plan import plan, tokens_per_second
 from clippy_train.run.folder import CONFIG
 from clippy_train.tokenizer import load_tokenizer
@@ -73,7 +73,7 @@ def test_devices_are_those_of_the_place(
     config = compose(TrainConfig, ["experiment=code_clippy_125m", *DIVIDES])
     trainer = config.trainer
     assert (config.launcher.name, trainer.accelerator, trainer.num_nodes, trainer.devices) == expected
-    assert not list(resources.misfits(config))
+    assert not list(resources.resource_problems(config))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_run_that_does_not_fit_its_place_is_told_why(
     surroundings(variables)
     if overrides == ["launcher=local"]:
         overrides = [*overrides, "trainer.num_nodes=2"]
-    (error,) = resources.misfits(compose(TrainConfig, ["experiment=code_clippy_125m", *DIVIDES, *overrides]))
+    (error,) = resources.resource_problems(compose(TrainConfig, ["experiment=code_clippy_125m", *DIVIDES, *overrides]))
     assert said in str(error)
     assert isinstance(error, ConfigError)
 
@@ -120,10 +120,10 @@ def test_a_job_lives_again_only_while_it_gets_on(requeues: int, steps: list[int]
 
 def test_the_lives_of_a_job_are_written_down_and_another_job_starts_anew(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
-    assert slurm.begin_life(tmp_path, "7") == [0]
+    assert slurm.begin_attempt(tmp_path, "7") == [0]
     (checkpoints / "step-00000004").mkdir(parents=True)
-    assert slurm.begin_life(tmp_path, "7") == [0, 4]
-    assert slurm.begin_life(tmp_path, "8") == [4]
+    assert slurm.begin_attempt(tmp_path, "7") == [0, 4]
+    assert slurm.begin_attempt(tmp_path, "8") == [4]
 
 
 RUN_NODES = """
@@ -255,7 +255,7 @@ def test_a_preflight_of_two_ranks_tells_the_bandwidth(
     config = train_config(f"run.root={tmp_path}")
     config.run_dir.mkdir()
     save(config, config.run_dir / CONFIG)
-    assert run_ranks(config, here(), [], PREFLIGHT) == 0
+    assert run_ranks(config, here(), PREFLIGHT) == 0
     assert "preflight: 1 nodes x 2 cpu, gloo: all-reduce of 64 MB in " in capfd.readouterr().out
 
 
@@ -267,8 +267,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 CLAIM = """
 import os, sys
 from pathlib import Path
-from clippy_train.launch.start import claim
-claim(Path(sys.argv[1]), "run.name=x")
+from clippy_train.launch.lock import lock_folder
+lock_folder(Path(sys.argv[1]), "run.name=x")
 os.execv(sys.executable, [sys.executable, "-c", "print(flush=True); input()"])
 """
 
@@ -279,9 +279,9 @@ def test_a_claim_to_a_folder_stays_with_what_the_process_becomes(tmp_path: Path)
     process = processes.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout.readline()
     with pytest.raises(ConfigError, match=rf"run\.name=x: process {process.pid} on .* trains in"):
-        claim(folder, "run.name=x")
+        lock_folder(folder, "run.name=x")
     process.communicate(b"\n")
-    claim(folder, "run.name=x")
+    lock_folder(folder, "run.name=x")
 
 
 def test_a_checkpoint_is_chosen_when_nobody_can_write_another_one(
@@ -291,7 +291,7 @@ def test_a_checkpoint_is_chosen_when_nobody_can_write_another_one(
 
     def found(run_dir: Path) -> None:
         with pytest.raises(ConfigError, match="trains in"):
-            claim(config.run_dir, "run.name=x")
+            lock_folder(config.run_dir, "run.name=x")
 
     monkeypatch.setattr(start, "find_checkpoint", found)
     with pytest.raises(CheckpointError, match="has no checkpoint"):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from clippy_train.files import STAGING
 from clippy_train.optim import parameter_groups
 from clippy_train.run.checkpoint import open_checkpoint
-from clippy_train.run.consolidate import WEIGHTS, whole_tensors
+from clippy_train.run.consolidate import WEIGHTS, consolidated_tensors
 from clippy_train.run.folder import (
     STATE,
     checkpoint_folder,
@@ -87,7 +87,9 @@ def test_weights_and_both_moments_are_those_of_the_run_that_did_not_move(
     state = kept["optimizer_states"][0]["state"]
     assert {float(each["step"]) for each in state.values()} == {END}
 
-    found = whole_tensors(open_checkpoint(checkpoint_folder(runs.folder(moved), END)), description, (WEIGHTS, *MOMENTS))
+    found = consolidated_tensors(
+        open_checkpoint(checkpoint_folder(runs.folder(moved), END)), description, (WEIGHTS, *MOMENTS)
+    )
     for kind, tensors in found.items():
         assert tensors.keys() == set(order)
         for index, name in enumerate(order):

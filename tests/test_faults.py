@@ -114,7 +114,7 @@ def test_a_bad_number_stops_the_run_and_names_step_rank_and_text(runs: Runs, tin
 def test_a_run_stops_before_it_saves_weights_that_differ_between_ranks(runs: Runs) -> None:
     with faults(runs, f"diverge:1:{LAST_SAVE + 1}"):
         said = runs.train("broken", *SETTINGS, code=1).stderr
-    assert f"step {LAST_SAVE + 1}: the weights of ranks [1] are no longer those of the other ranks: 1 tensors" in said
+    assert f"step {LAST_SAVE + 1}: the weights of ranks [1] differ from those of the other ranks: 1 tensors" in said
     assert checkpoint_step(checkpoint_folders(runs.folder("broken"))[0]) == LAST_SAVE
 
 
@@ -132,7 +132,7 @@ def test_the_one_rank_of_many_whose_weights_differ_is_named(
     require_equal_replicas(module, step=7)
     everyones = [sent[rank == odd] for rank in range(world_size)]
     monkeypatch.setattr(collective, "gather", lambda value: everyones)
-    with pytest.raises(Diverged, match=rf"step 7: the weights of ranks \[{odd}\] .* 1 tensors .*h.0.mlp.c_fc.bias"):
+    with pytest.raises(Diverged, match=rf"step 7: the weights of ranks \[{odd}\] .* 1 tensors, .*h.0.mlp.c_fc.bias"):
         require_equal_replicas(module, step=7)
 
 
@@ -144,30 +144,30 @@ def test_a_weight_that_is_not_finite_is_never_saved(train_config: Callable[..., 
         require_equal_replicas(module, step=7)
 
 
-def test_a_rank_that_stands_still_ends_the_run_with_the_stacks_of_all(runs: Runs) -> None:
+def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(runs: Runs) -> None:
     process = runs.start(
-        "still", *SETTINGS, "trainer.watchdog_seconds=3", "checkpoint.keep_last=2", "trainer.max_steps=100000"
+        "hangs", *SETTINGS, "trainer.watchdog_seconds=3", "checkpoint.keep_last=2", "trainer.max_steps=100000"
     )
-    runs.wait_for_step("still", 5, process, "checkpoint/seconds")
-    pids = rank_pids(runs.folder("still"))
+    runs.wait_for_step("hangs", 5, process, "checkpoint/seconds")
+    pids = rank_pids(runs.folder("hangs"))
     (stopped,) = (pid for pid in pids if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(stopped, signal.SIGSTOP)
     said = process.communicate(timeout=60)[0]  # it may have been in a save, so up to six times five seconds
     assert process.returncode == 1
     assert "no progress for too long: rank 0 is in " in said
-    assert "rank 1 gives no answer" in said
-    stacks = runs.folder("still") / "stacks"
+    assert "rank 1 does not respond" in said
+    stacks = runs.folder("hangs") / "stacks"
     assert "most recent call first" in (stacks / "rank-0.txt").read_text()
     assert not (stacks / "rank-1.txt").read_text()
-    assert not rank_pids(runs.folder("still"))
+    assert not rank_pids(runs.folder("hangs"))
 
-    end = runs.rows("still", "checkpoint/seconds")[-1]["step"] + 3
-    runs.train("still", *SETTINGS, "checkpoint.keep_last=2", f"trainer.max_steps={end}")
-    assert runs.rows("still")[-1]["step"] == end
+    end = runs.rows("hangs", "checkpoint/seconds")[-1]["step"] + 3
+    runs.train("hangs", *SETTINGS, "checkpoint.keep_last=2", f"trainer.max_steps={end}")
+    assert runs.rows("hangs")[-1]["step"] == end
     assert not stacks.exists()
 
 
-def test_a_second_interrupt_ends_ranks_that_hear_nothing(
+def test_a_second_interrupt_kills_ranks_that_ignore_signals(
     train_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     config = train_config(f"run.root={tmp_path}", "trainer.devices=2")
@@ -178,8 +178,8 @@ def test_a_second_interrupt_ends_ranks_that_hear_nothing(
 import sys
 from pathlib import Path
 from clippy_train.config import load
-from clippy_train.launch.agent import (here, run_ranks,)
-sys.exit(run_ranks(load(Path({str(config.run_dir / CONFIG)!r})), here(), [], "deaf"))
+from clippy_train.launch.agent import here, run_ranks
+sys.exit(run_ranks(load(Path({str(config.run_dir / CONFIG)!r})), here(), "deaf"))
 """
     launcher = processes.start([sys.executable, "-c", start], cwd=tmp_path, env=environment(tmp_path))
     while len(ranks := [int(path.name[4:]) for path in tmp_path.glob("pid-*")]) < 2:
@@ -216,7 +216,7 @@ def test_rows_that_a_full_disk_refuses_are_written_later_and_whole(
     with full_disk(limit):
         for row in rows[2:6]:
             file.append(row)
-    assert "step 4 is not written yet" in caplog.text
+    assert "the row of step 4 is not written yet" in caplog.text
     assert path.stat().st_size == limit  # with a row that was cut short
     for row in rows[6:]:
         file.append(row)
@@ -233,6 +233,6 @@ def test_a_full_disk_ends_tensorboard_but_not_the_run(tmp_path: Path, caplog: py
         for step in range(2, 40):
             logger.log_metrics({"train/loss": 1.0}, step)
             logger.save()
-    assert "TensorBoard stops here" in caplog.text
+    assert "TensorBoard logging stops here" in caplog.text
     logger.log_metrics({"train/loss": 1.0}, 40)
     logger.finalize("success")

@@ -10,7 +10,7 @@ from tensorboard.plugins.hparams import metadata
 
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError
-from clippy_train.launch.start import obstacles
+from clippy_train.launch.start import preflight_problems
 from clippy_train.run.folder import TENSORBOARD
 from clippy_train.train.loggers import CHARTS, METRICS_COMPARED, EventLogger
 
@@ -72,13 +72,13 @@ def test_a_run_that_failed_has_no_successful_end(tmp_path: Path, status: str, en
 def test_what_weights_and_biases_needs_is_asked_for_before_anything_starts(train_config, monkeypatch) -> None:
     config: TrainConfig = train_config("logger.wandb=true")
     monkeypatch.setattr("clippy_train.launch.start.find_spec", lambda name: None)
-    (error,) = obstacles(config)
+    (error,) = preflight_problems(config)
     assert isinstance(error, ConfigError)
     assert "pip install 'clippy_train[wandb]'" in str(error)
     monkeypatch.setattr("clippy_train.launch.start.find_spec", lambda name: object())
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    (error,) = obstacles(config)
+    (error,) = preflight_problems(config)
     assert "WANDB_MODE=offline" in str(error)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert obstacles(config) == []
+    assert preflight_problems(config) == []

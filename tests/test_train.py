@@ -42,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 
 @pytest.fixture(scope="module")
 def reference(runs: Runs) -> str:
-    """An uninterrupted run: two ranks, ZeRO-1, bf16, two loader processes; after a life that left no checkpoint."""
+    """An uninterrupted run: two ranks, ZeRO-1, bf16, two loader processes; after an attempt that left no checkpoint."""
     runs.folder("reference").mkdir(parents=True)
     (runs.folder("reference") / "metrics.jsonl").write_text(
         '{"step": 0, "val/loss": 9.0}\n{"step": 1, "train/loss": 9.0}\n'
@@ -56,6 +56,7 @@ def test_a_run_leaves_what_its_contract_names(runs: Runs, reference: str) -> Non
     assert {path.name for path in folder.iterdir()} == {
         LOCK,
         "config.yaml",
+        "start.json",
         "environment.json",
         "metrics.jsonl",
         "ledger.jsonl",

@@ -24,7 +24,7 @@ from clippy_train.run.checkpoint import (
     find_best,
     find_checkpoint,
 )
-from clippy_train.run.consolidate import WEIGHTS, set_weights, whole_tensors
+from clippy_train.run.consolidate import WEIGHTS, consolidated_tensors, set_weights
 from clippy_train.run.folder import (
     CONFIG,
     ENVIRONMENT,
@@ -119,7 +119,7 @@ def load_checkpoint_model(description: Path, checkpoint: Checkpoint) -> Any:
     """
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(description), dtype=torch.float32)
     model.generation_config = GenerationConfig.from_pretrained(description)
-    set_weights(model, whole_tensors(checkpoint, description, (WEIGHTS,))[WEIGHTS])
+    set_weights(model, consolidated_tensors(checkpoint, description, (WEIGHTS,))[WEIGHTS])
     return model.eval()
 
 

@@ -1,11 +1,11 @@
-"""The ranks of one node: one process per device, signals passed on to them, one exit code for all of them.
+"""The agent of one node: starts a process per device, forwards signals, detects hangs, returns one exit code.
 
-The launcher runs this for its own machine. Under Slurm it is what srun starts once on each node:
+The launcher is the agent of its own machine. Under Slurm, srun starts one agent on each node:
 
-    python -m clippy_train.launch.agent RUN_DIR HOST:PORT [CHECKPOINT [WHOLE]]
+    python -m clippy_train.launch.agent RUN_DIR HOST:PORT
 
-so that a cluster and a laptop share their handling of signals, stragglers, hangs and exit codes. The exit code is that
-of the first rank that ends with an error. (torchrun's agent would replace it by its own.)
+so a cluster and a laptop share their handling of signals, stragglers, hangs and exit codes. The exit code is that of
+the first rank that fails. (torchrun's agent would replace it with its own.)
 """
 
 import logging
@@ -28,7 +28,9 @@ from clippy_train.run.folder import CONFIG
 from clippy_train.signals import SIGNALS, handling_signals
 
 RANK, PREFLIGHT = "clippy_train.train", "clippy_train.launch.preflight"  # what a rank's process runs
-STRAGGLER_SECONDS = 60.0  # how long the other ranks may take once one has ended well
+STRAGGLER_SECONDS = 60.0  # for the other ranks to end after one has ended well
+
+Process = subprocess.Popen[bytes]
 
 log = logging.getLogger(__name__)
 
@@ -47,25 +49,26 @@ def here() -> Place:
     return Place(0, "127.0.0.1", free_port())
 
 
-def run_ranks(config: TrainConfig, place: Place, arguments: list[str], module: str = RANK) -> int:
-    """Start one process per device of this node, pass signals on to them, and return their exit code.
+def run_ranks(config: TrainConfig, place: Place, module: str = RANK) -> int:
+    """Start one process per device of this node, forward signals to them, and return their exit code.
 
-    Children die with this process, however it ends: each holds the read end of a pipe to it. A second SIGINT ends it.
+    The ranks die with this process, however it ends: each holds the read end of a pipe to it. A second SIGINT kills
+    them.
     """
-    command = [sys.executable, "-m", module, str(config.run_dir), *arguments]
-    ranks: dict[int, subprocess.Popen] = {}
-    asked = False
+    command = [sys.executable, "-m", module, str(config.run_dir)]
+    ranks: dict[int, Process] = {}
+    interrupted = False
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if number == signal.SIGINT and asked:
-            sys.exit(128 + number)  # ranks that hang in a collective hear nothing; leaving here kills them
-        asked = asked or number == signal.SIGINT
+        nonlocal interrupted
+        if number == signal.SIGINT and interrupted:
+            sys.exit(128 + number)  # ranks that hang in a collective cannot react; leaving here kills them
+        interrupted = interrupted or number == signal.SIGINT
         for process in ranks.values():
             if process.poll() is None:
                 process.send_signal(number)
 
-    # Ranks inherit the blocked signals, so one that comes while they start waits until they can handle it.
+    # Ranks inherit the blocked signals: one that arrives during start-up waits until they can handle it.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with handling_signals(forward):
@@ -83,16 +86,16 @@ def run_ranks(config: TrainConfig, place: Place, arguments: list[str], module: s
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for process in ranks.values():
             _kill_group(process)
-        stacks.tidy(config.run_dir)
+        stacks.remove_empty(config.run_dir)
         while signal.sigpending() & set(SIGNALS):
-            signal.sigwait(SIGNALS)  # it comes too late to change how the run ended
+            signal.sigwait(SIGNALS)  # too late to change how the run ended
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def rank_environment(config: TrainConfig, local_rank: int, place: Place) -> dict[str, str]:
-    """The variables that tell a process which rank it is; the names are torchrun's."""
+    """The variables that say which rank a process is; the names are torchrun's."""
     _, devices = config.nodes_and_devices
-    variables = {
+    return {
         "RANK": str(place.node * devices + local_rank),
         "LOCAL_RANK": str(local_rank),
         "GROUP_RANK": str(place.node),
@@ -103,11 +106,10 @@ def rank_environment(config: TrainConfig, local_rank: int, place: Place) -> dict
         "CLIPPY_LAUNCHED": "1",
         **device_environment(config),
     }
-    return variables
 
 
 def device_environment(config: TrainConfig) -> dict[str, str]:
-    """Settings of the libraries that a rank uses, where the user has not made them."""
+    """Settings of the libraries that a rank uses; those that the user has made win."""
     if config.trainer.accelerator == "cpu":
         threads = max(1, (os.cpu_count() or 1) // config.nodes_and_devices[1])
         chosen = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "DS_ACCELERATOR": "cpu"}
@@ -116,8 +118,8 @@ def device_environment(config: TrainConfig) -> dict[str, str]:
     return {**chosen, "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _wait(ranks: Mapping[int, subprocess.Popen], run_dir: Path) -> int:
-    """Wait for all ranks; the first that fails or stands still decides, and ends the others."""
+def _wait(ranks: Mapping[int, Process], run_dir: Path) -> int:
+    """Wait for all ranks. The first that fails or hangs decides the exit code, and the caller kills the others."""
     deadline = float("inf")
     while True:
         codes = [code for code in (process.poll() for process in ranks.values()) if code is not None]
@@ -128,7 +130,7 @@ def _wait(ranks: Mapping[int, subprocess.Popen], run_dir: Path) -> int:
             return max(codes)
         if codes and deadline == float("inf"):
             deadline = time.monotonic() + STRAGGLER_SECONDS
-        if stacks.expired(run_dir, ranks):
+        if stacks.any_expired(run_dir, ranks):
             log.error("%s", stacks.report(run_dir, ranks))
             return 1
         if time.monotonic() > deadline:
@@ -137,8 +139,8 @@ def _wait(ranks: Mapping[int, subprocess.Popen], run_dir: Path) -> int:
         time.sleep(0.05)
 
 
-def _kill_group(process: subprocess.Popen) -> None:
-    """End a rank and everything that it started."""
+def _kill_group(process: Process) -> None:
+    """Kill a rank and everything that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -147,30 +149,30 @@ def _kill_group(process: subprocess.Popen) -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """A signal handler for the time before ranks run."""
+    """The signal handler until the ranks run."""
     raise Interrupted("interrupted before the run started: nothing is lost, the same command starts it")
 
 
 def free_port(first: int = 0) -> int:
-    """The first port from `first` on that nothing listens on, on this machine; any with 0."""
+    """The first free port of this machine from `first` on; any free port for 0."""
     for port in range(first, first + 100):
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("", port))
-            return listener.getsockname()[1]
+            return int(listener.getsockname()[1])
     raise ConfigError(f"no free port between {first} and {first + 100} on {socket.gethostname()}")
 
 
-def main(run_dir: str, meeting_point: str, *arguments: str) -> int:
-    """Run this node's part of a run that lies on all nodes; the preflight goes first."""
+def main(run_dir: str, meeting_point: str) -> int:
+    """Run this node's ranks of a run on several nodes, after the preflight."""
     try:
         config = _shared_config(Path(run_dir))
         address, _, port = meeting_point.rpartition(":")
         place = Place(int(os.environ["SLURM_NODEID"]), address, int(port))
         if config.launcher.preflight:
-            code = run_ranks(config, place, [], PREFLIGHT)
+            code = run_ranks(config, place, PREFLIGHT)
             if code:
                 return code
-        return run_ranks(config, replace(place, port=place.port + 1), list(arguments))
+        return run_ranks(config, replace(place, port=place.port + 1))
     except ClippyError as error:
         print(f"{socket.gethostname()}: {error}", file=sys.stderr)
         return error.exit_code
@@ -178,7 +180,7 @@ def main(run_dir: str, meeting_point: str, *arguments: str) -> int:
 
 def _shared_config(run_dir: Path) -> TrainConfig:
     if not (run_dir / CONFIG).exists():
-        raise ConfigError(f"run.root: {run_dir} is not to be seen from this node; it must lie on a shared file system")
+        raise ConfigError(f"run.root: {run_dir} is not visible from this node; it must be on a shared file system")
     return load(run_dir / CONFIG)
 
 

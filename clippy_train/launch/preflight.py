@@ -1,8 +1,8 @@
-"""Before a run on several nodes: has every rank its device, do the ranks reach each other, and how fast?
+"""Before a run on several nodes: does every rank have a device, do the ranks reach each other, and how fast?
 
     python -m clippy_train.launch.preflight RUN_DIR
 
-in one process per rank, started as a rank is. Costs what importing torch does, and an all-reduce.
+in one process per rank, started as a rank is. Costs the import of torch and an all-reduce.
 """
 
 import os
@@ -17,22 +17,22 @@ import torch
 import torch.distributed as dist
 
 from clippy_train.config import TrainConfig, load
-from clippy_train.errors import ClippyError, ConfigError, Interrupted
+from clippy_train.errors import ClippyError, ConfigError, Interrupted, first_line
 from clippy_train.run.folder import CONFIG
 from clippy_train.signals import SIGNALS
 
 MEGABYTES = 64  # of the all-reduce
-PATIENCE = timedelta(seconds=90)  # for the slowest rank's import of torch
+TIMEOUT = timedelta(seconds=90)  # for the slowest rank's import of torch
 
 
 def check(config: TrainConfig) -> str:
-    """Meet all ranks, compare their devices, and time an all-reduce; the result in words. Collective.
+    """Join all ranks, count their devices, and time an all-reduce; returns the result as a sentence. Collective.
 
     Raises:
-        ConfigError: a node has too few devices, or a rank is out of reach.
+        ConfigError: a node has too few devices, or a rank cannot be reached.
     """
     cuda = config.trainer.accelerator == "cuda"
-    meet("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    join_ranks("cpu:gloo,cuda:nccl" if cuda else "gloo")
     (nodes, devices), world = config.nodes_and_devices, config.world_size
     visible = torch.cuda.device_count() if cuda else devices
     seen: list[tuple[str, int]] = [("", 0)] * world
@@ -40,7 +40,7 @@ def check(config: TrainConfig) -> str:
     short = sorted({f"{host} has {count}" for host, count in seen if count < devices})
     if short:
         raise ConfigError(
-            f"trainer.devices={devices}, but of CUDA devices {', '.join(short)}: ask Slurm for "
+            f"trainer.devices={devices}, but too few CUDA devices are visible: {', '.join(short)}. Ask Slurm for "
             f"--gpus-per-node={devices}"
         )
     seconds = time_all_reduce(torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu"))
@@ -51,24 +51,24 @@ def check(config: TrainConfig) -> str:
     )
 
 
-def meet(backend: str) -> None:
+def join_ranks(backend: str) -> None:
     """Join the process group.
 
     Raises:
-        ConfigError: not all ranks came in time.
+        ConfigError: not all ranks joined in time.
     """
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     except (dist.DistError, RuntimeError) as error:
         rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
         raise ConfigError(
-            f"{socket.gethostname()}: rank {rank} does not meet the others at {address}:{port} "
-            f"({str(error).splitlines()[0]}). Name the network interface that the nodes share in launch/env.sh"
+            f"{socket.gethostname()}: rank {rank} cannot reach the others at {address}:{port} "
+            f"({first_line(error)}). Name the network interface that the nodes share in launch/env.sh"
         ) from error
 
 
 def time_all_reduce(device: torch.device) -> float:
-    """Seconds of the second of two all-reduces; the first opens the connections. Collective."""
+    """Seconds of the second of two all-reduces; the first one opens the connections. Collective."""
     ranks = dist.get_world_size()
     for _ in range(2):
         values = torch.full((MEGABYTES * 250_000,), float(dist.get_rank() + 1), device=device)
@@ -84,7 +84,7 @@ def time_all_reduce(device: torch.device) -> float:
 def main(run_dir: str) -> int:
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(Interrupted.exit_code))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the node held them back until now
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the agent blocked them during start-up
     leads = os.environ["RANK"] == "0"
     try:
         config = load(Path(run_dir) / CONFIG)

@@ -1,6 +1,6 @@
-"""Where the ranks of a run can be: what Slurm, torchrun or this machine offers, and whether a configuration fits it.
+"""What Slurm, torchrun or this machine offers to a run, and whether a configuration fits it.
 
-Everything comes from environment variables that those set; only without a Slurm job's count of GPUs is torch asked.
+All of it comes from the environment variables that those set; torch is asked only where Slurm has counted no GPUs.
 """
 
 import os
@@ -21,13 +21,13 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 @dataclass(frozen=True)
 class Offer:
-    """What a launcher has for a run.
+    """What a launcher offers to a run.
 
     Attributes:
         launcher: `local`, `slurm` or `torchrun`.
-        nodes: how many; 0 where Slurm is asked for outside of a job.
-        processes: on each node: torchrun's processes, a Slurm job's tasks (None if it does not name any).
-        gpus: on each node, if Slurm counts them.
+        nodes: number of nodes; 0 for launcher=slurm outside of a job.
+        processes: per node: torchrun's processes, a Slurm job's tasks (None if the job names none).
+        gpus: per node, if Slurm counts them.
     """
 
     launcher: str
@@ -55,7 +55,7 @@ def offer(launcher: str, variables: Mapping[str, str]) -> Offer:
 
 
 def fill_in(composed: DictConfig) -> None:
-    """Set what the configuration leaves to its launcher: accelerator, devices, nodes."""
+    """Fill in what the configuration leaves to the launcher: accelerator, devices, nodes."""
     trainer, offered = composed.trainer, offer(composed.launcher.name, os.environ)
     composed.launcher.name = offered.launcher
     if trainer.accelerator == "auto":
@@ -67,12 +67,12 @@ def fill_in(composed: DictConfig) -> None:
         trainer.num_nodes = offered.nodes or 1
 
 
-def misfits(config: TrainConfig) -> Iterator[ConfigError]:
+def resource_problems(config: TrainConfig) -> Iterator[ConfigError]:
     """Why the configuration cannot run where this command runs."""
     offered, (nodes, devices) = offer(config.launcher.name, os.environ), config.nodes_and_devices
     if offered.launcher == "local" and nodes > 1:
         yield ConfigError(
-            f"trainer.num_nodes={nodes}: launcher=local starts the ranks of this machine only. Submit "
+            f"trainer.num_nodes={nodes}: launcher=local starts ranks on this machine only. Submit "
             "launch/train.sbatch to Slurm, run launch/torchrun.sh on every node, or set trainer.num_nodes=1"
         )
     elif offered.nodes == 0:
@@ -87,11 +87,11 @@ def misfits(config: TrainConfig) -> Iterator[ConfigError]:
         )
     elif _started_by_srun():
         yield ConfigError(
-            "srun has started this command more than once: run it once, without srun; it starts the ranks of all nodes"
+            "srun started this command more than once: run it once, without srun; it starts the ranks of all nodes"
         )
     if offered.processes not in (None, 1, devices) or (offered.launcher == "torchrun" and offered.processes != devices):
         yield ConfigError(
-            f"trainer.devices={devices}, but {offered.launcher} has {offered.processes} processes for each node: ask "
+            f"trainer.devices={devices}, but {offered.launcher} has {offered.processes} processes per node: ask "
             "for as many, or leave trainer.devices out"
         )
     if config.trainer.accelerator == "cuda" and offered.nodes and gpus(offered) < devices:
@@ -103,14 +103,14 @@ def misfits(config: TrainConfig) -> Iterator[ConfigError]:
 
 
 def gpus(offered: Offer) -> int:
-    """CUDA devices of a node."""
+    """CUDA devices per node."""
     return _visible_gpus() if offered.gpus is None else offered.gpus
 
 
 @cache
 def _visible_gpus() -> int:
     if not (shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists()):
-        return 0  # without waiting seconds for torch
+        return 0  # saves the seconds that importing torch takes
     import torch
 
     return torch.cuda.device_count()

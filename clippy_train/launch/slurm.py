@@ -1,12 +1,12 @@
 """A run inside a Slurm job: srun starts `launch.agent` once on each node; an interrupted job goes back into the queue.
 
-Everything that decides whether a job runs again is here. After exit code 75 (interrupted and saved) it does, unless it
-was cancelled, must not be requeued (`sbatch --no-requeue`), has been so often enough, or made no step in two lives in a
-row. Any other code ends it: a retry mends neither a wrong setting nor a bug. Slurm itself requeues the job of a dead
-node.
+Everything that decides whether a job runs again is here. After exit code 75 (interrupted and saved) it is requeued,
+unless it was cancelled, must not be (`sbatch --no-requeue`), has been requeued often enough, or has made no step in two
+attempts in a row. Any other code ends it: a retry repairs neither a wrong setting nor a bug. Slurm itself requeues the
+job of a dead node.
 
-srun starts one task for each node, and that one a process for each device, so that a node's ranks are started,
-signalled and ended by the same code as on a laptop, and it does not matter how Slurm binds tasks to cores and GPUs.
+srun starts one task per node, and that task one process per device. So a node's ranks are started, signalled and ended
+by the same code as on a laptop, and it does not matter how Slurm binds tasks to cores and GPUs.
 """
 
 import json
@@ -32,11 +32,11 @@ from clippy_train.launch.resources import JOB
 from clippy_train.run.folder import ATTEMPTS, last_step
 from clippy_train.signals import SIGNALS, handling_signals
 
-PORTS = range(10_000, 30_000)  # below those that the kernel gives to outgoing connections
-REPEAT_SECONDS = 5.0  # after which a signal is sent to srun once more: it drops those that come while it starts tasks
-PROBE_SECONDS = 60.0  # in which every node of the job must answer
+PORTS = range(10_000, 30_000)  # below the range that the kernel uses for outgoing connections
+REPEAT_SECONDS = 5.0  # until a signal is sent to srun again: it drops those that arrive while it starts tasks
+PROBE_SECONDS = 60.0  # for every node of the job to respond
 
-# How the job asked for tasks, which srun would apply to ours.
+# How the job asked for tasks; srun would apply it to the agents.
 TASK_VARIABLES = (
     "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK",
     "SRUN_CPUS_PER_TASK", "SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_CPU_BIND", "SLURM_DISTRIBUTION",
@@ -45,21 +45,21 @@ TASK_VARIABLES = (
 log = logging.getLogger(__name__)
 
 
-def run_nodes(config: TrainConfig, arguments: list[str]) -> int:
+def run_nodes(config: TrainConfig) -> int:
     """Run all nodes of this job, and requeue it where that helps; return the run's exit code.
 
     Raises:
-        Stuck: Slurm has requeued the job again and again, and it does not get anywhere.
+        Stuck: Slurm has requeued the job repeatedly without progress.
     """
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    steps = begin_life(config.run_dir, os.environ[JOB])
+    steps = begin_attempt(config.run_dir, os.environ[JOB])
     stop = why_stop(restarts, steps, config.launcher.max_requeues)
     if stop:
         raise Stuck(f"job {os.environ[JOB]} ends here: {stop}")
     nodes, _ = config.nodes_and_devices
-    code = _srun(nodes, ["-m", "clippy_train.launch.agent", str(config.run_dir), meeting_point(restarts), *arguments])
-    if code == 1 and not _nodes_answer(nodes):
-        log.error("a node of job %s does not answer: interrupted", os.environ[JOB])
+    code = _srun(nodes, ["-m", "clippy_train.launch.agent", str(config.run_dir), meeting_point(restarts)])
+    if code == 1 and not _nodes_respond(nodes):
+        log.error("a node of job %s does not respond: interrupted", os.environ[JOB])
         code = Interrupted.exit_code
     if code == Interrupted.exit_code:
         stop = why_stop(restarts + 1, [*steps, last_step(config.run_dir)], config.launcher.max_requeues)
@@ -68,37 +68,37 @@ def run_nodes(config: TrainConfig, arguments: list[str]) -> int:
 
 
 def why_stop(requeues: int, steps: Sequence[int], max_requeues: int) -> str | None:
-    """Why a job must not live once more, or None.
+    """Why a job must not make another attempt, or None.
 
     Args:
         requeues: how often it would have been requeued by then.
-        steps: at which step each life began, and at which the next one would.
+        steps: the step at which each attempt began, and at which the next one would.
     """
     if requeues > max_requeues:
         return f"it was requeued launcher.max_requeues={max_requeues} times"
     if len(steps) > 2 and steps[-3] == steps[-1]:
-        return f"two lives in a row made no step beyond {steps[-1]}"
+        return f"two attempts in a row made no step beyond {steps[-1]}"
     return None
 
 
-def begin_life(run_dir: Path, job: str) -> list[int]:
-    """Write down at which step this life of a job begins; those of all its lives."""
+def begin_attempt(run_dir: Path, job: str) -> list[int]:
+    """Record the step at which this attempt of a job begins; returns those of all its attempts."""
     path = run_dir / ATTEMPTS
-    lives = json.loads(path.read_text()) if path.exists() else {}
-    steps = [*lives["steps"], last_step(run_dir)] if lives.get("job") == job else [last_step(run_dir)]
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    steps = [*recorded["steps"], last_step(run_dir)] if recorded.get("job") == job else [last_step(run_dir)]
     with atomic_write(path) as file:
         json.dump({"job": job, "steps": steps}, file)
     return steps
 
 
-def life() -> str:
-    """This life of this job, in words that `has_ended` understands."""
-    return f"life {os.environ.get('SLURM_RESTART_COUNT', 0)} of job {os.environ[JOB]}"
+def attempt_name() -> str:
+    """This attempt of this job, in words that `has_ended` parses."""
+    return f"attempt {os.environ.get('SLURM_RESTART_COUNT', 0)} of job {os.environ[JOB]}"
 
 
-def has_ended(who: str) -> bool:
-    """Whether `who` is a life of a job, and over: it is an earlier one of this job, or Slurm says so."""
-    named = re.fullmatch(r"life (\d+) of job (\S+)", who)
+def has_ended(name: str) -> bool:
+    """Whether `name` is an attempt of a job that is over: an earlier one of this job, or one that Slurm has ended."""
+    named = re.fullmatch(r"attempt (\d+) of job (\S+)", name)
     if not named or not shutil.which("scontrol"):
         return False
     if named[2] == os.environ.get(JOB):
@@ -107,7 +107,7 @@ def has_ended(who: str) -> bool:
 
 
 def requeue(stop: str | None) -> None:
-    """Put this job back into the queue, unless something speaks against it."""
+    """Put this job back into the queue, unless there is a reason not to (`stop`, or one that Slurm knows)."""
     job = os.environ[JOB]
     facts = job_facts(job)
     if not stop and facts.get("BatchFlag") != "1":
@@ -121,43 +121,43 @@ def requeue(stop: str | None) -> None:
         return
     print(f"job {job} is requeued", flush=True)
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # Slurm ends this life of the job now
+        signal.signal(number, signal.SIG_IGN)  # Slurm ends this attempt now
     subprocess.run(["scontrol", "requeue", job], check=False)
 
 
 def job_facts(job: str) -> dict[str, str]:
-    """What Slurm knows of a job, by its names for it; nothing of one that it has forgotten."""
+    """What Slurm knows about a job, by Slurm's names; empty for a job that it has forgotten."""
     shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False).stdout
     return dict(item.split("=", 1) for item in shown.split() if "=" in item)
 
 
 def meeting_point(restarts: int) -> str:
-    """HOST:PORT where ranks meet: the first node, and a port of this life of this job; the one after it is used too."""
+    """HOST:PORT where ranks meet: the first node, and a port for this attempt of the job; the next port is used too."""
     listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
     first_node = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()[0]
     return f"{first_node}:{free_port(first_port(int(os.environ[JOB]), restarts))}"
 
 
 def first_port(job: int, restarts: int) -> int:
-    """Where this life of a job looks for its two ports: apart from the jobs around it and from its own last lives."""
+    """Where an attempt of a job looks for its two ports: away from neighbouring jobs and its last attempts."""
     return PORTS[0] + (job * 20 + restarts % 10 * 2) % (len(PORTS) - 100)
 
 
 def _srun(nodes: int, command: list[str]) -> int:
-    """Run a Python command once on each node of the job, pass signals on to it, and return its exit code."""
+    """Run a Python command once on each node of the job, forward signals to it, and return its exit code."""
     process = subprocess.Popen(
         [*_one_task_each(nodes), sys.executable, *command],
         env=_environment(),
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # a terminal's Ctrl-C reaches it once, through `forward`
     )
-    asked = False
+    interrupted = False
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        again = asked and number == signal.SIGINT
-        asked = True
-        # Any signal asks for a save; srun passes USR1 on, but kills its tasks when it gets TERM.
+        nonlocal interrupted
+        again = interrupted and number == signal.SIGINT
+        interrupted = True
+        # Any signal asks for a save. srun forwards USR1, but kills its tasks when it gets TERM.
         process.send_signal(signal.SIGTERM if again else signal.SIGUSR1)
 
     with handling_signals(forward):
@@ -165,15 +165,15 @@ def _srun(nodes: int, command: list[str]) -> int:
             try:
                 return exit_code(process.wait(REPEAT_SECONDS))
             except subprocess.TimeoutExpired:
-                if asked:
+                if interrupted:
                     process.send_signal(signal.SIGUSR1)
 
 
 def exit_code(code: int) -> int:
-    """A run's exit code, from srun's: the largest of its tasks', 128 + N where signal N ended one."""
+    """A run's exit code from srun's, which is the largest of its tasks', or 128 + N if signal N ended one."""
     signalled = code - 128 if code > 128 else -code
     if signalled in SIGNALS:
-        return Interrupted.exit_code  # it came before the task could handle it
+        return Interrupted.exit_code  # it arrived before the task could handle it
     return code if 0 <= code <= 128 else 1
 
 
@@ -194,7 +194,7 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in TASK_VARIABLES}
 
 
-def _nodes_answer(nodes: int) -> bool:
+def _nodes_respond(nodes: int) -> bool:
     probe = [*_one_task_each(nodes), "true"]
     try:
         return subprocess.run(probe, env=_environment(), timeout=PROBE_SECONDS, check=False).returncode == 0

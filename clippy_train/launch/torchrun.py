@@ -1,10 +1,9 @@
 """A run whose processes torchrun has started: rank 0 prepares it, then every process becomes its rank.
 
-Preparing (checks, the choice of a checkpoint, the frozen configuration) happens once, as under every launcher. The
-other ranks wait for the result in torchrun's own key-value store.
+Preparation (checks, choice of the checkpoint, frozen configuration) happens once, as under every launcher. The other
+ranks wait for its result in torchrun's own key-value store.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -13,38 +12,34 @@ from typing import NoReturn
 
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ClippyError
-from clippy_train.launch.agent import (
-    RANK,
-    device_environment,
-)
+from clippy_train.launch.agent import RANK, device_environment
 
-PATIENCE = timedelta(hours=2)  # reading a large checkpoint, byte by byte, takes time
+TIMEOUT = timedelta(hours=2)  # verifying a large checkpoint, byte by byte, takes time
+TRAIN = "train"
 
 
-def run_rank(config: TrainConfig, prepare: Callable[[TrainConfig], list[str] | int]) -> int:
-    """Become this process's rank, with the arguments that rank 0's `prepare` returns; an exit code ends it instead.
+def run_rank(config: TrainConfig, prepare: Callable[[TrainConfig], bool]) -> int:
+    """Have rank 0 prepare the run, then become this process's rank; return the exit code if there is nothing to train.
 
     Raises:
         ClippyError: what `prepare` raised, on rank 0.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not re-exported explicitly
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(host, port, is_master=False, timeout=PATIENCE)
+    store = TCPStore(host, port, is_master=False, timeout=TIMEOUT)
     key = f"clippy_train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    if os.environ["RANK"] != "0":
-        told = json.loads(store.get(key))
-    else:
+    if os.environ["RANK"] == "0":
         try:
-            told = prepare(config)
+            store.set(key, TRAIN if prepare(config) else "0")
         except ClippyError as error:
-            store.set(key, json.dumps(error.exit_code))
+            store.set(key, str(error.exit_code))
             raise
-        store.set(key, json.dumps(told))
-    return told if isinstance(told, int) else _become_rank(config, told)
+    result = store.get(key).decode()
+    return _become_rank(config) if result == TRAIN else int(result)
 
 
-def _become_rank(config: TrainConfig, arguments: list[str]) -> NoReturn:
+def _become_rank(config: TrainConfig) -> NoReturn:
     sys.stdout.flush()
-    command = [sys.executable, "-m", RANK, str(config.run_dir), *arguments]
+    command = [sys.executable, "-m", RANK, str(config.run_dir)]
     os.execve(sys.executable, command, {**os.environ, **device_environment(config)})

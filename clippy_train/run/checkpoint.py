@@ -1,10 +1,10 @@
-"""Checkpoints: complete or absent. Written aside, fsynced, listed in a manifest with a hash for each file, renamed.
+"""Checkpoints: complete or absent. Written to a staging folder, fsynced, hashed into a manifest, then renamed.
 
 A folder such as `checkpoints/step-00000500/` holds the strategy's state (`state`), each rank's random state
-(`rng-*.pt`), and `manifest.json`: step, cursors, counts, what the data depended on, size and SHA-256 of every file and
-of itself. DeepSpeed loads flipped bytes and torn mixes without complaint, so nothing is loaded before its manifest was
-checked. Nothing in a finished folder is ever rewritten. Costs one read of the checkpoint for hashing, at save and at
-start.
+(`rng-*.pt`), and `manifest.json`: step, cursors, counts, what the data depended on, and size and SHA-256 of every file
+and of itself. DeepSpeed loads flipped bytes and torn mixes of files without complaint, so nothing is loaded before its
+manifest has been checked. Nothing in a finished folder is ever rewritten. Costs one read of the checkpoint for hashing,
+when it is saved and when a run resumes.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is.
+    """The content of `manifest.json`.
 
     Attributes:
         data: what the order of the data depends on (`run.identity`).
-        layout: what its files depend on (`layout`).
+        layout: what the files depend on (`checkpoint_layout`).
         bits_per_byte: of the validation after this step; None if there was none.
         files: size in bytes and SHA-256 of each path inside the folder.
     """
@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 def checkpoint_layout(config: TrainConfig) -> dict[str, Any]:
-    """What the files of a checkpoint depend on: a run that is laid out otherwise starts from consolidated tensors."""
+    """What the files of a checkpoint depend on. A run with another layout must be resharded (`run.consolidate`)."""
     return {
         "ranks": config.world_size,
         "strategy.name": config.strategy.name,
@@ -78,7 +78,7 @@ def checkpoint_layout(config: TrainConfig) -> dict[str, Any]:
 
 
 def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint that passes verification (or that of `step`), or None where the run has none at all.
+    """The newest intact checkpoint (or that of `step`), verified; None if the run has no checkpoint at all.
 
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
@@ -104,7 +104,7 @@ def open_checkpoint(path: Path, content: bool = True) -> Checkpoint:
     """Verify a checkpoint folder against its manifest: every byte, or without `content` names and sizes only.
 
     Raises:
-        CheckpointError: naming what is wrong with it.
+        CheckpointError: naming every damaged file.
     """
     checkpoint = read_checkpoint(path)
     try:
@@ -117,10 +117,10 @@ def open_checkpoint(path: Path, content: bool = True) -> Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint as its manifest describes it; no other file is looked at.
+    """A checkpoint as its manifest describes it; no other file is read.
 
     Raises:
-        CheckpointError: the manifest is missing, damaged, or another checkpoint's.
+        CheckpointError: the manifest is missing, damaged, or from another checkpoint.
     """
     try:
         content = (path / MANIFEST).read_bytes()
@@ -135,12 +135,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if manifest_bytes(manifest) != content:
         raise CheckpointError(f"{path} is damaged: {MANIFEST} has other content")
     if checkpoint_step(path) not in (-1, manifest.step):
-        raise CheckpointError(f"{path} is damaged: {MANIFEST} is that of step {manifest.step}")
+        raise CheckpointError(f"{path} is damaged: {MANIFEST} is from step {manifest.step}")
     return Checkpoint(path, manifest)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """The bytes of a manifest's file, with a hash of themselves: a reader compares every one of them."""
+    """The bytes of `manifest.json`; they contain their own hash, so a reader detects any change."""
     fields = {"version": VERSION, **asdict(manifest)}
     sha256 = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
     return json.dumps({**fields, "sha256": sha256}).encode()
@@ -165,30 +165,30 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def publish(aside: Path, final: Path, manifest: Manifest) -> None:
-    """Put the manifest in place and give the folder its name: from here on the checkpoint exists."""
-    with atomic_write(aside / MANIFEST, durable=True) as file:
+def publish(staging: Path, final: Path, manifest: Manifest) -> None:
+    """Write the manifest and rename the staging folder: from then on the checkpoint exists."""
+    with atomic_write(staging / MANIFEST, durable=True) as file:
         file.write(manifest_bytes(manifest).decode())
-    fsync(aside)
-    if final.exists():  # a damaged checkpoint of the same step that was passed over at the start
+    fsync(staging)
+    if final.exists():  # a damaged checkpoint of the same step, which the resume skipped
         shutil.rmtree(final)
-    aside.rename(final)
+    staging.rename(final)
     fsync(final.parent)
 
 
 def prune(run_dir: Path, step: int, settings: CheckpointConfig) -> None:
-    """Delete what need not be kept now that the checkpoint of `step` is complete, and point to the best one.
+    """Delete the checkpoints that are not kept now that the one of `step` is complete, and link the best one.
 
-    Kept are the newest `keep_last`, those of every `keep_every` steps, and the best. What lies ahead of `step` goes as
-    well: another life of the run wrote it before this one fell back behind it. So does what was left half-written.
+    The newest `keep_last`, those of every `keep_every` steps, and the best are kept. Checkpoints beyond `step` are
+    deleted: an earlier attempt wrote them, and this one resumed before them. So are half-written ones.
     """
     for path in staging_folders(run_dir):
         shutil.rmtree(path)
     for path in checkpoint_folders(run_dir):
         if checkpoint_step(path) > step:
             shutil.rmtree(path)
-    best, left = find_best(run_dir), checkpoint_folders(run_dir)
-    for path in left[settings.keep_last :]:
+    best, remaining = find_best(run_dir), checkpoint_folders(run_dir)
+    for path in remaining[settings.keep_last :]:
         if path != best and not (settings.keep_every and checkpoint_step(path) % settings.keep_every == 0):
             shutil.rmtree(path)
     if best:
@@ -196,7 +196,7 @@ def prune(run_dir: Path, step: int, settings: CheckpointConfig) -> None:
 
 
 def find_best(run_dir: Path) -> Path | None:
-    """The checkpoint with the lowest validation, the oldest of equals; by their manifests alone."""
+    """The checkpoint with the lowest validation, the oldest of equals, according to the manifests."""
     found = []
     for path in checkpoint_folders(run_dir):
         with suppress(CheckpointError):
@@ -207,7 +207,7 @@ def find_best(run_dir: Path) -> Path | None:
 
 
 def flush_and_hash(path: Path) -> dict[str, list[Any]]:
-    """Bring every file and folder below `path` to the disk; size and SHA-256 of each file."""
+    """Flush every file and folder below `path` to the disk; returns size and SHA-256 of each file."""
     files = {}
     for each in sorted(path.rglob("*")):
         fsync(each)

@@ -1,4 +1,4 @@
-"""What the order of the training data depends on; apart from the loaders, so that a launcher needs no torch for it."""
+"""What the order of the training data depends on. Apart from the loaders: a launcher needs it without torch."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,7 +7,7 @@ from clippy_train.config import TrainConfig
 
 
 def data_identity(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
-    """Everything that the order of the data depends on: a run may only be resumed while it stays the same."""
+    """Everything that the order of the data depends on: a run can only be resumed while it stays the same."""
     data = config.data
     return {
         "corpus fingerprint": fingerprint,

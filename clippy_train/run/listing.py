@@ -1,4 +1,4 @@
-"""`clippy checkpoint ls|verify`: the checkpoints of a run, for a person. Only verify reads all of them."""
+"""`clippy checkpoint ls|verify`: a table of the checkpoints of a run. Only `verify` reads every byte."""
 
 from datetime import datetime
 from pathlib import Path
@@ -20,10 +20,10 @@ HEADER = ["step", "tokens", "written", "GB", "ranks", "strategy", "", "state"]
 
 
 def listing(run_dir: Path, content: bool) -> tuple[list[str], list[list[str]], bool]:
-    """Headings, a row for each checkpoint, newest first, and whether all of them are intact.
+    """Header and rows of the table, newest checkpoint first, and whether all of them are intact.
 
     Args:
-        content: verify every byte; otherwise names and sizes of files, and the manifest.
+        content: verify every byte; otherwise only the manifest and the names and sizes of files.
 
     Raises:
         ConfigError: no such run.
@@ -52,7 +52,7 @@ def _state(path: Path, content: bool) -> str:
 
 
 def _facts(path: Path) -> list[str]:
-    """Step, tokens, time, size, ranks and strategy, as far as the manifest can be read."""
+    """Step, tokens, time, size, ranks and strategy; the step alone if the manifest cannot be read."""
     try:
         checkpoint = read_checkpoint(path)
     except CheckpointError:

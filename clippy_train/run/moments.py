@@ -1,7 +1,7 @@
-"""Adam's state beside a base model: one file that `clippy import` writes and a run continues from.
+"""Adam's state beside a base model: a file that `clippy import` writes and that a run can continue from.
 
 `optimizer.safetensors` holds `exp_avg.NAME` and `exp_avg_sq.NAME` in fp32 for every parameter, by its Hugging Face name
-and in its shape, and in its metadata `step`, the updates made so far. It is bound to no number of ranks or strategy.
+and shape, and in its metadata `step`, the number of updates made. It does not depend on ranks or strategy.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from clippy_train.errors import ConfigError
 
-if TYPE_CHECKING:  # the launcher reads the step, and needs no torch for it
+if TYPE_CHECKING:  # the launcher reads the step without importing torch
     from torch import Tensor
 
 OPTIMIZER = "optimizer.safetensors"
@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
 
 @dataclass(frozen=True)
 class BaseState:
-    """The state in `path` after `step` updates; tensors are read when they are asked for."""
+    """Adam's state in `path` after `step` updates; tensors are read on demand."""
 
     path: Path
     step: int
@@ -38,21 +38,21 @@ class BaseState:
             return {moment: file.get_tensor(f"{moment}.{name}") for moment in MOMENTS}
 
     def require_fit(self, parameters: Iterable[tuple[str, "Tensor"]]) -> None:
-        """Raises ConfigError unless the file holds both moments of exactly these parameters."""
+        """Raise ConfigError unless the file holds both moments of exactly these parameters."""
         expected = {f"{moment}.{name}": list(each.shape) for name, each in parameters for moment in MOMENTS}
         found = self.shapes()
         wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
         if wrong:
             first = wrong[0]
             raise ConfigError(
-                f"{self.path} is not of the model in training, {len(wrong)} tensors "
-                f"differ: {first} is {found.get(first, 'missing')} there, {expected.get(first, 'missing')} here. "
-                "A tokenizer that adds tokens to the base makes its embedding grow; use the base's own"
+                f"{self.path} is not from the model in training: {len(wrong)} tensors differ, the first is {first}: "
+                f"{found.get(first, 'missing')} there, {expected.get(first, 'missing')} here. "
+                "Tokens added to the base enlarge its embedding; use the base's own tokenizer"
             )
 
 
 def save_base_state(folder: Path, step: int, moments: dict[str, dict[str, "Tensor"]]) -> None:
-    """Write the state of a model to its folder. `moments` maps each of `MOMENTS` to a tensor for each parameter."""
+    """Write Adam's state to a model's folder. `moments` maps each of `MOMENTS` to a tensor per parameter."""
     from safetensors.torch import save_file
 
     tensors = {f"{moment}.{name}": tensor for moment in MOMENTS for name, tensor in moments[moment].items()}
@@ -60,7 +60,7 @@ def save_base_state(folder: Path, step: int, moments: dict[str, dict[str, "Tenso
 
 
 def open_base_state(folder: Path) -> BaseState:
-    """The state beside a base model.
+    """Adam's state beside a base model.
 
     Raises:
         ConfigError: there is none, or it cannot be read.
@@ -71,6 +71,6 @@ def open_base_state(folder: Path) -> BaseState:
             return BaseState(path, int(file.metadata()["step"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"model.base_optimizer=continue: no optimizer state could be read from {path} ({type(error).__name__}); "
-            "`clippy import` writes one, or set model.base_optimizer=ignore"
+            f"model.base_optimizer=continue: cannot read an optimizer state from {path} ({type(error).__name__}). "
+            "`clippy import` writes one; or set model.base_optimizer=ignore"
         ) from error

@@ -1,4 +1,4 @@
-"""The files of rows in a run's folder, one JSON object a line: what was logged at which step. Needs no torch."""
+"""The JSONL files in a run's folder: one row for what was logged at a step. Needs no torch."""
 
 import json
 import logging
@@ -12,9 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class RowFile:
-    """One JSON object a line. Rows behind `resumed_step`, of another life of the run, go first: they come again.
+    """A file of rows, open for appending.
 
-    Rows that a full disk refuses wait for the next one that it takes.
+    On resume, drops rows after `resumed_step`: those steps run again. Rows that a full disk refuses are kept, and
+    written with the next row that succeeds.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
@@ -28,18 +29,18 @@ class RowFile:
         self._unwritten += json.dumps(row).encode() + b"\n"
         try:
             with self.path.open("r+b") as file:
-                file.truncate(self._size)  # what is left of a write that failed
+                file.truncate(self._size)  # removes the rest of a write that failed
                 file.seek(self._size)
                 file.write(self._unwritten)
         except OSError as error:
-            log.error("%s: step %s is not written yet: %s", self.path, row["step"], error)
+            log.error("%s: the row of step %s is not written yet: %s", self.path, row["step"], error)
             return
         self._size += len(self._unwritten)
         self._unwritten = b""
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON objects; one that a crash cut short is left out."""
+    """The rows of a file, without one that a crash cut short."""
     if not path.exists():
         return
     with path.open() as file:
@@ -47,4 +48,4 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError:
-                log.warning("%s: a line that was cut short is dropped", path)
+                log.warning("%s: dropped a line that was cut short", path)

@@ -38,8 +38,8 @@ from clippy_train.compose import (
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError, Interrupted
 from clippy_train.files import atomic_write
+from clippy_train.launch.lock import lock_folder
 from clippy_train.launch.resources import JOB
-from clippy_train.launch.start import claim
 from clippy_train.report import print_columns
 from clippy_train.run.folder import last_step
 from clippy_train.signals import handling_signals
@@ -73,7 +73,7 @@ def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None
     for first in firsts:
         run.check(first)
     if isinstance(run.runner, Local) and not plan:
-        claim(Path(settings.run.root) / settings.run.name, f"run.name={settings.run.name}")
+        lock_folder(Path(settings.run.root) / settings.run.name, f"run.name={settings.run.name}")
     with suppress(Interrupted):
         _multirun(run.batch, [*_plugins(settings, run.runner.parallel), *map(input_line, parsed)])
     return run.end()

@@ -1,10 +1,11 @@
-"""A rank's process. Started by `launch.agent`, or what a process of torchrun's becomes:
+"""The process of a rank. Started by `launch.agent`, or what a process of torchrun's becomes:
 
-    python -m clippy_train.train RUN_DIR [CHECKPOINT [WHOLE]]
+    python -m clippy_train.train RUN_DIR
 
-Importing what `train.rank` needs makes half a million objects, and they stay. Looking for garbage among them takes a
-second in all while they are imported, and a quarter of one for each collection later on (DeepSpeed asks for five while
-it starts), so both are left out. What the run makes itself is collected as ever.
+Importing what `train.rank` needs creates half a million objects that stay alive. The garbage collector would spend a
+second on them during the imports, and a quarter of one in each collection later (DeepSpeed asks for five while it
+starts). So it is off during the imports, and never looks at what they created; the run's own objects are collected as
+usual.
 """
 
 import gc
@@ -12,17 +13,17 @@ import os
 import sys
 
 
-def main(*arguments: str) -> int:
+def main(run_dir: str) -> int:
     gc.disable()
     from clippy_train.train.rank import main as run
 
     gc.freeze()
     gc.enable()
-    return run(*arguments)
+    return run(run_dir)
 
 
 if __name__ == "__main__":
     code = main(*sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # no interpreter shutdown: a peer that died must not keep this rank waiting in a destructor
+    os._exit(code)  # no interpreter shutdown: a dead peer must not keep this rank waiting in a destructor

@@ -1,17 +1,21 @@
-"""Small values shared between ranks through host memory, so that the accelerator never waits for bookkeeping."""
+"""Small values exchanged between ranks through host memory, so that the accelerator never waits for bookkeeping."""
 
 from functools import cache
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
+
 
 @cache
-def _group() -> Any:
-    """A gloo group beside the training group; created on first use, by all ranks together."""
-    return dist.new_group(backend="gloo")
+def _group() -> dist.ProcessGroup:
+    """A gloo group beside the training group; all ranks create it together, on first use."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def alone() -> bool:
@@ -31,11 +35,11 @@ def total(values: np.ndarray) -> np.ndarray:
     return tensor.numpy()
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: T) -> list[T]:
     """The value of every rank, in rank order."""
     if alone():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_group())
     return values
 
@@ -43,8 +47,3 @@ def gather(value: Any) -> list[Any]:
 def anyone(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
     return bool(total(np.array([int(flag)]))[0])
-
-
-def barrier() -> None:
-    if not alone():
-        dist.barrier(group=_group())

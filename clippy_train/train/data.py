@@ -32,7 +32,7 @@ class DataModule(pl.LightningDataModule):
     def train_dataloader(self) -> TrainBatches:
         return train_batches(self.config, self.tokenizer, self.rank, self.cursors)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Batch]:
         if not self._val_batches:
             self._val_batches, self.languages = validation_batches(self.config, self.tokenizer, self.rank)
         return DataLoader(self._val_batches, batch_size=None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Where rank 0 writes what a run reports: `metrics.jsonl` (the source of truth) and TensorBoard, by the same names."""
+"""Where rank 0 logs a run: `metrics.jsonl` (the source of truth), TensorBoard and W&B, with the same names."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ from clippy_train.run.folder import (
 from clippy_train.run.rows import RowFile
 
 METRICS_COMPARED = ("val/bits_per_byte", "val/loss", "val/perplexity", "train/loss", "throughput/tokens_per_sec")
-# TensorBoard's custom scalars: group -> chart -> the names that share it, as regular expressions.
+# TensorBoard's custom scalars: group -> chart -> the names in it, as regular expressions.
 CHARTS = {
     "Training": {
         "loss": ["train/loss$", "val/loss$"],
@@ -59,11 +59,11 @@ CHARTS = {
 log = logging.getLogger(__name__)
 
 
-def build_loggers(config: TrainConfig, kept: int) -> list[Logger]:
-    """The loggers of a run whose rows up to step `kept` stay."""
-    loggers: list[Logger] = [JsonlLogger(config.run_dir / METRICS, kept)]
+def build_loggers(config: TrainConfig, resumed_step: int) -> list[Logger]:
+    """The loggers of a run; they drop what was logged after `resumed_step`."""
+    loggers: list[Logger] = [JsonlLogger(config.run_dir / METRICS, resumed_step)]
     if config.logger.tensorboard:
-        events = EventLogger(config.run_dir, kept, config.logger.hparams)
+        events = EventLogger(config.run_dir, resumed_step, config.logger.hparams)
         events.describe()
         loggers.append(events)
     if config.logger.wandb:
@@ -72,7 +72,7 @@ def build_loggers(config: TrainConfig, kept: int) -> list[Logger]:
 
 
 class JsonlLogger(Logger):
-    """One JSON object per logged row."""
+    """A JSON object per logged row."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         super().__init__()
@@ -90,16 +90,16 @@ class JsonlLogger(Logger):
         self._rows.append({"step": step, **metrics})
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The resolved configuration lies beside this file."""
+        """Nothing: the resolved configuration is beside this file."""
 
 
 class EventLogger(TensorBoardLogger):
-    """TensorBoard: numbers, text, and how to lay them out. What it was given is in its file when a call returns.
+    """TensorBoard: numbers, text, and the layout of the charts. Each call returns after its data is in the file.
 
-    Its writer does not survive a disk error: nothing more is written after one.
+    Its writer does not survive a disk error: nothing is written after one.
 
     Args:
-        resumed_step: what another life of the run logged behind it is hidden.
+        resumed_step: what an earlier attempt logged after it is hidden.
         hparams: NAME=VALUE for the HPARAMS tab.
     """
 
@@ -109,7 +109,7 @@ class EventLogger(TensorBoardLogger):
         self._hparams = dict(each.split("=", 1) for each in hparams)
 
     def describe(self) -> None:
-        """Write the layout of the charts, and that this run compares by its `hparams`."""
+        """Write the layout of the charts, and the `hparams` of this run."""
         groups = {
             group: {chart: ["Multiline", names] for chart, names in charts.items()} for group, charts in CHARTS.items()
         }
@@ -123,7 +123,7 @@ class EventLogger(TensorBoardLogger):
         self._write(lambda: super(EventLogger, self).log_metrics(numbers, step))
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        """Show code as it is."""
+        """Show text as code."""
         markdown = "\n".join(f"    {line}" for line in text.splitlines())
         self._write(lambda: self.experiment.add_text(name, markdown, step))
 
@@ -135,8 +135,8 @@ class EventLogger(TensorBoardLogger):
             self._add_summaries(self._hparams_summaries()[2])
         self._unless_broken(lambda: super(EventLogger, self).finalize(status))
 
-    def _hparams_summaries(self) -> tuple[Any, Any, Any]:
-        """What the HPARAMS tab reads: names of settings and metrics, this run's settings, that it has ended well."""
+    def _hparams_summaries(self) -> Any:
+        """What the HPARAMS tab reads: names of settings and metrics, this run's settings, and that it has succeeded."""
         settings = {name: _number(text) for name, text in self._hparams.items()}
         return hparams_summaries(settings, dict.fromkeys(METRICS_COMPARED))
 
@@ -145,7 +145,7 @@ class EventLogger(TensorBoardLogger):
             self._write(lambda summary=each: self.experiment.file_writer.add_summary(summary))  # type: ignore[misc]
 
     def _write(self, write: Callable[[], Any]) -> None:
-        """Write and flush: a curve has no gap then where a run was killed and continued."""
+        """Write and flush, so that a curve has no gap where a run was killed and resumed."""
         self._unless_broken(write)
         self._unless_broken(lambda: self.experiment.flush())
 
@@ -155,11 +155,11 @@ class EventLogger(TensorBoardLogger):
                 write()
         except OSError as error:
             self._broken = True
-            log.error("TensorBoard stops here, %s goes on: %s", METRICS, error)
+            log.error("TensorBoard logging stops here, %s continues: %s", METRICS, error)
 
 
 class WandbRun(WandbLogger):
-    """Weights & Biases. The run has one id for life, so a run that was interrupted continues its curves."""
+    """Weights & Biases. A run has one id, so a run that was interrupted continues its curves."""
 
     def __init__(self, run_dir: Path) -> None:
         where = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
@@ -167,7 +167,7 @@ class WandbRun(WandbLogger):
         super().__init__(name=run_dir.name, save_dir=run_dir, id=where, project=project, resume="allow")
 
     def finalize(self, status: str) -> None:
-        self.experiment.finish(exit_code=int(status != "success"))  # the rank ends without waiting for its threads
+        self.experiment.finish(exit_code=int(status != "success"))  # the rank exits without waiting for its threads
 
 
 def _number(text: str) -> float | str:

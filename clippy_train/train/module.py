@@ -7,59 +7,62 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from transformers import GPTNeoForCausalLM
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.batches import Batch
 from clippy_train.model.loss import loss_head, mean_loss, token_losses
 from clippy_train.model.score import add_scores, new_sums
 from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm
+from clippy_train.train.state import StepState
 from clippy_train.train.strategy import partitioned
+
+Loss = Callable[..., Tensor]
 
 
 class CodeLM(pl.LightningModule):
     """A causal LM in training.
 
     Attributes:
-        micro_losses: mean loss of each micro-batch since the last optimizer step, on the device.
-        lr: learning rate of the last update.
-        grad_norm: global gradient norm of the last update, before clipping; on the device where it was computed there.
-        val_sums: over the validation so far, by group (`model.score`); group `1 + i` is language `i` of the data.
+        step: losses, learning rate and gradient norm of the step under way; shared with the callbacks.
+        val_sums: of the validation so far, by group (`model.score`); group `1 + i` is language `i` of the data.
     """
 
-    def __init__(self, config: TrainConfig, model: Any, token_bytes: np.ndarray) -> None:
+    token_bytes: Tensor
+
+    def __init__(self, config: TrainConfig, model: GPTNeoForCausalLM, token_bytes: np.ndarray) -> None:
         super().__init__()
         self.config, self.model = config, model
         model.lm_head = loss_head(model)
         model.train()  # a loaded model is in evaluation mode, and Lightning leaves it there: no dropout
         self._mean_loss, self._token_losses = map(self._compiled, (mean_loss, token_losses))
         self.register_buffer("token_bytes", torch.from_numpy(token_bytes), persistent=False)
-        self.micro_losses: list[Tensor] = []
-        self.lr = 0.0
-        self._grad_norm: Tensor | float = 0.0
+        self.step = StepState()
         self.val_sums = new_sums(1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self._loss(self._mean_loss, batch)
-        self.micro_losses.append(loss.detach())
+        self.step.add_loss(loss.detach(), ended=(batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self.val_sums = new_sums(len(self.trainer.datamodule.languages), self.device)  # type: ignore[attr-defined]
+        self.val_sums = new_sums(len(languages(self.trainer)), self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses = self._loss(self._token_losses, batch)
-        add_scores(self.val_sums, losses, batch["input_ids"], batch["group"], self.token_bytes)  # type: ignore[arg-type]
+        add_scores(self.val_sums, losses, batch["input_ids"], batch["group"], self.token_bytes)
 
-    def _compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`model.compile`: forward and backward pass as one graph each. Modules and the keys of their state stay."""
+    def _compiled(self, function: Loss) -> Loss:
+        """`model.compile`: forward and backward pass as one graph each. Modules and their state keys do not change."""
         return torch.compile(function, dynamic=False) if self.config.model.compile else function
 
-    def _loss(self, function: Callable[..., Tensor], batch: Batch) -> Tensor:
+    def _loss(self, function: Loss, batch: Batch) -> Tensor:
         eos = self.model.config.eos_token_id if self.config.data.document_mask else None
         return function(self.model, batch["input_ids"], self.config.attention, self.config.model.loss_dtype, eos)
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.model, self.config.optim)
         if self.config.strategy.stage and not self.config.deepspeed:
             optimizer = partitioned(optimizer)
@@ -67,13 +70,24 @@ class CodeLM(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.lr = optimizer.param_groups[0]["lr"]
-        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # which clips by itself
-            self._grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.grad_clip)
+        self.step.lr = optimizer.param_groups[0]["lr"]
+        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # DeepSpeed clips by itself
+            self.step.grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.grad_clip)
 
-    @property
-    def grad_norm(self) -> Tensor | float:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
         strategy = self.trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy):
-            return strategy.deepspeed_engine.get_global_grad_norm()
-        return self._grad_norm
+            self.step.grad_norm = strategy.deepspeed_engine.get_global_grad_norm()
+
+
+def code_lm(module: pl.LightningModule) -> CodeLM:
+    """The module that Lightning gives to a callback, by its type."""
+    assert isinstance(module, CodeLM)
+    return module
+
+
+def languages(trainer: pl.Trainer) -> list[str]:
+    """The languages of the validation split, which the run's data knows once it has made the validation batches."""
+    found: list[str] = trainer.datamodule.languages  # type: ignore[attr-defined]  # set by `Trainer.fit`
+    return found

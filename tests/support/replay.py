@@ -27,7 +27,6 @@ from clippy_train.launch.agent import (
     rank_environment,
 )
 from clippy_train.model.score import new_sums
-from clippy_train.train.callbacks.progress import step_ended
 from clippy_train.train.module import CodeLM
 from clippy_train.train.strategy import build_trainer
 from support import processes
@@ -53,11 +52,11 @@ class Recorder(pl.Callback):
         self._sums = new_sums(1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if step_ended(trainer, batch_idx):
-            self.seen.losses += [loss.item() for loss in pl_module.micro_losses]
-            self.seen.learning_rates.append(pl_module.lr)
-            self.seen.grad_norms.append(pl_module.grad_norm)
-            pl_module.micro_losses = []
+        step = pl_module.step
+        if step.ended:
+            self.seen.losses += [loss.item() for loss in step.losses]
+            self.seen.learning_rates.append(step.lr)
+            self.seen.grad_norms.append(step.grad_norm)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._sums = new_sums(1)

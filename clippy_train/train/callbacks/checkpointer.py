@@ -1,7 +1,7 @@
-"""Saving during training: every rank writes its part aside, then rank 0 publishes the whole as one checkpoint.
+"""Saves during training: every rank writes its part to a staging folder, then rank 0 publishes it as a checkpoint.
 
-A disk error on one rank is everyone's: all ranks leave the save together, what was written is removed, the checkpoint
-before stays, and training goes on, `checkpoint.max_failed_saves` times in a row.
+A disk error on one rank concerns all: they leave the save together, what was written is removed, the previous
+checkpoint stays, and training goes on, up to `checkpoint.max_failed_saves` failures in a row.
 """
 
 import logging
@@ -16,29 +16,19 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 from clippy_train.config import TrainConfig
-from clippy_train.errors import CheckpointError
+from clippy_train.errors import CheckpointError, first_line
 from clippy_train.files import STAGING
-from clippy_train.run.checkpoint import (
-    Checkpoint,
-    Manifest,
-    checkpoint_layout,
-    flush_and_hash,
-    prune,
-    publish,
-)
-from clippy_train.run.folder import (
-    DEEPSPEED_TAG,
-    STATE,
-    checkpoint_folder,
-    rng_file,
-)
+from clippy_train.run.checkpoint import Checkpoint, Manifest, checkpoint_layout, flush_and_hash, prune, publish
+from clippy_train.run.folder import DEEPSPEED_TAG, STATE, checkpoint_folder, rng_file
 from clippy_train.train import collective
-from clippy_train.train.callbacks.health import Finite, require_equal_replicas
+from clippy_train.train.callbacks.health import Health, require_equal_replicas
 from clippy_train.train.callbacks.monitor import Monitor
-from clippy_train.train.callbacks.progress import Progress, step_ended, validation_due
+from clippy_train.train.callbacks.progress import Progress, validation_due
+from clippy_train.train.internals import redirect_saves
+from clippy_train.train.module import code_lm
 
 log = logging.getLogger(__name__)
 
@@ -46,43 +36,45 @@ log = logging.getLogger(__name__)
 class Checkpointer(pl.Callback):
     """Saves every `checkpoint.every_steps` steps or `every_minutes` minutes, and after the last step.
 
-    Behind the validation of a step that has one: so a run that continues from a checkpoint never owes a validation,
-    which Lightning would leave out, and a checkpoint knows how good it is.
+    A step that is validated is saved after its validation: so a run that resumes never misses a validation, which
+    Lightning would skip, and a checkpoint records its score.
 
     Args:
         data: what the order of the data depends on (`run.identity`).
-        resumed: the checkpoint that this life of the run starts from.
+        resumed: the checkpoint that this attempt starts from.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         progress: Progress,
-        finite: Finite,
+        health: Health,
         monitor: Monitor,
         data: dict[str, Any],
         resumed: Checkpoint | None,
     ) -> None:
-        self.config, self.progress, self.finite, self.monitor = config, progress, finite, monitor
+        self.config, self.progress, self.health, self.monitor = config, progress, health, monitor
         self.data, self.resumed = data, resumed
         self.failed_saves = 0
         self._saved_step = -1
         self._saved_at = time.monotonic()
-        self._bytes = 0  # of the last checkpoint; rank 0 knows
+        self._bytes = 0  # of the last checkpoint; known to rank 0
         self._disk = Disk()
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._disk.attach(trainer.strategy)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.resumed:
             load_rng(rng_file(self.resumed.path, trainer.global_rank))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if step_ended(trainer, batch_idx) and not validation_due(self.config, trainer.global_step):
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if code_lm(pl_module).step.ended and not validation_due(self.config, trainer.global_step):
             self._save_if_due(trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._save_if_due(trainer)
 
@@ -98,94 +90,86 @@ class Checkpointer(pl.Callback):
         return minutes is not None and collective.anyone(time.monotonic() - self._saved_at >= 60 * minutes)
 
     def save(self, trainer: pl.Trainer, last: bool = False) -> None:
-        """Write, verify and publish a checkpoint of the step that just ended. Collective; nothing if it is there.
+        """Write, verify and publish a checkpoint of the step that just ended, unless there is one. Collective.
 
         Raises:
             NonFinite, Diverged: the weights are not worth saving.
-            CheckpointError: it failed, and this run can save no later (`last`) or has tried too often.
+            CheckpointError: the save failed, and it was the last one of this run (`last`) or one failure too many.
         """
         step, started = trainer.global_step, time.monotonic()
         if step == self._saved_step:
             return
-        self.finite.check(trainer)
-        require_equal_replicas(trainer.lightning_module, step)
-        aside = checkpoint_folder(self.config.run_dir, step).with_suffix(STAGING)
-        failures = self._write(trainer, aside)
+        self.health.check(trainer)
+        require_equal_replicas(code_lm(trainer.lightning_module), step)
+        staging = checkpoint_folder(self.config.run_dir, step).with_suffix(STAGING)
+        failures = self._write(trainer, staging)
         self._saved_at = time.monotonic()
         if failures:
-            self._fail(trainer, aside, failures, last)
+            self._fail(trainer, staging, failures, last)
             return
         self.failed_saves, self._saved_step = 0, step
         self.monitor.saved(trainer, self._saved_at - started, self._bytes)
 
-    def _write(self, trainer: pl.Trainer, aside: Path) -> list[str]:
-        """What went wrong on any rank; nothing if the checkpoint is complete."""
-        rank_zero = trainer.is_global_zero
-        failures = everywhere(partial(make_aside, aside, self._disk.is_deepspeed) if rank_zero else None)
+    def _write(self, trainer: pl.Trainer, staging: Path) -> list[str]:
+        """Write the checkpoint; returns what failed on any rank, nothing if the checkpoint is complete."""
+        rank_zero, state = trainer.is_global_zero, code_lm(trainer.lightning_module).step
+        failures = on_all_ranks(partial(make_staging, staging, self._disk.is_deepspeed) if rank_zero else None)
         if failures:
             return failures
-        trainer.save_checkpoint(aside / STATE)
-        self._disk.save(rng_state(), rng_file(aside, trainer.global_rank))
-        cursors, counts = self.progress.all_cursors(), self.progress.all_counts()
-        failures = everywhere(self._disk.raise_error)
-        if failures:
-            return failures
-        return everywhere(partial(self._publish, aside, trainer.global_step, cursors, counts) if rank_zero else None)
-
-    def _publish(self, aside: Path, step: int, cursors: np.ndarray, counts: dict[str, int]) -> None:
-        manifest = Manifest(
-            step=step,
-            tokens=step * self.config.tokens_per_step,
-            cursors=cursors.tolist(),
-            counts=counts,
+        trainer.save_checkpoint(staging / STATE)
+        self._disk.save(rng_state(), rng_file(staging, trainer.global_rank))
+        manifest = partial(
+            Manifest,
+            step=trainer.global_step,
+            tokens=trainer.global_step * self.config.tokens_per_step,
+            cursors=self.progress.all_cursors().tolist(),
+            counts=self.progress.all_counts(),
             data=self.data,
             layout=checkpoint_layout(self.config),
-            bits_per_byte=self.monitor.validated.get(step),
-            files=flush_and_hash(aside),
+            bits_per_byte=state.bits_per_byte.get(trainer.global_step),
         )
-        publish(aside, checkpoint_folder(self.config.run_dir, step), manifest)
+        failures = on_all_ranks(self._disk.raise_error)
+        if failures:
+            return failures
+        return on_all_ranks(partial(self._publish, staging, manifest) if rank_zero else None)
+
+    def _publish(self, staging: Path, unfinished: Callable[..., Manifest]) -> None:
+        manifest = unfinished(files=flush_and_hash(staging))
+        publish(staging, checkpoint_folder(self.config.run_dir, manifest.step), manifest)
         self._bytes = sum(size for size, _ in manifest.files.values())
         try:
-            prune(self.config.run_dir, step, self.config.checkpoint)
+            prune(self.config.run_dir, manifest.step, self.config.checkpoint)
         except OSError as error:
-            log.error("the checkpoint of step %d is complete, but older ones could not be deleted: %s", step, error)
+            log.error("step %d is saved, but older checkpoints could not be deleted: %s", manifest.step, error)
 
-    def _fail(self, trainer: pl.Trainer, aside: Path, failures: list[str], last: bool) -> None:
+    def _fail(self, trainer: pl.Trainer, staging: Path, failures: list[str], last: bool) -> None:
         self.failed_saves += 1
         limit = self.config.checkpoint.max_failed_saves
         message = f"the checkpoint of step {trainer.global_step} could not be written: {'; '.join(failures)}"
         if trainer.is_global_zero:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
             log.error("%s (failed saves in a row: %d of %d)", message, self.failed_saves, limit)
         self.monitor.write(trainer, {"checkpoint/failed": self.failed_saves})
         if last or self.failed_saves >= limit:
-            raise CheckpointError(
-                f"{message}. Make room or mend the disk; the same command continues from the last one"
-            )
+            raise CheckpointError(f"{message}. Free or repair the disk; the same command resumes from the last one")
 
 
 class Disk:
     """`torch.save` for every strategy, which keeps an error for later.
 
-    A rank that raised in the middle of a save would leave the others waiting for it in a collective.
+    A rank that raised in the middle of a save would leave the others waiting in a collective.
     """
 
     def __init__(self) -> None:
         self.is_deepspeed = False
         self._error: Exception | None = None
 
-    def attach(self, strategy: Any) -> None:
-        """Write the files of Lightning's strategies and of DeepSpeed through this object."""
+    def attach(self, strategy: Strategy) -> None:
+        """Have the strategy write its files through this object."""
         self.is_deepspeed = isinstance(strategy, DeepSpeedStrategy)
-        if not self.is_deepspeed:
-            strategy.checkpoint_io.save_checkpoint = self.save
-            return
-        engine = strategy.deepspeed_engine
-        engine.checkpoint_engine.save = self.save
-        engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)  # `make_aside` writes it
-        engine._copy_recovery_script = lambda path: None
+        redirect_saves(strategy, self.save)
 
-    def save(self, state_dict: Any, path: Any, storage_options: Any = None) -> None:
+    def save(self, state_dict: Any, path: str | Path, storage_options: Any = None) -> None:
         try:
             torch.save(state_dict, path)
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
@@ -197,25 +181,25 @@ class Disk:
             raise error
 
 
-def everywhere(work: Callable[[], None] | None) -> list[str]:
-    """Do this rank's work, if any; what went wrong on all ranks. Collective."""
-    error = None
+def on_all_ranks(work: Callable[[], None] | None) -> list[str]:
+    """Do this rank's work, if any; returns what failed on all ranks. Collective."""
+    message = None
     try:
         if work:
             work()
-    except (OSError, RuntimeError) as raised:
-        first = raised.__context__ or raised  # closing a file that torch could not write raises once more
-        error = f"rank {collective.rank()}: {str(first).splitlines()[0]}"
-    return [each for each in collective.gather(error) if each]
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ or error  # closing a file that torch could not write raises again
+        message = f"rank {collective.rank()}: {first_line(cause)}"
+    return [each for each in collective.gather(message) if each]
 
 
-def make_aside(aside: Path, is_deepspeed: bool) -> None:
-    """The folder that a checkpoint is written in, with what DeepSpeed would write outside of `Disk.save`."""
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+def make_staging(staging: Path, is_deepspeed: bool) -> None:
+    """The folder that a checkpoint is written to, with what DeepSpeed would write outside of `Disk.save`."""
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     if is_deepspeed:
-        (aside / STATE / DEEPSPEED_TAG).mkdir(parents=True)
-        (aside / STATE / "latest").write_text(DEEPSPEED_TAG)
+        (staging / STATE / DEEPSPEED_TAG).mkdir(parents=True)
+        (staging / STATE / "latest").write_text(DEEPSPEED_TAG)
 
 
 def rng_state() -> dict[str, Any]:
@@ -229,10 +213,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def load_rng(path: Path) -> None:
-    """Restore what `rng_state` was; a rank that did not exist then keeps its seed."""
+    """Restore what `rng_state` returned; a rank without a file (it did not exist then) keeps its seed."""
     if not path.exists():
         return
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location="cpu")
     random.setstate(state["python"])
     name, keys, *position = state["numpy"]
     np.random.set_state((name, keys.numpy(), *position))

@@ -1,7 +1,7 @@
 """A trace of some training steps by torch's profiler (`debug=profile`), of rank 0.
 
-It lies in the run folder under `profile/`, for TensorBoard's profiler plugin, Perfetto and chrome://tracing. Traced
-steps are slower, and a trace takes some megabytes a micro-batch; the others cost nothing.
+It is written to `profile/` in the run folder, for TensorBoard's profiler plugin, Perfetto and chrome://tracing. Traced
+steps are slower, and a trace takes some megabytes per micro-batch; other steps cost nothing.
 """
 
 from typing import Any
@@ -11,13 +11,13 @@ from torch.profiler import ProfilerActivity, profile, schedule, supported_activi
 
 from clippy_train.config import TrainConfig
 from clippy_train.run.folder import PROFILE
-from clippy_train.train.callbacks.progress import step_ended
+from clippy_train.train.module import code_lm
 
-SKIPPED = 2  # steps of this life that compile, allocate and connect
+SKIPPED = 2  # steps of this attempt that compile, allocate and connect
 
 
 class Profile(pl.Callback):
-    """Traces `trainer.profile_steps` steps, after the first two and one that warms the profiler up."""
+    """Traces `trainer.profile_steps` steps, after the first two and one that warms up the profiler."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._trace = profile(
@@ -26,12 +26,14 @@ class Profile(pl.Callback):
             on_trace_ready=tensorboard_trace_handler(str(config.run_dir / PROFILE), "rank0"),
         )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._trace.start()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if step_ended(trainer, batch_idx):
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if code_lm(pl_module).step.ended:
             self._trace.step()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._trace.stop()

@@ -1,4 +1,4 @@
-"""How far a run has come: steps, tokens, the cursor of every stream, and what was read; committed step by step."""
+"""How far a run has come: the cursor of every stream and what was read, committed micro-batch by micro-batch."""
 
 from collections import Counter
 from typing import Any
@@ -13,16 +13,16 @@ from clippy_train.errors import DataError
 from clippy_train.train import collective
 
 MAX_SHARDS_NAMED = 5
-MIN_LINES_TO_JUDGE = 1000  # lines read before data.max_bad_fraction is applied
+MIN_LINES_TO_JUDGE = 1000  # lines read before data.max_bad_fraction applies
 
 
 class Progress(pl.Callback):
-    """Takes the cursors of each micro-batch after it was trained. Must be the first callback.
+    """Commits the cursors of each micro-batch after it was trained, and ends the run after its last step.
 
     Attributes:
-        cursors: `[streams, 5]` int64; a rank keeps the rows of its own streams up to date.
-        counts: `[len(COUNTS)]` int64, what this rank has read since the run (or this life of it) started.
-        rejected: how many of those lines could not be used, by the name of their shard.
+        cursors: `[streams, 5]` int64; a rank keeps the cursors of its own streams up to date.
+        counts: `[len(COUNTS)]` int64, what this rank has read in this attempt.
+        rejected: lines of those that could not be used, by the name of their shard.
     """
 
     def __init__(self, config: TrainConfig, cursors: np.ndarray, counts: np.ndarray, shards: tuple[str, ...]) -> None:
@@ -38,12 +38,14 @@ class Progress(pl.Callback):
         self.counts += batch["counts"].sum(dim=0).numpy()
         for shard, lines in batch["rejected"].tolist():
             self.rejected[self._shards[shard]] += lines
+        if trainer.global_step == self.config.trainer.max_steps:
+            trainer.should_stop = True  # Lightning then validates once more, even off the interval
 
     def all_cursors(self) -> np.ndarray:
         """The cursors of all streams, from the ranks that own them. Collective."""
         share = len(self.cursors) // self.config.world_size
-        mine = self.cursors[collective.rank() * share :][:share]
-        return np.concatenate(collective.gather(mine))
+        own = self.cursors[collective.rank() * share :][:share]
+        return np.concatenate(collective.gather(own))
 
     def all_counts(self) -> dict[str, int]:
         """What all ranks have read since the run started. Collective.
@@ -62,19 +64,14 @@ class Progress(pl.Callback):
             worst = ", ".join(f"{shard} ({lines})" for shard, lines in rejected.most_common(MAX_SHARDS_NAMED))
             raise DataError(
                 f"{bad} of {lines} lines of the corpus cannot be used ({reasons}): more than "
-                f"data.max_bad_fraction={limit}. Most of them are in {worst}. Mend the corpus, or raise "
-                "the limit"
+                f"data.max_bad_fraction={limit}. Most of them are in {worst}. Repair the corpus, or raise the limit"
             )
         return counts
 
 
 def fresh_cursors(streams: int) -> np.ndarray:
+    """The cursors of a run that has read nothing."""
     return np.zeros((streams, len(Cursor._fields)), dtype=np.int64)
-
-
-def step_ended(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether micro-batch `batch_idx` was the last of its optimizer step."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def validation_due(config: TrainConfig, step: int) -> bool:

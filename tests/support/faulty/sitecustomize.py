@@ -30,7 +30,7 @@ def nan(rank: int, micro_step: int) -> None:
         if calls != micro_step or rank != RANK:
             return loss
         record({"spans": batch["spans"].tolist(), "step": self.trainer.global_step + 1})
-        self.micro_losses[-1] = self.micro_losses[-1] * float("nan")
+        self.step.losses[-1] = self.step.losses[-1] * float("nan")
         return loss * float("nan")
 
     CodeLM.training_step = training_step  # type: ignore[method-assign]

@@ -1,0 +1,45 @@
+"""The promises that the layout of the package makes: what imports what, and where names and private parts are."""
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import clippy_train
+from clippy_train.run import folder
+from clippy_train.train.internals import PRIVATE, Part
+
+PACKAGE = Path(clippy_train.__file__).parent
+HEAVY = ("torch", "lightning", "deepspeed", "transformers")
+
+
+@pytest.mark.parametrize("room", ["run", "launch", "sweep"])
+def test_a_room_is_imported_without_torch(room: str) -> None:
+    """`launch.preflight` apart: it runs in the process of a rank."""
+    modules = [f"clippy_train.{room}.{path.stem}" for path in sorted((PACKAGE / room).glob("*.py"))]
+    imports = ", ".join(module for module in modules if not module.endswith(("__init__", "preflight")))
+    code = f"import sys, {imports}; print([name for name in {HEAVY} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+def test_names_in_a_run_folder_are_written_in_one_module_only() -> None:
+    constants = {name: value for name, value in vars(folder).items() if name.isupper() and isinstance(value, str)}
+    names = [value for name, value in constants.items() if name != "STAGING" and "." in value]
+    assert len(names) > 8
+    pattern = re.compile("|".join(f'"{re.escape(name)}"' for name in names))
+    own = (PACKAGE / "run" / "folder.py", PACKAGE / "shards" / "sources.py")  # a corpus has a manifest.json as well
+    found = {path.name for path in PACKAGE.rglob("*.py") if path not in own and pattern.search(path.read_text())}
+    assert found == set()
+
+
+@pytest.mark.parametrize("part", PRIVATE, ids=lambda part: f"{part.owner.rpartition(':')[2]}.{part.name}")
+def test_every_private_part_is_still_there(part: Part) -> None:
+    module, _, name = part.owner.partition(":")
+    owner = importlib.import_module(module)
+    owner = getattr(owner, name) if name else owner
+    in_source = re.search(rf"\w+\.{part.name}\b", inspect.getsource(owner))  # attributes that only instances have
+    assert hasattr(owner, part.name) or in_source, f"{part.owner} has no {part.name} any more: {part.why}"
