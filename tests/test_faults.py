@@ -1,6 +1,7 @@
 """What a run does when its disk, a number or a rank goes wrong: two real ranks, broken from inside by `faulty/`."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -9,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from support import processes
+from support.distributed import run_distributed
 from support.runs import Runs, environment, rank_pids
 
 from clippy_train.config import DataConfig, TrainConfig, save
@@ -120,20 +121,21 @@ def test_a_run_stops_before_it_saves_weights_that_differ_between_ranks(runs: Run
 
 @pytest.mark.parametrize(("world_size", "odd"), [(4, 0), (4, 3)])
 def test_the_one_rank_of_many_whose_weights_differ_is_named(
-    monkeypatch: pytest.MonkeyPatch, train_config: Callable[..., TrainConfig], world_size: int, odd: int
+    train_config: Callable[..., TrainConfig], world_size: int, odd: int
 ) -> None:
-    """What other ranks would send is computed from their weights."""
     config = train_config("strategy=ddp", "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2")
     module = CodeLM(config, build(config)[0], np.zeros(1))
-    sent: list[Any] = []
-    monkeypatch.setattr(collective, "gather", lambda value: [sent.append(value), value][1:])
-    require_equal_replicas(module, step=7)
-    module.model.transformer.h[0].mlp.c_fc.bias.data[5] += 2**-20
-    require_equal_replicas(module, step=7)
-    everyones = [sent[rank == odd] for rank in range(world_size)]
-    monkeypatch.setattr(collective, "gather", lambda value: everyones)
-    with pytest.raises(Diverged, match=rf"step 7: the weights of ranks \[{odd}\] .* 1 tensors, .*h.0.mlp.c_fc.bias"):
-        require_equal_replicas(module, step=7)
+
+    def check() -> str:
+        require_equal_replicas(module, step=6)
+        if collective.rank() == odd:
+            module.model.transformer.h[0].mlp.c_fc.bias.data[5] += 2**-20
+        with pytest.raises(Diverged) as raised:
+            require_equal_replicas(module, step=7)
+        return str(raised.value)
+
+    for said in run_distributed(check, world_size):
+        assert re.match(rf"step 7: the weights of ranks \[{odd}\] .* 1 tensors, .*h.0.mlp.c_fc.bias", said)
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(train_config: Callable[..., TrainConfig]) -> None:

@@ -1,9 +1,15 @@
 """What TensorBoard reads from a run's folder, as its own readers read it."""
 
 import re
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.distributed import run_distributed
+from support.fits import SETTINGS, Fit
 from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
@@ -12,6 +18,7 @@ from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError
 from clippy_train.launch.start import preflight_problems
 from clippy_train.run.folder import TENSORBOARD
+from clippy_train.train import collective
 from clippy_train.train.loggers import CHARTS, METRICS_COMPARED, EventLogger
 
 
@@ -82,3 +89,25 @@ def test_what_weights_and_biases_needs_is_asked_for_before_anything_starts(train
     assert "WANDB_MODE=offline" in str(error)
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert preflight_problems(config) == []
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_a_slow_rank_is_named_with_its_host(
+    train_config: Callable[..., TrainConfig], tmp_path: Path, strategy: str
+) -> None:
+    overrides = [f"strategy={strategy}", "trainer.devices=2", "trainer.micro_batch_size=1", f"run.root={tmp_path}"]
+    config = train_config(*SETTINGS, *overrides)
+
+    def train() -> list[dict[str, Any]]:
+        fit = Fit(config)
+        if collective.rank() == 1:
+            step = fit.module.training_step
+            fit.module.training_step = lambda *batch: (time.sleep(0.3), step(*batch))[1]  # type: ignore[method-assign]
+        fit.fit()
+        return fit.rows() if collective.rank() == 0 else []
+
+    rows = run_distributed(train, 2)[0]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert (row["slowest/own_time_rank"], row["slowest/own_time_host"]) == (1, socket.gethostname())
+        assert row["throughput/step_time"] >= row["slowest/own_time"] >= 0.6  # two micro-batches

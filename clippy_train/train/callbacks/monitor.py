@@ -6,9 +6,10 @@ Losses stay on the device until a step is logged. The x axis of every curve is t
 import logging
 import resource
 import shutil
+import socket
 import time
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,11 +23,26 @@ from clippy_train.train import collective
 from clippy_train.train.callbacks.health import Health
 from clippy_train.train.callbacks.ledger import block_digest
 from clippy_train.train.callbacks.progress import Progress
+from clippy_train.train.clock import Clock, Span, seconds
 from clippy_train.train.module import CodeLM, code_lm, languages
 
 Row = dict[str, Any]
 
 log = logging.getLogger(__name__)
+
+
+class Lap(NamedTuple):
+    """Where the time of an optimizer step went.
+
+    Attributes:
+        step: all of it, without validations and checkpoints.
+        forward: the forward passes. Ranks wait for each other in the backward pass, so this shows which one is slow.
+        waited: seconds of waiting for data.
+    """
+
+    step: list[Span]
+    forward: list[Span]
+    waited: float
 
 
 class Monitor(pl.Callback):
@@ -35,15 +51,19 @@ class Monitor(pl.Callback):
     def __init__(self, config: TrainConfig, progress: Progress, health: Health) -> None:
         self.config, self.progress, self.health = config, progress, health
         self.digest = 0
-        self._clock = Clock()
-        self._step_times: list[float] = []  # since the last report, in seconds
-        self._wait = 0.0
+        self._steps, self._forward = Clock(), Clock()
+        self._laps: list[Lap] = []  # of the steps since the last report
+        self._waited = 0.0
         self._saved_at = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._clock.run()
+        self._steps.run(pl_module.device)
+        self._forward.run(pl_module.device)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        self._forward.pause(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -53,17 +73,17 @@ class Monitor(pl.Callback):
             self.digest += sum(map(block_digest, batch["input_ids"].cpu().numpy()))
         if not module.step.ended:
             return
-        self._step_times.append(self._clock.lap())
+        self._laps.append(self._lap(trainer, pl_module.device))
         step = trainer.global_step
         if settings.audit or step % settings.log_every_steps == 0 or step == settings.max_steps:
             self._report(trainer, module)
         self.digest = 0
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        self._clock.pause()
+        self._steps.pause(pl_module.device)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._clock.pause()
+        self._steps.pause(pl_module.device)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module, step = code_lm(pl_module), trainer.global_step
@@ -83,7 +103,7 @@ class Monitor(pl.Callback):
             "train/lr": state.lr,
             "train/grad_norm": float(state.grad_norm),
             "train/epoch": float(self.progress.cursors[:, 0].max()),
-            **self._throughput(trainer, module),
+            **self._throughput(module),
             **{f"data/{name}": value for name, value in self.progress.all_counts().items()},
             "checkpoint/age": time.monotonic() - self._saved_at,
             "system/rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -96,21 +116,31 @@ class Monitor(pl.Callback):
         self.write(trainer, row)
         _log(trainer, progress_line(step, self.config.trainer.max_steps, row))
 
-    def _throughput(self, trainer: pl.Trainer, module: CodeLM) -> dict[str, float]:
-        """Speed since the last report, without the time of validations and checkpoints."""
-        times, self._step_times = np.array(self._step_times), []
-        seconds = max(float(times.sum()), 1e-9)
-        waited = cast(TrainBatches, trainer.train_dataloader).wait_seconds - self._wait
-        self._wait += waited
-        tokens_per_sec = len(times) * self.config.tokens_per_step / seconds
+    def _lap(self, trainer: pl.Trainer, device: torch.device) -> "Lap":
+        self._steps.pause(device)
+        waited = cast(TrainBatches, trainer.train_dataloader).wait_seconds
+        lap = Lap(self._steps.take(), self._forward.take(), waited - self._waited)
+        self._waited = waited
+        self._steps.run(device)
+        return lap
+
+    def _throughput(self, module: CodeLM) -> dict[str, Any]:
+        """Speed since the last report, without the time of validations and checkpoints. Collective."""
+        laps, self._laps = self._laps, []
+        times = np.array([seconds(lap.step) for lap in laps])
+        total, waited = max(float(times.sum()), 1e-9), sum(lap.waited for lap in laps)
+        tokens_per_sec = len(times) * self.config.tokens_per_step / total
         per_device = tokens_per_sec / self.config.world_size
         median, high = np.quantile(times, (0.5, 0.95)).tolist()
+        own = float(np.median([seconds(lap.forward) + lap.waited for lap in laps]))
         return {
             "throughput/tokens_per_sec": tokens_per_sec,
             "throughput/tokens_per_sec_per_device": per_device,
             "throughput/step_time": median,
             "throughput/step_time_p95": high,
-            "throughput/data_wait": min(1.0, waited / seconds),
+            "throughput/data_wait": min(1.0, waited / total),
+            **slowest("own_time", own),
+            **slowest("data_wait", min(1.0, waited / total)),
             **self._utilisation(module, per_device),
         }
 
@@ -132,6 +162,14 @@ class Monitor(pl.Callback):
         """Log a row at the current step."""
         for logger in trainer.loggers:
             logger.log_metrics(row, trainer.global_step)
+
+
+def slowest(name: str, value: float) -> dict[str, Any]:
+    """The largest value of all ranks, with its rank and host: `slowest/<name>`, `..._rank`, `..._host`. Collective."""
+    values = collective.gather((value, socket.gethostname()))
+    rank = max(range(len(values)), key=lambda rank: values[rank][0])
+    largest, host = values[rank]
+    return {f"slowest/{name}": largest, f"slowest/{name}_rank": rank, f"slowest/{name}_host": host}
 
 
 def validation_row(names: list[str], sums: np.ndarray) -> dict[str, float]:
@@ -171,30 +209,6 @@ def progress_line(step: int, max_steps: int, row: Row) -> str:
         f"{timedelta(seconds=round(seconds_left))} left, "
         f"checkpoint {timedelta(seconds=round(row['checkpoint/age']))} old"
     )
-
-
-class Clock:
-    """Wall time that can be paused."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._seconds = 0.0
-
-    def run(self) -> None:
-        if self._since is None:
-            self._since = time.perf_counter()
-
-    def pause(self) -> None:
-        if self._since is not None:
-            self._seconds += time.perf_counter() - self._since
-            self._since = None
-
-    def lap(self) -> float:
-        """Seconds that it ran since the last lap; it keeps running."""
-        self.pause()
-        self.run()
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
 
 
 def _log(trainer: pl.Trainer, message: str) -> None:
