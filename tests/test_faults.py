@@ -169,6 +169,15 @@ def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(runs: Runs) -> No
     assert not stacks.exists()
 
 
+def test_a_rank_without_memory_names_the_micro_batch_and_nobody_waits_for_it(runs: Runs) -> None:
+    started = time.monotonic()
+    with faults(runs, "oom:1:3"):
+        said = runs.train("large", *SETTINGS, code=2).stderr
+    assert "rank 1: out of memory with trainer.micro_batch_size=2 (CUDA out of memory. Tried to allocate" in said
+    assert "More advice" not in said
+    assert time.monotonic() - started < 60
+
+
 def test_a_second_interrupt_kills_ranks_that_ignore_signals(
     train_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

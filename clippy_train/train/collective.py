@@ -1,5 +1,6 @@
 """Small values exchanged between ranks through host memory, so that the accelerator never waits for bookkeeping."""
 
+from datetime import timedelta
 from functools import cache
 from typing import TypeVar
 
@@ -8,12 +9,13 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+TIMEOUT = timedelta(days=365)  # the watchdog ends a rank that waits too long
 
 
 @cache
 def _group() -> dist.ProcessGroup:
     """A gloo group beside the training group; all ranks create it together, on first use."""
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return group
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig, load
-from clippy_train.errors import CheckpointError, ClippyError, Interrupted
+from clippy_train.errors import CheckpointError, ClippyError, ConfigError, Interrupted, first_line
 from clippy_train.model.build import build
 from clippy_train.report import quiet_transformers
 from clippy_train.run.checkpoint import Checkpoint, read_checkpoint
@@ -112,21 +112,35 @@ def main(run_dir: str) -> int:
     _set_up_logging()
     rank = os.environ["RANK"]
     try:
-        train_rank(load(Path(run_dir) / CONFIG), read_start(Path(run_dir)), flag)
+        config = load(Path(run_dir) / CONFIG)
+        train_rank(config, read_start(Path(run_dir)), flag)
+        _leave_group()
     except Interrupted as error:
+        _leave_group()
         if rank == "0":
             print(error, file=sys.stderr)
         return error.exit_code
     except ClippyError as error:
         print(f"rank {rank}: {error}", file=sys.stderr)
         return error.exit_code
+    except torch.OutOfMemoryError as error:
+        size = config.trainer.micro_batch_size
+        print(
+            f"rank {rank}: out of memory with trainer.micro_batch_size={size} ({first_line(error)}). Lower it: "
+            "trainer.global_batch_size stays, accumulation grows. `clippy plan` says what fits",
+            file=sys.stderr,
+        )
+        return ConfigError.exit_code
     except Exception:
         print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr)
         return 1
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
     return 0
+
+
+def _leave_group() -> None:
+    """Only where all ranks leave together: after one has failed, this could wait until the watchdog expires."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _die_with_agent() -> None:

@@ -5,6 +5,7 @@ runs on a cluster.
 """
 
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,13 +15,19 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from clippy_train.config import TrainConfig
+from clippy_train.train.callbacks.watchdog import SLOW
 from clippy_train.train.internals import CPUDeepSpeedStrategy, ExactDeepSpeedStrategy
+
+MARGIN = timedelta(minutes=5)  # for stacks to be written before a collective gives up
+NEVER = timedelta(days=365)
 
 
 def build_trainer(config: TrainConfig, **kwargs: Any) -> pl.Trainer:
     """A Trainer that runs what the configuration says, with the given callbacks and loggers only."""
     settings, (num_nodes, devices) = config.trainer, config.nodes_and_devices
     _quiet()
+    # Deterministic mode would fill every new tensor with NaN, to show reads of memory that was never written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     return pl.Trainer(
         strategy=build_strategy(config),
         accelerator=settings.accelerator,
@@ -46,11 +53,20 @@ def build_strategy(config: TrainConfig) -> Strategy:
     cpu = config.trainer.accelerator == "cpu"
     if config.strategy.name == "single":
         return SingleDeviceStrategy("cpu" if cpu else "cuda:0")
-    backend = "gloo" if cpu else "nccl"
+    group: dict[str, Any] = {
+        "process_group_backend": "gloo" if cpu else "nccl",
+        "timeout": collective_timeout(config.trainer.watchdog_seconds),
+    }
     if not config.deepspeed:
-        return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
+        # Buffers are constants: GPT-Neo's masks would be 50 MB of traffic in each step.
+        return DDPStrategy(**group, gradient_as_bucket_view=True, broadcast_buffers=False)
     kind = CPUDeepSpeedStrategy if cpu else ExactDeepSpeedStrategy
-    return kind(config=deepspeed_config(config), process_group_backend=backend)
+    return kind(**group, config=deepspeed_config(config))
+
+
+def collective_timeout(watchdog_seconds: int) -> timedelta:
+    """How long a rank waits for the others in a collective: longer than the watchdog, which knows where each one is."""
+    return timedelta(seconds=SLOW * watchdog_seconds) + MARGIN if watchdog_seconds else NEVER
 
 
 def partitioned(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

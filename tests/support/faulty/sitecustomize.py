@@ -18,7 +18,7 @@ OPERATIONS_OF_RANK_ONE = 2  # in a save: its part of the optimizer, and its rand
 
 
 def nan(rank: int, micro_step: int) -> None:
-    """The loss of one micro-batch (counted from 1 in this life of the run) is not a number."""
+    """The loss of one micro-batch (counted from 1 in this attempt) is not a number."""
     from clippy_train.train.module import CodeLM
 
     calls, original = 0, CodeLM.training_step
@@ -32,6 +32,24 @@ def nan(rank: int, micro_step: int) -> None:
         record({"spans": batch["spans"].tolist(), "step": self.trainer.global_step + 1})
         self.step.losses[-1] = self.step.losses[-1] * float("nan")
         return loss * float("nan")
+
+    CodeLM.training_step = training_step  # type: ignore[method-assign]
+
+
+def oom(rank: int, micro_step: int) -> None:
+    """One rank has no memory for a micro-batch (counted from 1 in this attempt)."""
+    import torch
+
+    from clippy_train.train.module import CodeLM
+
+    calls, original = 0, CodeLM.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == micro_step and rank == RANK:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore advice.")
+        return original(self, batch, batch_idx)
 
     CodeLM.training_step = training_step  # type: ignore[method-assign]
 
