@@ -4,12 +4,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz chaos chaos-selftest bench bench-gpu bench-checkpoint soak elastic test-slurm lint clean
+.PHONY: help setup demo check test fuzz chaos chaos-selftest bench bench-gpu bench-checkpoint soak elastic test-slurm lint clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-setup: $(READY) ## make .venv and install the project with its exact tested versions
+setup: $(READY) ## create .venv and install the project with the versions that the tests run with
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "clippy_train needs Python 3.11 or newer; set PYTHON="'
@@ -18,26 +18,29 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## corpus, tokenizer, training, export, generation on this Python's own source code, in minutes
+demo: $(READY) ## corpus, tokenizer, training, export and generation on this Python's own source code, in minutes
 	$(BIN)/clippy demo
+
+check: lint ## lint, types and the tests that start no processes, in a minute: run it before every commit
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slurm and not processes'
 
 test: $(READY) ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-chaos: $(READY) ## strike runs at random 200 times with kill -9, and 200 times with signals: an hour on two cores
+chaos: $(READY) ## interrupt runs at random moments, 200 times with kill -9 and 200 times with signals; two hours on two cores
 	cd tests && ../$(BIN)/python -m tools.chaos kill
 	cd tests && ../$(BIN)/python -m tools.chaos signal
 
-chaos-selftest: $(READY) ## take each protection out of a copy, and see the test that guards it fail
+chaos-selftest: $(READY) ## remove each protection from a copy of the package and check that the test that guards it fails
 	cd tests && ../$(BIN)/python -m tools.chaos_selftest
 
 fuzz: $(READY) ## the long form of the fuzz tests: 6,000 shards, 180,000 lines
 	FUZZ_SHARDS=1500 $(BIN)/pytest -s --timeout=1800 tests/test_fuzz.py
 
-elastic: $(READY) ## move a run through eleven layouts of ranks and strategies, 50 steps in each
+elastic: $(READY) ## reshard a run through eleven layouts of ranks and strategies, 50 steps in each
 	CLIPPY_ELASTIC_STEPS=50 $(BIN)/pytest --timeout 3600 tests/test_elastic.py
 
-test-slurm: $(READY) ## real jobs on the Slurm that sbatch reaches: two nodes that share this folder
+test-slurm: $(READY) ## real jobs on the Slurm that sbatch reaches; it needs two nodes that share this folder
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m slurm tests/test_slurm.py
 
 lint: $(READY) ## style, types, and which room may import which
@@ -46,20 +49,20 @@ lint: $(READY) ## style, types, and which room may import which
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY) ## the training step and the input pipeline against their rivals, in minutes; on an idle machine
+bench: $(READY) ## compare the training step and the input pipeline with alternatives, in minutes; on an idle machine
 	$(BIN)/pip install --quiet -c constraints.txt accelerate
 	$(BIN)/python benchmarks/model.py cpu
 	$(BIN)/python benchmarks/data.py speed
 
-bench-gpu: $(READY) ## the training step on one GPU: rivals, tokens/s, MFU, micro-batches, strategies
+bench-gpu: $(READY) ## the training step on one GPU: alternatives, tokens/s, MFU, micro-batches, strategies
 	$(BIN)/pip install --quiet -c constraints.txt accelerate
 	$(BIN)/python benchmarks/model.py cuda
 
-bench-checkpoint: $(READY) ## seconds and bytes of a checkpoint at GPT-Neo-125M's shape, in minutes
+bench-checkpoint: $(READY) ## seconds and bytes of a checkpoint of GPT-Neo-125M's shape, in minutes
 	$(BIN)/python benchmarks/checkpoint.py
 
-soak: $(READY) ## whether the input pipeline's memory stays flat, in 25 minutes
+soak: $(READY) ## check that the input pipeline's memory stays constant, in 25 minutes
 	$(BIN)/python benchmarks/soak.py
 
-clean: ## delete the virtual environment and what demo and tests leave; runs/ stays
+clean: ## delete the virtual environment and the files of demo and tests; keep runs/
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,22 +1,22 @@
-# Settings of the libraries under a job, sourced by the scripts beside it. What is already set in the environment of
-# `sbatch` wins: NCCL_DEBUG=INFO sbatch launch/train.sbatch ...
+# Settings of the libraries in a job, sourced by the scripts beside this file. Values that are already set in the
+# environment of `sbatch` win: NCCL_DEBUG=INFO sbatch launch/train.sbatch ...
 
-# The interface through which nodes reach each other, where they have several: training hangs, or crawls, on the wrong
-# one. `ip -br addr` lists them; a prefix will do for NCCL. The preflight prints the bandwidth that comes out.
+# The network interface between nodes, if they have several: on the wrong one training hangs or is slow. `ip -br addr`
+# lists them; NCCL accepts a prefix. The preflight prints the resulting bandwidth.
 #export NCCL_SOCKET_IFNAME=ib0
 #export GLOO_SOCKET_IFNAME=ib0
 
-# Says which network NCCL took, and why it failed; INFO is long.
+# WARN reports why NCCL failed; INFO also which network it took, and is long.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# A rank that fails takes its peers out of a collective, instead of leaving them there until the watchdog.
+# A rank that fails aborts its peers' collectives, instead of leaving them to the watchdog.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 
-# Memory that grows in segments breaks up less under batches of changing shapes (validation after training).
+# Expandable segments reduce fragmentation when batch shapes change (validation after training).
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
-# A rank's loader processes tokenise, each in one thread. On CPU a rank gets its share of the cores by itself.
+# Loader processes tokenise in one thread each. On CPU the launcher gives each rank its share of the cores.
 [ -z "${SLURM_GPUS_ON_NODE:-}" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 
-# Nodes of a cluster often have no way out; with this nothing waits for the hub. Leave it out to load models by name.
+# For nodes without internet access: nothing waits for the hub. Without it, models can be loaded by name.
 #export HF_HUB_OFFLINE=1
