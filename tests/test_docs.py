@@ -155,6 +155,21 @@ def test_tests_functions_and_classes_that_are_named_exist(path: Path) -> None:
             assert text in words | FOREIGN, text
 
 
+def test_every_invariant_names_the_tests_that_guard_it() -> None:
+    defined = {name for file in FILES if file.match("tests/test_*.py") for name in defined_tests(file)}
+    items = re.split(r"\n(?=- |\n)", (ROOT / "docs" / "architecture.md").read_text())
+    invariants = {match[1]: item for item in items if (match := re.match(r"- \*\*([A-Z]\d+)\*\* ", item))}
+    assert len(invariants) > 15
+    for number, item in invariants.items():
+        named = set(re.findall(r"`(test_\w+)`", item))
+        assert named, number
+        assert named <= defined, number
+
+
+def defined_tests(file: Path) -> list[str]:
+    return re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+
+
 @every_doc
 def test_extras_that_are_named_exist(path: Path) -> None:
     named = set(re.findall(r"(?:clippy_train|'\.|\"\.)\[(\w+)\]", path.read_text()))
