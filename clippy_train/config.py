@@ -231,6 +231,10 @@ class CheckpointConfig:
     every_minutes: float | None = key(
         "minutes after which a checkpoint is due at the latest; null: steps decide", None, minimum=0
     )
+    asynchronous: bool = key(
+        "write checkpoints behind training, which stops only while state is copied to host memory; takes that memory",
+        True,
+    )
     keep_last: int = key("newest checkpoints kept; older ones are deleted after a newer one is complete", minimum=1)
     keep_every: int | None = key(
         "checkpoints of every so many steps are never deleted; null: none is kept", None, minimum=1

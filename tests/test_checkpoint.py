@@ -32,10 +32,12 @@ from clippy_train.run.checkpoint import (
 from clippy_train.run.folder import (
     BEST,
     MANIFEST,
+    METRICS,
     checkpoint_folder,
     checkpoint_folders,
     checkpoint_step,
 )
+from clippy_train.run.rows import SCORE
 
 LAYOUT = {"ranks": 2, "strategy.name": "zero", "strategy.stage": 1, "optim.name": "adamw"}
 FILES = ("rng-00000.pt", "state/latest", "state/checkpoint/mp_rank_00_model_states.pt")
@@ -43,14 +45,21 @@ FILES = ("rng-00000.pt", "state/latest", "state/checkpoint/mp_rank_00_model_stat
 
 def write(run_dir: Path, step: int, bits_per_byte: float | None = None) -> Path:
     """A published checkpoint; files of two steps have other content and the same sizes."""
-    aside = checkpoint_folder(run_dir, step).with_suffix(STAGING)
+    staging = checkpoint_folder(run_dir, step).with_suffix(STAGING)
     for name in FILES:
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        (aside / name).write_bytes(f"{name} of step {step:03d}".encode() * 20)
-    counts, data = {"documents": 9}, {"seed": 42}
-    manifest = Manifest(step, 256 * step, [[0, 1, 20]], counts, data, LAYOUT, bits_per_byte, flush_and_hash(aside))
-    publish(aside, checkpoint_folder(run_dir, step), manifest)
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).write_bytes(f"{name} of step {step:03d}".encode() * 20)
+    files = flush_and_hash(staging, [staging / name for name in FILES])
+    manifest = Manifest(step, 256 * step, [[0, 1, 20]], {"documents": 9}, {"seed": 42}, LAYOUT, files)
+    publish(staging, checkpoint_folder(run_dir, step), manifest)
+    validate(run_dir, step, bits_per_byte)
     return checkpoint_folder(run_dir, step)
+
+
+def validate(run_dir: Path, step: int, bits_per_byte: float | None) -> None:
+    if bits_per_byte is not None:
+        with (run_dir / METRICS).open("a") as file:
+            file.write(json.dumps({"step": step, SCORE: bits_per_byte}) + "\n")
 
 
 def test_everything_of_a_checkpoint_reaches_the_disk_before_it_exists(
@@ -119,7 +128,7 @@ def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(run_dir: Path) -> None
 def test_a_whole_older_checkpoint_in_the_place_of_the_newest_is_found(run_dir: Path) -> None:
     shutil.rmtree(checkpoint_folder(run_dir, 4))
     shutil.copytree(checkpoint_folder(run_dir, 2), checkpoint_folder(run_dir, 4))
-    with pytest.raises(CheckpointError, match="is that of step 2"):
+    with pytest.raises(CheckpointError, match="is from step 2"):
         open_checkpoint(checkpoint_folder(run_dir, 4))
 
 
@@ -146,7 +155,7 @@ def test_another_version_is_said_to_be_one(run_dir: Path) -> None:
 
 @given(st.integers(0, 10**12), st.dictionaries(st.text(), st.floats(allow_nan=False) | st.text()))
 def test_a_manifest_is_read_as_it_was_written(tokens: int, data: dict) -> None:
-    manifest = Manifest(4, tokens, [[1, 2], [3, 4]], {"documents": 1}, data, LAYOUT, 1 / 3, {"a": [1, "b"]})
+    manifest = Manifest(4, tokens, [[1, 2], [3, 4]], {"documents": 1}, data, LAYOUT, {"a": [1, "b"]})
     fields = json.loads(manifest_bytes(manifest))
     assert Manifest(**{name: fields[name] for name in Manifest.__dataclass_fields__}) == manifest
     assert manifest_bytes(replace(manifest, tokens=tokens + 1)) != manifest_bytes(manifest)
@@ -169,8 +178,9 @@ def test_pruning_keeps_the_newest_the_round_ones_and_the_best(
     run_dir = tmp_path_factory.mktemp("prune")
     for step, value in bits.items():
         checkpoint_folder(run_dir, step).mkdir(parents=True)
-        manifest = Manifest(step, 0, [], {}, {}, LAYOUT, value, {})
+        manifest = Manifest(step, 0, [], {}, {}, LAYOUT, {})
         (checkpoint_folder(run_dir, step) / MANIFEST).write_bytes(manifest_bytes(manifest))
+        validate(run_dir, step, value)
     checkpoint_folder(run_dir, 61).with_suffix(STAGING).mkdir()
     now = data.draw(st.sampled_from(sorted(bits)))
     prune(run_dir, now, CheckpointConfig(every_steps=1, keep_last=keep_last, keep_every=keep_every))

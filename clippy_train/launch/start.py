@@ -21,9 +21,10 @@ from clippy_train.launch.lock import lock_folder
 from clippy_train.launch.resources import resource_problems
 from clippy_train.run.checkpoint import Checkpoint, checkpoint_layout, find_checkpoint, open_checkpoint
 from clippy_train.run.environment import environment
-from clippy_train.run.folder import CONFIG, ENVIRONMENT, HF_FOLDER, STACKS, checkpoint_folders, run_of
+from clippy_train.run.folder import CONFIG, ENVIRONMENT, HF_FOLDER, METRICS, STACKS, checkpoint_folders, run_of
 from clippy_train.run.identity import data_identity
 from clippy_train.run.moments import BaseState, open_base_state
+from clippy_train.run.rows import validated
 from clippy_train.run.start import Start, write_start
 from clippy_train.shards.sources import open_corpus, require_text
 from clippy_train.signals import handling_signals
@@ -63,12 +64,17 @@ def prepare(config: TrainConfig) -> bool:
         if new:
             shutil.rmtree(config.run_dir)
         raise
-    if checkpoint and checkpoint.manifest.step >= config.trainer.max_steps:
+    if checkpoint and is_finished(config, checkpoint.manifest.step):
         print(f"{config.run_dir}: finished, step {checkpoint.manifest.step} of {config.trainer.max_steps}")
         return False
     _freeze(config)
     write_start(config.run_dir, _resume(config, checkpoint) if checkpoint else _begin(config))
     return True
+
+
+def is_finished(config: TrainConfig, step: int) -> bool:
+    """Whether nothing is left to do after `step`, not even its validation."""
+    return step >= config.trainer.max_steps and validated(config.run_dir / METRICS, step)
 
 
 def _freeze(config: TrainConfig) -> None:

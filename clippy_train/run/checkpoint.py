@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +24,15 @@ from clippy_train.run.folder import (
     BEST,
     CHECKPOINTS,
     MANIFEST,
+    METRICS,
     checkpoint_folder,
     checkpoint_folders,
     checkpoint_step,
     staging_folders,
 )
+from clippy_train.run.rows import SCORE, read_rows
 
-VERSION = 2
+VERSION = 3
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,6 @@ class Manifest:
     Attributes:
         data: what the order of the data depends on (`run.identity`).
         layout: what the files depend on (`checkpoint_layout`).
-        bits_per_byte: of the validation after this step; None if there was none.
         files: size in bytes and SHA-256 of each path inside the folder.
     """
 
@@ -51,7 +53,6 @@ class Manifest:
     counts: dict[str, int]
     data: dict[str, Any]
     layout: dict[str, Any]
-    bits_per_byte: float | None
     files: dict[str, list[Any]]
 
 
@@ -169,7 +170,9 @@ def publish(staging: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest and rename the staging folder: from then on the checkpoint exists."""
     with atomic_write(staging / MANIFEST, durable=True) as file:
         file.write(manifest_bytes(manifest).decode())
-    fsync(staging)
+    for each in (*staging.rglob("*"), staging):
+        if each.is_dir():
+            fsync(each)
     if final.exists():  # a damaged checkpoint of the same step, which the resume skipped
         shutil.rmtree(final)
     staging.rename(final)
@@ -191,26 +194,30 @@ def prune(run_dir: Path, step: int, settings: CheckpointConfig) -> None:
     for path in remaining[settings.keep_last :]:
         if path != best and not (settings.keep_every and checkpoint_step(path) % settings.keep_every == 0):
             shutil.rmtree(path)
+    link_best(run_dir)
+
+
+def link_best(run_dir: Path) -> None:
+    """Point `best` to the checkpoint with the lowest validation, if there is one."""
+    best = find_best(run_dir)
     if best:
         replace_link(run_dir / CHECKPOINTS / BEST, best)
 
 
 def find_best(run_dir: Path) -> Path | None:
-    """The checkpoint with the lowest validation, the oldest of equals, according to the manifests."""
+    """The checkpoint whose step has the lowest validation in `metrics.jsonl`, the oldest of equals."""
     found = []
+    scores = {row["step"]: row[SCORE] for row in read_rows(run_dir / METRICS, SCORE)}
     for path in checkpoint_folders(run_dir):
         with suppress(CheckpointError):
-            manifest = read_checkpoint(path).manifest
-            if manifest.bits_per_byte is not None:
-                found.append((manifest.bits_per_byte, manifest.step, path))
+            step = read_checkpoint(path).manifest.step
+            if step in scores:
+                found.append((scores[step], step, path))
     return min(found)[-1] if found else None
 
 
-def flush_and_hash(path: Path) -> dict[str, list[Any]]:
-    """Flush every file and folder below `path` to the disk; returns size and SHA-256 of each file."""
-    files = {}
-    for each in sorted(path.rglob("*")):
-        fsync(each)
-        if each.is_file():
-            files[str(each.relative_to(path))] = [each.stat().st_size, hash_file(each)]
-    return files
+def flush_and_hash(folder: Path, paths: Collection[Path]) -> dict[str, list[Any]]:
+    """Flush files in `folder` to the disk; returns size and SHA-256 of each."""
+    for path in paths:
+        fsync(path)
+    return {str(path.relative_to(folder)): [path.stat().st_size, hash_file(path)] for path in paths}

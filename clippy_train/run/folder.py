@@ -43,6 +43,7 @@ JOB_FILE = "job.txt"
 # In a checkpoint's folder
 MANIFEST = "manifest.json"
 STATE = "state"  # a file, or DeepSpeed's folder
+LATEST = "latest"  # in STATE: DeepSpeed's own pointer
 DEEPSPEED_TAG = "checkpoint"  # the folder of DeepSpeed's files in STATE, as Lightning names it
 
 

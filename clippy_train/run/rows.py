@@ -8,6 +8,8 @@ from typing import Any
 
 from clippy_train.files import atomic_write
 
+SCORE = "val/bits_per_byte"  # of a validation, in metrics.jsonl: the lower, the better
+
 log = logging.getLogger(__name__)
 
 
@@ -39,13 +41,20 @@ class RowFile:
         self._unwritten = b""
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, without one that a crash cut short."""
+def read_rows(path: Path, key: str = "") -> Iterator[dict[str, Any]]:
+    """The rows of a file that have `key`, without one that a crash cut short."""
     if not path.exists():
         return
     with path.open() as file:
         for line in file:
+            if key and f'"{key}"' not in line:
+                continue
             try:
                 yield json.loads(line)
             except ValueError:
                 log.warning("%s: dropped a line that was cut short", path)
+
+
+def validated(path: Path, step: int) -> bool:
+    """Whether a file of metrics has the validation after `step`."""
+    return any(row["step"] == step for row in read_rows(path, SCORE))

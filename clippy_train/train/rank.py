@@ -23,15 +23,16 @@ from clippy_train.model.build import build
 from clippy_train.report import quiet_transformers
 from clippy_train.run.checkpoint import Checkpoint, read_checkpoint
 from clippy_train.run.consolidate import WEIGHTS_FILE, set_weights
-from clippy_train.run.folder import CONFIG, HF_FOLDER, STATE
+from clippy_train.run.folder import CONFIG, HF_FOLDER, METRICS, STATE
 from clippy_train.run.identity import data_identity
 from clippy_train.run.moments import open_base_state
+from clippy_train.run.rows import validated
 from clippy_train.run.start import Start, read_start
 from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import fingerprint, token_bytes
 from clippy_train.train.callbacks.order import build_callbacks
 from clippy_train.train.callbacks.preemption import SignalFlag
-from clippy_train.train.callbacks.progress import fresh_cursors
+from clippy_train.train.callbacks.progress import fresh_cursors, validation_due
 from clippy_train.train.callbacks.watchdog import Watchdog
 from clippy_train.train.data import DataModule
 from clippy_train.train.loggers import build_loggers
@@ -82,10 +83,16 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
         config,
         callbacks=callbacks,
         logger=build_loggers(config, resumed_step) if rank == 0 else False,
-        num_sanity_val_steps=0 if checkpoint else -1,
+        num_sanity_val_steps=-1 if validates_first(config, resumed_step) else 0,
     )
     module = CodeLM(config, model, token_bytes(tokenizer, model.config.vocab_size))
     trainer.fit(module, DataModule(config, tokenizer, rank, cursors), ckpt_path=native)
+
+
+def validates_first(config: TrainConfig, resumed_step: int) -> bool:
+    """Whether a run validates before its first step: a new run, or one that resumes where a validation is missing."""
+    missing = validation_due(config, resumed_step) and not validated(config.run_dir / METRICS, resumed_step)
+    return resumed_step < 0 or missing
 
 
 def require_same_tokenizer(checkpoint: Checkpoint, found: str) -> None:

@@ -31,7 +31,8 @@ SETTINGS = [
     "data.seq_len=16", "data.streams=2", "data.num_workers=0", "data.window=4",
     "trainer.global_batch_size=4", "trainer.micro_batch_size=2", "trainer.eval_micro_batch_size=2",
     "trainer.val_samples=2", "trainer.max_steps=3", "trainer.val_every_steps=3", "trainer.log_every_steps=1",
-    "checkpoint.every_steps=1", "logger.sample_prompts=[]", "logger.tensorboard=false", "trainer.audit=true",
+    "checkpoint.every_steps=1", "checkpoint.asynchronous=false", "logger.sample_prompts=[]", "logger.tensorboard=false",
+    "trainer.audit=true",
 ]  # fmt: skip
 
 

@@ -74,6 +74,13 @@ MUTATIONS = [
         KILLS,
     ),
     Mutation(
+        "what is saved is a copy of the state, which training then changes",
+        "train/writer.py",
+        "self._snapshot.of(state_dict)\n",
+        "state_dict\n",
+        KILLS,
+    ),
+    Mutation(
         "the random state is part of a checkpoint",
         "train/callbacks/checkpointer.py",
         "            load_rng(rng_file(self.resumed.path, trainer.global_rank))\n",

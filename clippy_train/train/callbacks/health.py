@@ -78,7 +78,8 @@ def require_equal_replicas(module: CodeLM, step: int) -> None:
         Diverged: a weight differs between ranks.
     """
     tensors = {name: own_part(each) for name, each in module.model.named_parameters()}
-    if collective.anyone(not torch.stack([torch.isfinite(each).all() for each in tensors.values()]).all().item()):
+    extremes = [extreme for each in tensors.values() if each.numel() for extreme in torch.aminmax(each)]
+    if collective.anyone(not torch.stack(extremes).isfinite().all().item()):  # much faster than `isfinite` on each
         raise NonFinite(f"step {step}: a weight is not finite; nothing is saved")
     if module.config.strategy.stage == 3:
         return  # each rank holds another part

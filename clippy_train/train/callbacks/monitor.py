@@ -19,6 +19,7 @@ from clippy_train.config import TrainConfig
 from clippy_train.data.batches import Batch, TrainBatches
 from clippy_train.model.flops import flops_per_token, peak_flops
 from clippy_train.model.score import measures
+from clippy_train.run.rows import SCORE
 from clippy_train.train import collective
 from clippy_train.train.callbacks.health import Health
 from clippy_train.train.callbacks.ledger import block_digest
@@ -86,11 +87,10 @@ class Monitor(pl.Callback):
         self._steps.pause(pl_module.device)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        module, step = code_lm(pl_module), trainer.global_step
-        row = validation_row(languages(trainer), collective.total(module.val_sums.cpu().numpy()))
-        module.step.bits_per_byte = {step: row["val/bits_per_byte"]}
+        step, sums = trainer.global_step, code_lm(pl_module).val_sums
+        row = validation_row(languages(trainer), collective.total(sums.cpu().numpy()))
         self.write(trainer, row)
-        loss, bits = row["val/loss"], row["val/bits_per_byte"]
+        loss, bits = row["val/loss"], row[SCORE]
         _log(trainer, f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte")
 
     def _report(self, trainer: pl.Trainer, module: CodeLM) -> None:
@@ -153,10 +153,11 @@ class Monitor(pl.Callback):
         shares = {convention: tokens_per_sec * each / peak for convention, each in flops.items()}
         return {"throughput/mfu": shares["exact"], "throughput/mfu_palm": shares["palm"]}
 
-    def saved(self, trainer: pl.Trainer, seconds: float, num_bytes: int) -> None:
-        """Log the cost of a checkpoint that is complete; training was stopped for `seconds`."""
+    def saved(self, trainer: pl.Trainer, step: int, stall: float, duration: float, num_bytes: int) -> None:
+        """Log what the checkpoint of `step` cost: seconds for which training stopped, and until it was complete."""
         self._saved_at = time.monotonic()
-        self.write(trainer, {"checkpoint/seconds": seconds, "checkpoint/bytes": num_bytes})
+        costs = {"checkpoint/stall": stall, "checkpoint/seconds": duration, "checkpoint/bytes": num_bytes}
+        self.write(trainer, {"checkpoint/step": step, **costs})
 
     def write(self, trainer: pl.Trainer, row: Row) -> None:
         """Log a row at the current step."""

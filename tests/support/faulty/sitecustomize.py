@@ -14,7 +14,7 @@ from typing import Any
 
 ERRORS = (errno.ENOSPC, errno.EROFS, errno.EIO)
 SMALL_FILE = 512  # bytes: where the kernel stops a file that torch writes
-OPERATIONS_OF_RANK_ONE = 2  # in a save: its part of the optimizer, and its random state
+OPERATIONS_OF_RANK_ONE = 4  # in a save: to write and to flush its part of the optimizer and its random state
 
 
 def nan(rank: int, micro_step: int) -> None:
@@ -96,23 +96,28 @@ def disk(last_save: int) -> None:
     os.rename, os.fsync = broken("rename", os.rename), broken("fsync", os.fsync)
     torch.save = broken("torch.save", torch.save)
     io.open = broken("open", io.open, lambda path, mode="r", *_: "w" in mode and ".writing" in str(path))
-    original_write = saving.Checkpointer._write
+    original_start, original_fail = saving.Checkpointer._start, saving.Checkpointer._fail
 
-    def write(self: Any, trainer: Any, aside: Path) -> list[str]:
+    def start(self: Any, trainer: Any, last: bool) -> None:
         state["save"] += 1
         turn = state["save"] // 2 if state["save"] % 2 == 0 else 0
         turn = turn - OPERATIONS_OF_RANK_ONE if RANK == 0 else turn
-        before = find_checkpoint(self.config.run_dir)
         state.update(done=0, fails_at=1 if state["save"] > last_save and RANK == 0 else turn, failed="")
-        failures = original_write(self, trainer, aside)
-        state["fails_at"] = 0
-        after = find_checkpoint(self.config.run_dir)
-        if failures and state["failed"]:
-            steps = [each and each.manifest.step for each in (before, after)]
-            record({"operation": state["failed"], "step": trainer.global_step, "failures": failures, "newest": steps})
-        return failures
+        state["before"] = newest(self)
+        original_start(self, trainer, last)
 
-    saving.Checkpointer._write = write  # type: ignore[method-assign]
+    def fail(self: Any, trainer: Any, step: int, staging: Path, failures: list[str], last: bool) -> None:
+        state["fails_at"] = 0
+        if state["failed"]:
+            seen = [state["before"], newest(self)]
+            record({"operation": state["failed"], "step": step, "failures": failures, "newest": seen})
+        original_fail(self, trainer, step, staging, failures, last)
+
+    def newest(self: Any) -> int | None:
+        found = find_checkpoint(self.config.run_dir)
+        return found and found.manifest.step
+
+    saving.Checkpointer._start, saving.Checkpointer._fail = start, fail  # type: ignore[method-assign]
 
 
 def limited(work: Callable, *arguments: Any, **keywords: Any) -> Any:
