@@ -2,11 +2,12 @@
 
     python benchmarks/checkpoint.py [STRATEGY...]       zero1 and zero3 by default, on two ranks
 
-For each strategy a run saves after every one of its steps, then the same command goes on with one step more. One JSON
+For each strategy a run saves five times, then the same command goes on with one step more. One JSON
 object a strategy; seconds are medians:
 
     bytes, files          of one checkpoint
-    save_seconds          for which training stands still, all told
+    stall_seconds         for which training stops; first_stall_seconds: in the first save, which allocates the memory
+    save_seconds          until the checkpoint is complete
     write_seconds         of which a plain write of as many bytes, brought to the same disk, takes
     hash_seconds          of which reading the files back and hashing them takes, on one core
     verify_seconds        what the launcher takes to check a checkpoint before ranks start
@@ -38,10 +39,11 @@ from clippy_train.tokenizer import add_whitespace_tokens, train_bpe
 
 VOCAB_SIZE = 50257  # of GPT-2, before the white-space tokens
 SAVES = 5
+EVERY = 8  # steps, so that a save is complete before the next one
 SHAPE = [
     "experiment=code_clippy_125m", "model.base=null", "trainer.accelerator=cpu", "trainer.devices=2",
     "trainer.global_batch_size=2", "trainer.micro_batch_size=1", "trainer.eval_micro_batch_size=1",
-    "trainer.val_samples=2", "trainer.val_every_steps=1000", "trainer.log_every_steps=1", "checkpoint.every_steps=1",
+    "trainer.val_samples=2", "trainer.val_every_steps=1000", "trainer.log_every_steps=1", f"checkpoint.every_steps={EVERY}",
     "data.seq_len=64", "data.streams=2",
 ]  # fmt: skip
 
@@ -68,21 +70,25 @@ def prepare(work: Path) -> list[str]:
 def measure(work: Path, strategy: str, settings: list[str]) -> dict[str, Any]:
     command = ["train", *settings, f"strategy={strategy}", f"run.name={strategy}"]
     run_dir = work / "runs" / strategy
-    fresh = seconds_to_step(work, run_dir, 1, [*command, f"trainer.max_steps={SAVES}"])
-    saves = [row["checkpoint/seconds"] for row in read_rows(run_dir / METRICS) if "checkpoint/seconds" in row]
+    fresh = seconds_to_step(work, run_dir, 1, [*command, f"trainer.max_steps={SAVES * EVERY}"])
+    saves = list(read_rows(run_dir / METRICS, "checkpoint/stall"))
     newest = checkpoint_folders(run_dir)[0]
     files = [path for path in newest.rglob("*") if path.is_file()]
     num_bytes = sum(path.stat().st_size for path in files)
     row = {
         "bytes": num_bytes,
         "files": len(files),
-        "save_seconds": statistics.median(saves),
+        "stall_seconds": statistics.median(row["checkpoint/stall"] for row in saves),
+        "first_stall_seconds": saves[0]["checkpoint/stall"],
+        "save_seconds": statistics.median(row["checkpoint/seconds"] for row in saves),
         "write_seconds": median_seconds(lambda: write(work / "plain", num_bytes)),
         "hash_seconds": median_seconds(lambda: [hash_file(path) for path in files]),
         "verify_seconds": median_seconds(lambda: open_checkpoint(newest)),
         "fresh_seconds": fresh,
     }
-    row["resumed_seconds"] = seconds_to_step(work, run_dir, SAVES + 1, [*command, f"trainer.max_steps={SAVES + 1}"])
+    row["resumed_seconds"] = seconds_to_step(
+        work, run_dir, SAVES * EVERY + 1, [*command, f"trainer.max_steps={SAVES * EVERY + 1}"]
+    )
     return {name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}
 
 

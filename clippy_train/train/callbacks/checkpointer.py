@@ -50,6 +50,7 @@ class Save:
     """A save in flight.
 
     Attributes:
+        called: when the step ended that is saved.
         stall: seconds for which training stopped.
         manifest: makes the manifest from the files.
         files: of all ranks, once they are written; rank 0 then publishes the checkpoint.
@@ -58,7 +59,7 @@ class Save:
 
     step: int
     staging: Path
-    started: float
+    called: float
     manifest: Callable[..., Manifest]
     work: "Future[Any]"
     stall: float = 0.0
@@ -135,15 +136,16 @@ class Checkpointer(pl.Callback):
             NonFinite, Diverged: the weights are not worth saving.
             CheckpointError: a save failed, and it was the last one of this run or one failure too many.
         """
+        called = time.monotonic()
         if self._save and self._save.step != trainer.global_step:
             self._advance(trainer, wait=True)
         if not self._save and self._saved_step != trainer.global_step:
-            self._start(trainer, last)
+            self._start(trainer, called, last)
         self._advance(trainer, wait=last or not self._writer.asynchronous, last=last)
 
-    def _start(self, trainer: pl.Trainer, last: bool) -> None:
+    def _start(self, trainer: pl.Trainer, called: float, last: bool) -> None:
         """Copy the state of all ranks, and let their threads write it."""
-        step, started = trainer.global_step, time.monotonic()
+        step = trainer.global_step
         self.health.check(trainer)
         require_equal_replicas(code_lm(trainer.lightning_module), step)
         staging = checkpoint_folder(self.config.run_dir, step).with_suffix(STAGING)
@@ -164,8 +166,8 @@ class Checkpointer(pl.Callback):
             data=self.data,
             layout=checkpoint_layout(self.config),
         )
-        self._save = Save(step, staging, started, manifest, self._writer.start(staging))
-        self._save.stall = time.monotonic() - started
+        self._save = Save(step, staging, called, manifest, self._writer.start(staging))
+        self._save.stall = time.monotonic() - called
 
     def _advance(self, trainer: pl.Trainer, wait: bool = False, last: bool = False) -> None:
         """Take the save in flight to its next stage, if all ranks are there: written, published, logged. Collective."""
@@ -186,7 +188,7 @@ class Checkpointer(pl.Callback):
             else:
                 self.failed_saves, self._saved_step = 0, save.step
                 num_bytes = sum(size for size, _ in save.files.values())
-                self.monitor.saved(trainer, save.step, save.stall, time.monotonic() - save.started, num_bytes)
+                self.monitor.saved(trainer, save.step, save.stall, time.monotonic() - save.called, num_bytes)
 
     def _publish(self, save: Save) -> None:
         assert save.files is not None

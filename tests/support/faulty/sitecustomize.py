@@ -98,13 +98,13 @@ def disk(last_save: int) -> None:
     io.open = broken("open", io.open, lambda path, mode="r", *_: "w" in mode and ".writing" in str(path))
     original_start, original_fail = saving.Checkpointer._start, saving.Checkpointer._fail
 
-    def start(self: Any, trainer: Any, last: bool) -> None:
+    def start(self: Any, trainer: Any, called: float, last: bool) -> None:
         state["save"] += 1
         turn = state["save"] // 2 if state["save"] % 2 == 0 else 0
         turn = turn - OPERATIONS_OF_RANK_ONE if RANK == 0 else turn
         state.update(done=0, fails_at=1 if state["save"] > last_save and RANK == 0 else turn, failed="")
         state["before"] = newest(self)
-        original_start(self, trainer, last)
+        original_start(self, trainer, called, last)
 
     def fail(self: Any, trainer: Any, step: int, staging: Path, failures: list[str], last: bool) -> None:
         state["fails_at"] = 0
