@@ -43,8 +43,8 @@ EVERY = 8  # steps, so that a save is complete before the next one
 SHAPE = [
     "experiment=code_clippy_125m", "model.base=null", "trainer.accelerator=cpu", "trainer.devices=2",
     "trainer.global_batch_size=2", "trainer.micro_batch_size=1", "trainer.eval_micro_batch_size=1",
-    "trainer.val_samples=2", "trainer.val_every_steps=1000", "trainer.log_every_steps=1", f"checkpoint.every_steps={EVERY}",
-    "data.seq_len=64", "data.streams=2",
+    "trainer.val_samples=2", "trainer.val_every_steps=1000", "trainer.log_every_steps=1",
+    f"checkpoint.every_steps={EVERY}", "data.seq_len=64", "data.streams=2",
 ]  # fmt: skip
 
 
@@ -86,9 +86,8 @@ def measure(work: Path, strategy: str, settings: list[str]) -> dict[str, Any]:
         "verify_seconds": median_seconds(lambda: open_checkpoint(newest)),
         "fresh_seconds": fresh,
     }
-    row["resumed_seconds"] = seconds_to_step(
-        work, run_dir, SAVES * EVERY + 1, [*command, f"trainer.max_steps={SAVES * EVERY + 1}"]
-    )
+    more = SAVES * EVERY + 1
+    row["resumed_seconds"] = seconds_to_step(work, run_dir, more, [*command, f"trainer.max_steps={more}"])
     return {name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}
 
 
