@@ -353,7 +353,7 @@ def test_a_slow_server_is_waited_for(root, serve, quick) -> None:
 
 
 def test_a_server_that_never_answers_is_given_up(root, serve, quick, monkeypatch) -> None:
-    monkeypatch.setattr(sources, "REQUEST_SECONDS", 0.05)
+    monkeypatch.setattr(retry, "REQUEST_SECONDS", 0.05)
     server = serve(root, answer=lambda path, number: time.sleep(0.3) or "" if "0000" in path else "")
     with pytest.raises(DataError, match=r"00000\.jsonl\.zst cannot be read: .*[Tt]imeout"):
         list(opened(server.url).texts())
