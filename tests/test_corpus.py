@@ -1,4 +1,4 @@
-"""Building a corpus: the same bytes for the same files, no repository in two splits, every left-out file counted."""
+"""Building a corpus: the same bytes for the same files, no repository in two splits, every rejected file counted."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from support import processes
 from clippy_train.cli import main
 from clippy_train.config import CorpusConfig, DedupConfig, FilterConfig
 from clippy_train.corpus.build import build_corpus, split_repositories
-from clippy_train.corpus.document import Document, Unusable
+from clippy_train.corpus.document import Document, Rejected
 from clippy_train.corpus.folders import folder_documents
 from clippy_train.corpus.manifest import Tally
 from clippy_train.errors import ConfigError, DataError
@@ -60,16 +60,16 @@ def everything(corpus: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
-    """Three packages of one good file each, to add files to."""
+    """Three packages of one good file each; tests add files to them."""
     for name in ("one", "two", "three"):
         (tmp_path / "code" / name).mkdir(parents=True)
         (tmp_path / "code" / name / "good.py").write_text(CODE)
     return tmp_path / "code"
 
 
-def test_the_same_files_give_the_same_bytes(source_tree, tmp_path) -> None:
+def test_the_same_files_give_the_same_bytes(source_tree: Path, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere" / source_tree.name
-    for path in sorted(source_tree.rglob("*.py"), reverse=True):  # another order of creation, and other times
+    for path in sorted(source_tree.rglob("*.py"), reverse=True):  # another order of creation, and other timestamps
         target = copy / path.relative_to(source_tree)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
@@ -79,7 +79,7 @@ def test_the_same_files_give_the_same_bytes(source_tree, tmp_path) -> None:
     assert content(tmp_path / "first") == content(tmp_path / "second")
 
 
-def test_another_seed_gives_another_split_and_order(source_tree, tmp_path) -> None:
+def test_another_seed_gives_another_split_and_order(source_tree: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         build(source_tree, tmp_path / str(seed), seed=seed)
     first, second = ([d["meta"]["file_name"] for d in everything(tmp_path / str(seed))] for seed in (1, 2))
@@ -89,14 +89,14 @@ def test_another_seed_gives_another_split_and_order(source_tree, tmp_path) -> No
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_repository_is_in_two_splits(source_tree, tmp_path, seed) -> None:
+def test_no_repository_is_in_two_splits(source_tree: Path, tmp_path: Path, seed: int) -> None:
     build(source_tree, tmp_path / "out", seed=seed, validation_fraction=0.3, test_fraction=0.2)
     repositories = [{d["meta"]["repo_name"] for d in split(tmp_path / "out", name)} for name in SPLITS]
     assert [len(names) for names in repositories] == [6, 4, 2]
     assert set.union(*repositories) == {f"package_{number:02d}" for number in range(12)}
 
 
-def test_every_file_is_one_document_with_its_text(source_tree, tmp_path) -> None:
+def test_every_file_is_one_document_with_its_text(source_tree: Path, tmp_path: Path) -> None:
     build(source_tree, tmp_path / "out")
     expected = {f"code/{path.relative_to(source_tree)}": path.read_text() for path in source_tree.rglob("*.py")}
     documents = everything(tmp_path / "out")
@@ -104,13 +104,13 @@ def test_every_file_is_one_document_with_its_text(source_tree, tmp_path) -> None
     assert len(documents) == len(expected)
 
 
-def test_files_of_a_repository_do_not_stay_together(tiny_corpus) -> None:
+def test_files_of_a_repository_are_spread_out(tiny_corpus: Path) -> None:
     names = [document["meta"]["repo_name"] for document in split(tiny_corpus, "train")]
     changes = sum(before != after for before, after in pairwise(names))
     assert changes > len(set(names))
 
 
-def test_a_document_has_the_fields_of_the_code_clippy_format(packages, tmp_path) -> None:
+def test_a_document_has_the_fields_of_the_code_clippy_format(packages: Path, tmp_path: Path) -> None:
     build(packages, tmp_path / "out")
     (document,) = [d for d in everything(tmp_path / "out") if d["meta"]["repo_name"] == "two"]
     assert document == {
@@ -126,7 +126,7 @@ def test_a_document_has_the_fields_of_the_code_clippy_format(packages, tmp_path)
     }
 
 
-def test_text_is_kept_byte_for_byte(packages, tmp_path) -> None:
+def test_text_is_kept_byte_for_byte(packages: Path, tmp_path: Path) -> None:
     text = "\ufeff# \N{GRINNING FACE}\u2028\r\n\tif x:\r\n" + CODE + "\0\n\n"
     (packages / "one" / "odd.py").write_bytes(text.encode())
     build(packages, tmp_path / "out")
@@ -145,7 +145,9 @@ def test_text_is_kept_byte_for_byte(packages, tmp_path) -> None:
     ],
     ids=["extension", "no language", "too small", "too large", "latin-1", "binary"],
 )
-def test_a_file_is_left_out_and_counted_by_the_rule_that_it_breaks(packages, tmp_path, name, data, rule) -> None:
+def test_a_file_is_rejected_and_counted_by_the_rule_that_it_breaks(
+    packages: Path, tmp_path: Path, name: str, data: bytes, rule: str
+) -> None:
     (packages / "one" / name).write_bytes(data)
     manifest = build(packages, tmp_path / "out", filter=FilterConfig(min_bytes=64, max_bytes=200))
     assert manifest["rejected"] == {rule: 1}
@@ -153,20 +155,20 @@ def test_a_file_is_left_out_and_counted_by_the_rule_that_it_breaks(packages, tmp
 
 
 @pytest.mark.parametrize("size", [64, 200])
-def test_files_of_the_smallest_and_the_largest_size_are_kept(packages, tmp_path, size) -> None:
+def test_files_of_the_smallest_and_the_largest_size_are_kept(packages: Path, tmp_path: Path, size: int) -> None:
     (packages / "one" / "x.py").write_bytes(b"a" * size)
     assert build(packages, tmp_path / "out", filter=FilterConfig(min_bytes=64, max_bytes=200))["rejected"] == {}
 
 
-def test_a_file_that_is_gone_when_its_turn_comes_is_left_out(packages) -> None:
+def test_a_file_that_disappears_is_rejected(packages: Path) -> None:
     documents = found(packages)
     (packages / "one" / "good.py").unlink()
-    with pytest.raises(Unusable, match="unreadable"):
+    with pytest.raises(Rejected, match="unreadable"):
         documents[0].read()
     assert documents[1].read() == CODE
 
 
-def test_a_folder_that_is_gone_when_its_turn_comes_is_named(packages, caplog) -> None:
+def test_a_folder_that_disappears_is_skipped_with_a_warning(packages: Path, caplog: pytest.LogCaptureFixture) -> None:
     documents = folder_documents([packages], False, None, Path.home())
     assert next(documents).repository == "one"
     shutil.rmtree(packages / "three")
@@ -174,7 +176,7 @@ def test_a_folder_that_is_gone_when_its_turn_comes_is_named(packages, caplog) ->
     assert "three cannot be listed" in caplog.text
 
 
-def test_only_the_named_extensions_are_kept(packages, tmp_path) -> None:
+def test_only_the_named_extensions_are_kept(packages: Path, tmp_path: Path) -> None:
     for package in packages.iterdir():
         (package / "x.c").write_text(CODE)
         (package / "x.unknown").write_text(CODE)
@@ -192,7 +194,7 @@ def recounted(named: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str
     return counts
 
 
-def test_the_sums_of_the_manifest_are_right(source_tree, tmp_path) -> None:
+def test_the_counts_and_checksums_of_the_manifest_are_right(source_tree: Path, tmp_path: Path) -> None:
     manifest = build(source_tree, tmp_path / "out", shard_bytes=5000)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
     documents = everything(tmp_path / "out")
@@ -216,7 +218,7 @@ def test_the_sums_of_the_manifest_are_right(source_tree, tmp_path) -> None:
     assert len(manifest["files"]["train"]) > 2
 
 
-def test_other_peoples_code_links_and_caches_are_not_looked_at(packages) -> None:
+def test_third_party_code_links_and_caches_are_skipped(packages: Path) -> None:
     for folder in (".git", "node_modules", "__pycache__", "site-packages"):
         (packages / "one" / folder).mkdir()
         (packages / "one" / folder / "x.py").write_text(CODE)
@@ -227,12 +229,12 @@ def test_other_peoples_code_links_and_caches_are_not_looked_at(packages) -> None
     assert names(packages) == ["code/one/good.py", "code/three/good.py", "code/two/good.py"]
 
 
-def test_a_module_and_the_package_of_its_name_are_one_repository(packages) -> None:
+def test_a_module_and_the_package_of_its_name_are_one_repository(packages: Path) -> None:
     (packages / "two.py").write_text(CODE)
     assert [document.repository for document in found(packages) if "two" in document.key] == ["two", "two"]
 
 
-def test_a_file_name_that_is_not_utf8_is_made_readable(packages, tmp_path) -> None:
+def test_a_file_name_that_is_not_utf8_is_made_valid(packages: Path, tmp_path: Path) -> None:
     for folder in (b"", b"caf\xe9"):
         path = os.path.join(os.fsencode(packages), folder, b"na\xefve.py")  # noqa: PTH118
         os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
@@ -242,19 +244,21 @@ def test_a_file_name_that_is_not_utf8_is_made_readable(packages, tmp_path) -> No
     assert {"code/na\ufffdve.py", "code/caf\ufffd/na\ufffdve.py"} < names
 
 
-def test_a_file_of_overlapping_folders_is_taken_once(packages) -> None:
+def test_a_file_in_overlapping_folders_is_read_once(packages: Path) -> None:
     inside = [packages / "one", packages / "two"]
     assert names(packages, *inside, packages) == names(packages)
     assert names(*inside, packages) == ["one/good.py", "two/good.py", "code/three/good.py"]
 
 
-def test_a_source_folder_that_does_not_exist_is_named(tmp_path) -> None:
+def test_a_source_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"src: no such folder: .*nowhere"):
         build(tmp_path / "nowhere", tmp_path / "out")
 
 
 @pytest.mark.parametrize("left", [[], ["one"], ["one", "two"]], ids=len)
-def test_too_few_repositories_are_an_error_that_leaves_nothing_behind(packages, tmp_path, left) -> None:
+def test_too_few_repositories_are_an_error_that_leaves_no_files(
+    packages: Path, tmp_path: Path, left: list[str]
+) -> None:
     for package in packages.iterdir():
         if package.name not in left:
             (package / "good.py").write_text("too small")
@@ -263,26 +267,28 @@ def test_too_few_repositories_are_an_error_that_leaves_nothing_behind(packages, 
     assert list(tmp_path.iterdir()) == [packages]
 
 
-def test_fractions_that_leave_no_repository_to_train_on_are_an_error(packages, tmp_path) -> None:
+def test_fractions_that_leave_no_training_repository_are_an_error(packages: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="change validation_fraction or test_fraction"):
         build(packages, tmp_path / "out", validation_fraction=0.6, test_fraction=0.3)
     assert list(tmp_path.iterdir()) == [packages]
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.5), (1.0, 0.0), (0.7, 0.6)], ids=str)
-def test_fractions_that_leave_nothing_to_train_on_are_refused(packages, tmp_path, fractions) -> None:
+def test_fractions_that_leave_nothing_to_train_on_are_refused(
+    packages: Path, tmp_path: Path, fractions: tuple[float, float]
+) -> None:
     with pytest.raises(ConfigError, match=r"validation_fraction \+ test_fraction = .*nothing is left"):
         build(packages, tmp_path / "out", validation_fraction=fractions[0], test_fraction=fractions[1])
     assert list(tmp_path.iterdir()) == [packages]
 
 
-def test_a_folder_with_content_is_not_overwritten(packages, tmp_path) -> None:
+def test_a_folder_with_content_is_not_overwritten(packages: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists and is not empty"):
         build(packages, packages)
     assert sorted(path.name for path in packages.iterdir()) == ["one", "three", "two"]
 
 
-def test_at_least_one_repository_is_held_out_for_each_purpose() -> None:
+def test_validation_and_test_get_at_least_one_repository_each() -> None:
     names = ["a", "b", "c"]
     splits = split_repositories(names, Tally(), CorpusConfig(out="", validation_fraction=0, test_fraction=0))
     assert sorted(splits.values()) == sorted(SPLITS)
@@ -293,8 +299,8 @@ def clippy_corpus(*arguments: str) -> list[str]:
 
 
 @pytest.fixture
-def endless(packages) -> Path:
-    """Sources that take minutes to read: many names of a few files."""
+def endless(packages: Path) -> Path:
+    """Sources that take minutes to read: many hard links to one file."""
     for number in range(20_000):
         (packages / "one" / f"{number}.py").hardlink_to(packages / "one" / "good.py")
     (packages / "one" / "good.py").write_text(CODE * 1000)
@@ -302,11 +308,11 @@ def endless(packages) -> Path:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "TERM"])
-def test_an_interrupted_build_leaves_nothing_behind(endless, tmp_path, number: int, code: int) -> None:
+def test_an_interrupted_build_leaves_no_files(endless: Path, tmp_path: Path, number: int, code: int) -> None:
     process = processes.start(clippy_corpus(str(endless), f"out={tmp_path / 'out'}", "dedup.exact=false"))
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in tmp_path.glob(".out.*/.spool*/documents/*")):
-        assert process.poll() is None, "it was done too soon"
+        assert process.poll() is None, "the build ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
@@ -327,8 +333,8 @@ for src in sys.argv[1:]:
 """
 
 
-def test_memory_does_not_grow_with_the_text(tmp_path) -> None:
-    """Ten times as much text as the memory that it may take, after a build that fills every buffer."""
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    """After a build that fills every buffer, one with ten times as much text as the memory that it may add."""
     rng = random.Random(0)
     for name, copies in (("small", 100), ("large", 450)):
         for package in range(4):
@@ -337,7 +343,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path) -> None:
             (folder / "0.py").write_text(" ".join(f"name_{rng.randrange(9)}" for _ in range(8000)))
             for copy in range(1, copies):
                 (folder / f"{copy}.py").hardlink_to(folder / "0.py")
-    # Not ru_maxrss: a process inherits that of the one that started it.
+    # Not ru_maxrss: a process inherits it from the process that started it.
     command = [sys.executable, "-c", GROWTH, str(tmp_path / "small"), str(tmp_path / "large")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
     (small, before), (large, after) = (map(int, line.split()) for line in done.stdout.splitlines())
@@ -345,7 +351,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path) -> None:
     assert after - before < (large - small) / 10
 
 
-def test_the_kept_duplicate_is_the_first_one_of_the_sources(packages, tmp_path) -> None:
+def test_the_kept_duplicate_is_the_first_one_of_the_sources(packages: Path, tmp_path: Path) -> None:
     for package in packages.iterdir():
         (package / "own.py").write_text(CODE + f"# {package.name}\n")
     manifest = build(packages, tmp_path / "out", dedup=DedupConfig())
@@ -354,7 +360,7 @@ def test_the_kept_duplicate_is_the_first_one_of_the_sources(packages, tmp_path) 
     assert kept["file_name"] == "code/one/good.py"
 
 
-def test_near_duplicates_are_counted_apart(source_tree, tmp_path) -> None:
+def test_near_duplicates_are_counted_separately(source_tree: Path, tmp_path: Path) -> None:
     copy = tmp_path / "code"
     shutil.copytree(source_tree, copy)
     for path in copy.rglob("*.py"):
@@ -365,7 +371,7 @@ def test_near_duplicates_are_counted_apart(source_tree, tmp_path) -> None:
     assert manifest["rejected"]["near_duplicate"] >= 0.8 * total
 
 
-def test_a_dataset_is_split_by_repository_and_shuffled_too(tmp_path) -> None:
+def test_a_dataset_is_split_by_repository_and_shuffled_too(tmp_path: Path) -> None:
     rows = [{"content": f"{CODE}# {number}", "repo_name": f"octo/{number % 40}"} for number in range(400)]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -380,7 +386,7 @@ def test_a_dataset_is_split_by_repository_and_shuffled_too(tmp_path) -> None:
     assert documents["train"] != sorted(documents["train"], key=[row["content"] for row in rows].index)
 
 
-def test_folders_and_a_dataset_make_one_corpus(packages, tmp_path) -> None:
+def test_folders_and_a_dataset_make_one_corpus(packages: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows.jsonl").write_text(json.dumps({"text": "x" * 100, "license": "mit"}) + "\n")
     manifest = build(packages, tmp_path / "out", hub=str(tmp_path / "data"))
@@ -388,42 +394,53 @@ def test_folders_and_a_dataset_make_one_corpus(packages, tmp_path) -> None:
     assert manifest["licences"]["mit"] == {"documents": 1, "text_bytes": 100}
 
 
-def test_the_report_tells_what_the_build_told_without_reading_shards(packages, tmp_path, capsys, monkeypatch) -> None:
+def test_the_report_repeats_the_summary_of_the_build_without_reading_shards(
+    packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     (packages / "one" / "x.py").write_text("too small")
     assert main(["corpus", str(packages), f"out={tmp_path / 'out'}", "dedup.exact=false"]) == 0
-    told = capsys.readouterr().out
-    for expected in ("4 seen, 3 kept", "language Python", "3 documents", "licence unknown", "too_small", "1 (25.0%)"):
-        assert expected in told
+    summary = capsys.readouterr().out
+    for expected in (
+        "4 seen, 3 kept",
+        "language Python",
+        "3 documents",
+        "licence unknown",
+        "rejected: too_small",
+        "1 (25.0%)",
+    ):
+        assert expected in summary
     for shard in (tmp_path / "out").rglob("*.zst"):
         shard.unlink()
     assert main(["corpus", "--report", f"out={tmp_path / 'out'}"]) == 0
-    assert capsys.readouterr().out == told
+    assert capsys.readouterr().out == summary
 
 
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        (None, "no corpus with a manifest.json"),
+        (None, "is not a finished corpus: manifest.json"),
         ("{", "is damaged"),
         ('{"version": 1}', "version 2"),
         ("[]", "version 2"),
     ],
     ids=str,
 )
-def test_a_report_of_no_corpus_says_so(tmp_path, capsys, manifest: str | None, message: str) -> None:
+def test_a_report_on_something_else_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], manifest: str | None, message: str
+) -> None:
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(manifest)
     assert main(["corpus", "--report", f"out={tmp_path}"]) == 3
     assert message in capsys.readouterr().err
 
 
-def test_only_corpora_have_a_report(capsys) -> None:
+def test_only_corpora_have_a_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--report", "model=x", "prompt=y"]) == 2
     assert "--report is for clippy corpus" in capsys.readouterr().err
 
 
-def test_the_manifest_keeps_the_settings_that_made_it_and_no_place(packages, tmp_path) -> None:
+def test_the_manifest_keeps_the_settings_but_no_location(packages: Path, tmp_path: Path) -> None:
     settings = build(packages, tmp_path / "out", seed=3, filter=FilterConfig(languages=["Python"]))["settings"]
     assert settings["seed"] == 3
     assert settings["filter"]["languages"] == ["Python"]

@@ -1,4 +1,4 @@
-"""What a corpus is made from: git repositories, plain folders, data sets; their names, licences, and their flaws."""
+"""The sources of a corpus: git repositories, plain folders, datasets; their names, licences, and flaws."""
 
 import json
 import os
@@ -13,10 +13,10 @@ import pytest
 from identify.vendor.licenses import LICENSES
 
 from clippy_train.config import CorpusConfig, FilterConfig
-from clippy_train.corpus.document import Document, Unusable
+from clippy_train.corpus.document import Document, Rejected
 from clippy_train.corpus.folders import folder_documents
-from clippy_train.corpus.hub import GROUPS, hub_documents
-from clippy_train.corpus.repository import licence, origin
+from clippy_train.corpus.hub import UNNAMED_REPOSITORIES, hub_documents
+from clippy_train.corpus.repository import folder_licence, origin_name
 from clippy_train.errors import DataError
 from clippy_train.shards.filters import META_COLUMNS
 
@@ -25,7 +25,7 @@ LICENCE_TEXTS = dict(LICENSES)
 
 
 def found(*sources: Path, **settings: Any) -> list[Document]:
-    settings = {"any_language": False, "max_bytes": None, "aside": Path.home(), **settings}
+    settings = {"any_language": False, "max_bytes": None, "out": Path.home(), **settings}
     return list(folder_documents(list(sources), **settings))
 
 
@@ -34,7 +34,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 
 def clone(folder: Path, address: str | None = None, spdx: str | None = None) -> Path:
-    """A repository with one file, an origin where an address is given, and a licence."""
+    """A repository with one file, and an origin and a licence on request."""
     (folder / "src").mkdir(parents=True)
     (folder / "src" / "a.py").write_text(CODE)
     git(folder, "init", "--quiet")
@@ -45,7 +45,7 @@ def clone(folder: Path, address: str | None = None, spdx: str | None = None) -> 
     return folder
 
 
-def test_git_repositories_are_found_at_any_depth(tmp_path) -> None:
+def test_git_repositories_are_found_at_any_depth(tmp_path: Path) -> None:
     clone(tmp_path / "octo" / "cat", "https://token@github.com/octo/cat.git", "MIT")
     clone(tmp_path / "deep" / "er" / "still")
     clone(tmp_path / "octo" / "cat" / "vendored" / "dog", "git@github.com:octo/dog.git", "Apache-2.0")
@@ -60,7 +60,7 @@ def test_git_repositories_are_found_at_any_depth(tmp_path) -> None:
     assert "token" not in json.dumps([document[:3] for document in found(tmp_path)])
 
 
-def test_a_git_repository_among_other_sources_is_one_repository(tmp_path) -> None:
+def test_a_git_repository_among_other_sources_is_one_repository(tmp_path: Path) -> None:
     cat = clone(tmp_path / "cat", spdx="MIT")
     assert {document.repository for document in found(cat, clone(tmp_path / "dog"))} == {"cat", "dog"}
     alone = {document.meta["file_name"]: document for document in found(cat)}
@@ -68,7 +68,7 @@ def test_a_git_repository_among_other_sources_is_one_repository(tmp_path) -> Non
     assert alone["cat/src/a.py"].meta["license"] == "MIT"
 
 
-def test_packages_have_their_own_licence_or_else_that_of_their_folder(tmp_path) -> None:
+def test_packages_have_their_own_licence_or_that_of_their_folder(tmp_path: Path) -> None:
     for package in ("one", "two"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "a.py").write_text(CODE)
@@ -91,46 +91,48 @@ def test_packages_have_their_own_licence_or_else_that_of_their_folder(tmp_path) 
         ("cat", None),
     ],
 )
-def test_a_repository_is_named_by_the_end_of_its_address(tmp_path, address: str, name: str | None) -> None:
-    assert origin(clone(tmp_path / "x", address)) == name
+def test_a_repository_is_named_after_the_end_of_its_address(tmp_path: Path, address: str, name: str | None) -> None:
+    assert origin_name(clone(tmp_path / "x", address)) == name
 
 
 @pytest.mark.parametrize(
     "pointer", ["../.git/modules/inner", "{outer}/.git/modules/inner"], ids=["submodule", "absolute"]
 )
-def test_a_repository_whose_git_folder_lies_elsewhere_is_named_by_its_own_address(tmp_path, pointer: str) -> None:
+def test_a_repository_with_its_git_folder_elsewhere_is_named_after_its_own_address(
+    tmp_path: Path, pointer: str
+) -> None:
     outer = clone(tmp_path / "outer", "https://example.org/a/outer")
     inner = clone(outer / "inner", "https://example.org/a/inner")
     (outer / ".git" / "modules").mkdir()
     (inner / ".git").rename(outer / ".git" / "modules" / "inner")
     (inner / ".git").write_text(f"gitdir: {pointer.format(outer=outer)}\n")
-    git(inner, "rev-parse", "--git-dir")  # git itself follows it
-    assert origin(inner) == "a/inner"
+    git(inner, "rev-parse", "--git-dir")  # git accepts it
+    assert origin_name(inner) == "a/inner"
 
 
 @pytest.mark.parametrize(
     "content", [None, b"", b"junk", b"\xff\xfe[remote", b'[remote "origin"]\n', b"[core]\n[core]\n"]
 )
-def test_a_repository_with_a_strange_configuration_has_no_origin(tmp_path, content: bytes | None) -> None:
+def test_a_repository_with_a_strange_configuration_has_no_origin(tmp_path: Path, content: bytes | None) -> None:
     (tmp_path / ".git").mkdir()
     if content is not None:
         (tmp_path / ".git" / "config").write_bytes(content)
-    assert origin(tmp_path) is None
+    assert origin_name(tmp_path) is None
 
 
 @pytest.mark.parametrize("spdx", ["MIT", "Apache-2.0", "BSD-3-Clause", "GPL-2.0", "MPL-2.0", "Unlicense"])
-def test_a_licence_is_told_by_its_text_with_small_changes(tmp_path, spdx: str) -> None:
+def test_a_licence_is_recognised_with_small_changes(tmp_path: Path, spdx: str) -> None:
     (tmp_path / "licence.md").write_text(LICENCE_TEXTS[spdx].replace("software", "Software ", 3) + "\nThe authors\n")
-    assert licence(tmp_path) == spdx
+    assert folder_licence(tmp_path) == spdx
 
 
-def test_several_licences_must_all_be_accepted(tmp_path) -> None:
+def test_several_licences_must_all_be_accepted(tmp_path: Path) -> None:
     for spdx in ("MIT", "Apache-2.0"):
         (tmp_path / f"LICENSE-{spdx}").write_text(LICENCE_TEXTS[spdx])
-    assert licence(tmp_path) == "Apache-2.0 AND MIT"
+    assert folder_licence(tmp_path) == "Apache-2.0 AND MIT"
 
 
-def test_what_is_no_licence_file_is_not_taken_for_one(tmp_path) -> None:
+def test_other_files_are_not_taken_for_licences(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text(LICENCE_TEXTS["MIT"])
     (tmp_path / "LICENSE").symlink_to("elsewhere")
     (tmp_path / "COPYING").write_bytes(b"\xff\xfe")
@@ -139,16 +141,16 @@ def test_what_is_no_licence_file_is_not_taken_for_one(tmp_path) -> None:
         file.truncate(1 << 40)  # a hole: reading it would take all memory
     (tmp_path / "licensed.py").write_text(LICENCE_TEXTS["MIT"])
     os.mkfifo(tmp_path / "LICENCE")
-    assert licence(tmp_path) is None
+    assert folder_licence(tmp_path) is None
 
 
-def test_pipes_are_not_opened(tmp_path) -> None:
+def test_pipes_are_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.py")
     (tmp_path / "b.py").write_text(CODE)
     assert [document.read() for document in found(tmp_path)] == [CODE]
 
 
-def test_folders_may_be_nested_beyond_the_recursion_limit(tmp_path) -> None:
+def test_folders_may_be_nested_beyond_the_recursion_limit(tmp_path: Path) -> None:
     folder = os.open(tmp_path, os.O_RDONLY)
     for _ in range(1500):
         os.mkdir("d", dir_fd=folder)
@@ -161,19 +163,19 @@ def test_folders_may_be_nested_beyond_the_recursion_limit(tmp_path) -> None:
     assert texts == [""]
 
 
-def test_a_file_beyond_the_largest_size_is_not_read(tmp_path) -> None:
+def test_a_file_above_the_maximum_size_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "huge.py").open("wb") as file:
         file.truncate(1 << 40)  # a hole: reading it would take all memory
     (document,) = found(tmp_path)
-    with pytest.raises(Unusable, match="too_large"):
+    with pytest.raises(Rejected, match="too_large"):
         document.read()
 
 
-def test_the_folder_that_is_being_written_is_not_a_source(tmp_path) -> None:
+def test_the_output_folder_is_not_a_source(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.py").write_text(CODE)
     (tmp_path / "b.py").write_text(CODE)
-    assert [document.repository for document in found(tmp_path, aside=tmp_path / "out")] == ["b"]
+    assert [document.repository for document in found(tmp_path, out=tmp_path / "out")] == ["b"]
 
 
 ROWS = [
@@ -182,7 +184,7 @@ ROWS = [
 ]
 
 
-def dataset(folder: Path, rows: list[dict], kind: str) -> CorpusConfig:
+def dataset(folder: Path, rows: list[dict[str, Any]], kind: str) -> CorpusConfig:
     folder.mkdir()
     if kind == "jsonl":
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -192,7 +194,9 @@ def dataset(folder: Path, rows: list[dict], kind: str) -> CorpusConfig:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_rows_of_a_dataset_are_documents_in_their_order(tmp_path, kind: str, monkeypatch) -> None:
+def test_rows_of_a_dataset_are_documents_in_the_same_order(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reached: list[Any] = []
     monkeypatch.setattr(socket.socket, "connect", lambda _, address: reached.append(address))
     documents = list(hub_documents(dataset(tmp_path / "data", ROWS, kind)))
@@ -209,33 +213,33 @@ def test_rows_of_a_dataset_are_documents_in_their_order(tmp_path, kind: str, mon
     assert not reached
 
 
-def test_a_dataset_in_the_code_clippy_format_keeps_its_meta(tmp_path) -> None:
+def test_a_dataset_in_the_code_clippy_format_keeps_its_meta(tmp_path: Path) -> None:
     meta = {name: f"{name} of it" for name in META_COLUMNS} | {"stars": 7}
     (document,) = hub_documents(dataset(tmp_path / "data", [{"code": CODE, "meta": meta}], "jsonl"))
     assert document.meta == meta
 
 
-def test_rows_without_a_repository_are_spread_over_a_bounded_number_of_them(tmp_path) -> None:
-    rows = [{"code": f"{number}"} for number in range(GROUPS + 3)]
+def test_rows_without_a_repository_are_spread_over_a_bounded_number_of_them(tmp_path: Path) -> None:
+    rows = [{"code": f"{number}"} for number in range(UNNAMED_REPOSITORIES + 3)]
     repositories = [document.repository for document in hub_documents(dataset(tmp_path / "data", rows, "parquet"))]
-    assert len(set(repositories)) == GROUPS
-    assert len(set(repositories[:GROUPS])) == GROUPS
+    assert len(set(repositories)) == UNNAMED_REPOSITORIES
+    assert len(set(repositories[:UNNAMED_REPOSITORIES])) == UNNAMED_REPOSITORIES
 
 
-def test_rows_without_a_text_are_left_out(tmp_path) -> None:
+def test_rows_without_a_text_are_rejected(tmp_path: Path) -> None:
     config = dataset(tmp_path / "data", [{"code": text} for text in (CODE, None, "")], "parquet")
     first, *others = hub_documents(config)
     assert first.read() == CODE
     for document in others:
-        with pytest.raises(Unusable, match="no_text"):
+        with pytest.raises(Rejected, match="no_text"):
             document.read()
 
 
-def test_a_dataset_without_the_column_names_those_that_it_has(tmp_path) -> None:
+def test_a_dataset_without_the_column_names_those_that_it_has(tmp_path: Path) -> None:
     config = dataset(tmp_path / "data", ROWS, "parquet")
     config.text_column = "text"
     with pytest.raises(
-        DataError, match=r"text_column=text: .*data has no such column, but code, repo_name, path, stars"
+        DataError, match=r"text_column=text: .*data has no such column; it has code, repo_name, path, stars"
     ):
         list(hub_documents(config))
 
@@ -245,7 +249,9 @@ def test_a_dataset_without_the_column_names_those_that_it_has(tmp_path) -> None:
     ['{"code": "password-1', '{"code": "x", "stars": "password-1"}', '{"code": "x", "stars": {"password-1": 2}}'],
     ids=["cut", "text for a number", "object for a number"],
 )
-def test_a_dataset_that_breaks_off_is_an_error_that_shows_nothing_of_it(tmp_path, capfd, line: str) -> None:
+def test_a_broken_dataset_is_an_error_that_shows_no_content(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], line: str
+) -> None:
     config = dataset(tmp_path / "data", ROWS, "jsonl")
     (tmp_path / "data" / "zz.jsonl").write_text(line)
     with pytest.raises(DataError, match="cannot be read beyond row 10: ") as raised:
@@ -263,7 +269,7 @@ def test_a_dataset_that_breaks_off_is_an_error_that_shows_nothing_of_it(tmp_path
     ],
     ids=str,
 )
-def test_a_dataset_that_cannot_be_opened_says_why(tmp_path, change: dict[str, str], message: str) -> None:
+def test_a_dataset_that_cannot_be_opened_says_why(tmp_path: Path, change: dict[str, str], message: str) -> None:
     config = dataset(tmp_path / "data", ROWS, "jsonl")
     for key, value in change.items():
         setattr(config, key, value)
@@ -271,9 +277,9 @@ def test_a_dataset_that_cannot_be_opened_says_why(tmp_path, change: dict[str, st
         list(hub_documents(config))
 
 
-def test_rules_on_extensions_decide_about_files_of_unknown_languages(tmp_path) -> None:
+def test_a_rule_on_extensions_can_accept_unknown_languages(tmp_path: Path) -> None:
     (tmp_path / "a.strange").write_text(CODE)
-    with pytest.raises(Unusable, match="no_language"):
+    with pytest.raises(Rejected, match="no_language"):
         found(tmp_path)[0].read()
     rules = FilterConfig(extensions=[".strange"])
     assert found(tmp_path, any_language=bool(rules.extensions))[0].read() == CODE

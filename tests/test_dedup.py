@@ -1,4 +1,4 @@
-"""Duplicates: the same words count as the same document, MinHash agrees with the similarity that it estimates."""
+"""Duplicates: the same words count as the same document, and MinHash estimates the true similarity."""
 
 import random
 import re
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clippy_train.config import DedupConfig
-from clippy_train.corpus.dedup import SHINGLE, Duplicates, sketch
+from clippy_train.corpus.dedup import SHINGLE, DuplicateIndex, sketch
 from clippy_train.errors import ConfigError
 
 CODE = st.text("ab1_é \n\t(){}.,;=", max_size=12) | st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -16,12 +16,12 @@ EXACT, NEAR = DedupConfig(), DedupConfig(exact=False, near=True)
 
 
 def verdicts(config: DedupConfig, *texts: str) -> list[str | None]:
-    duplicates = Duplicates(config)
-    return [duplicates.find(text) for text in texts]
+    duplicates = DuplicateIndex(config)
+    return [duplicates.add(text) for text in texts]
 
 
 def original_key(text: str) -> str:
-    """What the original's deduplication compares, without the gaps at the ends."""
+    """What the original's deduplication compares, without the spaces at the ends."""
     return " ".join(re.split(r"\W+", text)).strip()
 
 
@@ -57,14 +57,14 @@ def test_a_document_with_few_changes_is_a_near_duplicate_and_the_first_one_is_ke
     assert verdicts(NEAR, similar, first) == [None, "near_duplicate"]
 
 
-def test_what_is_similar_to_a_duplicate_only_is_kept() -> None:
-    chain = [" ".join(WORDS[start : start + 500]) for start in (0, 50, 100)]  # 0.82 alike, the outer ones 0.66
+def test_a_document_similar_only_to_a_duplicate_is_kept() -> None:
+    chain = [" ".join(WORDS[start : start + 500]) for start in (0, 50, 100)]  # similarity 0.82, of the outer ones 0.66
     config = DedupConfig(exact=False, near=True, permutations=1024)
     assert verdicts(config, *chain) == [None, "near_duplicate", None]
     assert verdicts(config, *chain[1:]) == [None, "near_duplicate"]
 
 
-def test_both_kinds_are_told_apart() -> None:
+def test_both_kinds_are_distinguished() -> None:
     texts = changed(WORDS, 0), changed(WORDS, 0).replace(" ", "\n"), changed(WORDS, 3)
     assert verdicts(DedupConfig(near=True), *texts) == [None, "exact_duplicate", "near_duplicate"]
 
@@ -85,10 +85,10 @@ def test_a_sketch_estimates_the_similarity_of_shingles(count: int) -> None:
     assert abs(estimate - true) <= 5 * (true * (1 - true) / permutations) ** 0.5  # five standard deviations
 
 
-def test_a_long_document_has_the_sketch_of_all_its_parts(monkeypatch) -> None:
-    whole = sketch(WORDS, 64)
+def test_a_long_document_has_the_sketch_of_all_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sketch(WORDS, 64)
     monkeypatch.setattr("clippy_train.corpus.dedup.BATCH", 7)
-    assert (sketch(WORDS, 64).hashvalues == whole.hashvalues).all()
+    assert (sketch(WORDS, 64).hashvalues == expected.hashvalues).all()
 
 
 @pytest.mark.parametrize("words", [[], ["a"], ["a", "b", "c", "d"]], ids=len)
@@ -96,6 +96,6 @@ def test_documents_shorter_than_a_shingle_are_compared_as_a_whole(words: list[st
     assert verdicts(NEAR, " ".join(words), " ".join(words), " ".join([*words, "x"])) == [None, "near_duplicate", None]
 
 
-def test_a_threshold_that_no_index_can_have_is_refused() -> None:
+def test_a_threshold_without_a_possible_index_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"dedup.threshold=1.0, dedup.permutations=16: .*more permutations"):
-        Duplicates(DedupConfig(near=True, threshold=1.0, permutations=16))
+        DuplicateIndex(DedupConfig(near=True, threshold=1.0, permutations=16))

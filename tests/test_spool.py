@@ -1,4 +1,4 @@
-"""The external sort: every record comes back once, in order, whatever has to be spooled again."""
+"""The external sort: every record comes back once, in order, however often it is spooled."""
 
 import hashlib
 import itertools
@@ -17,20 +17,20 @@ PAYLOADS = st.binary(max_size=30).map(lambda data: data.replace(b"\n", b" "))
 
 
 def records(payloads: list[bytes], distinct: int) -> list[bytes]:
-    """Records under `distinct` keys at most."""
+    """Records with at most `distinct` keys."""
     keys = [hashlib.sha256(b"%d" % (number % distinct)).hexdigest() for number in range(len(payloads))]
     return [key.encode() + b" " + payload for key, payload in zip(keys, payloads, strict=True)]
 
 
-def drained(folder: Path, some: list[bytes]) -> list[bytes]:
+def drained(folder: Path, unsorted: list[bytes]) -> list[bytes]:
     spooled = Spool(folder / f"spool-{next(numbers)}")
-    for record in some:
+    for record in unsorted:
         spooled.add(record)
     return list(spooled.drain())
 
 
 @pytest.fixture
-def small(monkeypatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers and buckets of a few records."""
     monkeypatch.setattr(spool, "BUFFER_BYTES", 100)
     monkeypatch.setattr(spool, "BUCKET_BYTES", 200)
@@ -38,31 +38,33 @@ def small(monkeypatch) -> None:
 
 @settings(max_examples=30)
 @given(st.lists(PAYLOADS, max_size=100), st.sampled_from([1, 2, 1000]))
-def test_records_come_back_sorted(tmp_path_factory, payloads: list[bytes], distinct: int) -> None:
-    some = records(payloads, distinct)
+def test_records_come_back_sorted(
+    tmp_path_factory: pytest.TempPathFactory, payloads: list[bytes], distinct: int
+) -> None:
+    unsorted = records(payloads, distinct)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spool, "BUFFER_BYTES", 100)
         patch.setattr(spool, "BUCKET_BYTES", 200)
-        assert drained(tmp_path_factory.mktemp("spool"), some) == sorted(some)
+        assert drained(tmp_path_factory.mktemp("spool"), unsorted) == sorted(unsorted)
 
 
-def test_only_large_buckets_are_spooled_again(tmp_path, small) -> None:
-    some = records([b"x" * 50] * 500, 500)
-    sizes = Counter()
-    for record in some:
+def test_only_large_buckets_are_spooled_again(tmp_path: Path, small: None) -> None:
+    unsorted = records([b"x" * 50] * 500, 500)
+    sizes: Counter[str] = Counter()
+    for record in unsorted:
         sizes[record[:2].decode()] += len(record) + 1
-    assert drained(tmp_path, some) == sorted(some)
+    assert drained(tmp_path, unsorted) == sorted(unsorted)
     again = {path.name.removesuffix(".again") for path in tmp_path.glob("*/*.again")}
     assert again == {digits for digits, size in sizes.items() if size > 200} != set(sizes)
 
 
-def test_records_of_one_key_end_the_search_for_smaller_buckets(tmp_path, small) -> None:
-    some = records([b"%d" % number for number in range(100)], 1)
-    assert drained(tmp_path, some) == sorted(some)
+def test_records_of_one_key_are_not_spooled_forever(tmp_path: Path, small: None) -> None:
+    unsorted = records([b"%d" % number for number in range(100)], 1)
+    assert drained(tmp_path, unsorted) == sorted(unsorted)
     assert len(list(tmp_path.rglob("*.again"))) == MAX_DEPTH - 1
 
 
-def test_disk_is_freed_bucket_by_bucket(tmp_path) -> None:
+def test_disk_is_freed_bucket_by_bucket(tmp_path: Path) -> None:
     spooled = Spool(tmp_path / "spool")
     for record in records([b"x" * 1000] * 500, 500):
         spooled.add(record)

@@ -1,10 +1,10 @@
 """`clippy corpus`: folders of code, or a dataset -> shuffled shards in the Code Clippy format, split by repository.
 
 One path for every source: documents -> rules -> deduplication -> a spool on disk that sorts them by a hash of (seed,
-name) -> shards. Promises: the same sources and settings give the same bytes; no repository is in two splits; what is
-left out is counted by the rule that left it out. Memory does not grow with the text: it holds some 150 bytes for every
-repository and every folder, what `dedup` remembers of every document, one shard for each split, and the longest
-document. Disk holds the text twice, compressed, while it is shuffled.
+name) -> shards. Promises: the same sources and settings give the same bytes; no repository is in two splits; rejected
+documents are counted by rule. Memory does not grow with the text: it holds some 150 bytes per repository and per
+folder, what `dedup` remembers of every document, one shard per split, and the longest document. Disk holds the text
+twice, compressed, during the shuffle.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from clippy_train.config import CorpusConfig, FilterConfig
-from clippy_train.corpus.dedup import Duplicates
-from clippy_train.corpus.document import Document, Unusable
+from clippy_train.corpus.dedup import DuplicateIndex
+from clippy_train.corpus.document import Document, Rejected
 from clippy_train.corpus.folders import folder_documents, python_sources
 from clippy_train.corpus.hub import hub_documents
 from clippy_train.corpus.manifest import VERSION, Tally, write_manifest
@@ -35,13 +35,13 @@ def build_corpus(config: CorpusConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: `out` is not empty, or the fractions leave nothing to train on.
-        DataError: a source is missing or unreadable, or too few repositories are left to hold any out.
+        DataError: a source is missing or unreadable, or there are too few repositories to hold any out.
     """
     held_out = config.validation_fraction + config.test_fraction
     if held_out >= 1:
         raise ConfigError(f"validation_fraction + test_fraction = {held_out}: nothing is left to train on")
-    with new_folder(Path(config.out), "out") as out, tempfile.TemporaryDirectory(prefix=".spool", dir=out) as aside:
-        spool, tally = Spool(Path(aside, "documents")), Tally()
+    with new_folder(Path(config.out), "out") as out, tempfile.TemporaryDirectory(prefix=".spool", dir=out) as staging:
+        spool, tally = Spool(Path(staging, "documents")), Tally()
         repositories = _collect(_documents(config, out), spool, tally, config)
         splits = split_repositories(repositories, tally, config)
         files = _write(out, spool, [splits[name] for name in repositories], tally, config)
@@ -57,54 +57,62 @@ def build_corpus(config: CorpusConfig) -> dict[str, Any]:
 
 
 def _documents(config: CorpusConfig, out: Path) -> Iterator[Document]:
-    """The documents of every source, one source after another."""
+    """The documents of all sources, one source after another."""
     folders = [Path(folder) for folder in config.src] or ([] if config.hub else python_sources())
     found = folder_documents(folders, bool(config.filter.extensions), config.filter.max_bytes, out)
     return chain(found, hub_documents(config) if config.hub else ())
 
 
 def _collect(documents: Iterator[Document], spool: Spool, tally: Tally, config: CorpusConfig) -> list[str]:
-    """Spool every document that is to be kept; the repositories of them, in the order of their numbers."""
-    duplicates = Duplicates(config.dedup)
+    """Spool every accepted document, and return their repositories, in the order of their numbers."""
+    duplicates = DuplicateIndex(config.dedup)
     repositories: dict[str, int] = {}
     for number, document in enumerate(tqdm(documents, "reading", unit=" documents", leave=False, disable=None)):
         try:
             text, line = _accepted(document, config.filter, duplicates)
-        except Unusable as rule:
+        except Rejected as rule:
             tally.rejected[str(rule)] += 1
             continue
         size = len(text.encode())
-        tally.keep("languages", document.meta["repo_language"], size)
-        tally.keep("licences", document.meta["license"], size)
+        tally.add("languages", document.meta["repo_language"], size)
+        tally.add("licences", document.meta["license"], size)
         repository = repositories.setdefault(document.repository, len(repositories))
-        place = _hash(config.seed, "document", document.key).hex()
-        spool.add(b"%s %015d %d %d %s" % (place.encode(), number, repository, size, line))
+        sort_key = _hash(config.seed, "document", document.key).hex()
+        spool.add(b"%s %015d %d %d %s" % (sort_key.encode(), number, repository, size, line))
     return list(repositories)
 
 
-def _accepted(document: Document, rules: FilterConfig, duplicates: Duplicates) -> tuple[str, bytes]:
-    """The text of a document that passes every rule and is not a duplicate, and its line in a shard; or `Unusable`."""
+def _accepted(document: Document, rules: FilterConfig, duplicates: DuplicateIndex) -> tuple[str, bytes]:
+    """The text of a document and its line in a shard.
+
+    Raises:
+        Rejected: it breaks a rule, or is a duplicate.
+    """
     if rule := broken_meta_rule(document.meta, rules):
-        raise Unusable(rule)
+        raise Rejected(rule)
     text = document.read()
     line = document_line({"text": text, "meta": document.meta})
     if rule := broken_text_rule(text, rules) or ("too_large" if len(line) > MAX_LINE_BYTES else None):
-        raise Unusable(rule)
-    if rule := duplicates.find(text):
-        raise Unusable(rule)
+        raise Rejected(rule)
+    if rule := duplicates.add(text):
+        raise Rejected(rule)
     return text, line
 
 
 def split_repositories(repositories: list[str], tally: Tally, config: CorpusConfig) -> dict[str, str]:
-    """Which split each repository belongs to: at least one is held out for validation and one for testing."""
+    """The split of each repository; validation and test get at least one each.
+
+    Raises:
+        DataError: there are too few repositories for three splits.
+    """
     num_validation = max(1, round(config.validation_fraction * len(repositories)))
     num_test = max(1, round(config.test_fraction * len(repositories)))
     if len(repositories) <= num_validation + num_test:
-        some = ", ".join(sorted(repositories)[:5])
+        examples = ", ".join(sorted(repositories)[:5])
         raise DataError(
-            f"src={config.src}, hub={config.hub}: {len(repositories)} repositories or packages ({some}) have "
-            f"documents left (left out: {dict(tally.rejected)}) and cannot be split in three; give sources that hold "
-            "more of them, or change validation_fraction or test_fraction"
+            f"src={config.src}, hub={config.hub}: {len(repositories)} repositories or packages ({examples}) have "
+            f"accepted documents (rejected: {dict(tally.rejected)}), too few for three splits; add sources with more, "
+            "or change validation_fraction or test_fraction"
         )
     order = sorted(repositories, key=lambda name: _hash(config.seed, "repository", name))
     held_out = ["validation"] * num_validation + ["test"] * num_test
@@ -114,21 +122,21 @@ def split_repositories(repositories: list[str], tally: Tally, config: CorpusConf
 def _write(
     out: Path, spool: Spool, splits: list[str], tally: Tally, config: CorpusConfig
 ) -> dict[str, list[dict[str, str | int]]]:
-    """Write the spooled documents to shards, and list these; `splits` has the split of each repository's number."""
+    """Write the spooled documents to shards, and list those; `splits` is indexed by the repository's number."""
     writers = {split: ShardWriter(out / split, config.shard_bytes) for split in SPLITS}
     total = sum(count["documents"] for count in tally.kept["languages"].values())
     for record in tqdm(spool.drain(), "writing", total, unit=" documents", leave=False, disable=None):
         _, _, repository, size, line = record.split(b" ", 4)
         split = splits[int(repository)]
         writers[split].write(line)
-        tally.keep("splits", split, int(size))
+        tally.add("splits", split, int(size))
     for writer in writers.values():
         writer.close()
     return {split: writer.files for split, writer in writers.items()}
 
 
 def _settings(config: CorpusConfig) -> dict[str, Any]:
-    """What the corpus depends on beside its sources, which may lie elsewhere the next time."""
+    """What the corpus depends on besides its sources, whose location may differ the next time."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("src", "hub", "out")}
 
 

@@ -1,8 +1,8 @@
-"""Documents that were seen before: the same ones (by their words alone), and nearly the same ones (MinHash LSH).
+"""Duplicate documents: exact ones (the same words in the same order), and near ones (MinHash LSH).
 
-Promises: the first document of a fixed order is kept, so the result is a function of that order. Compared are words,
-runs of letters, digits and underscores, as in the original: white space and punctuation do not count. Cost on one core:
-20 MB/s for `exact`, 2 MB/s for `near`; memory grows by some 100 bytes and some 9 kB for each document kept.
+Promises: the first document of a fixed order is kept, so the result is a function of that order. Only words (runs of
+letters, digits and underscores) are compared, as in the original: whitespace and punctuation do not count. Cost on one
+core: 20 MB/s for `exact`, 2 MB/s for `near`; memory grows by some 100 bytes and some 9 kB per kept document.
 """
 
 import hashlib
@@ -16,12 +16,11 @@ from clippy_train.errors import ConfigError
 
 SHINGLE = 5  # words, as in The Stack's and StarCoder's deduplication
 BATCH = 10_000  # shingles hashed at once: MinHash holds `permutations` numbers for each
-DUPLICATES = ("exact_duplicate", "near_duplicate")
 _WORD = re.compile(r"\w+")
 
 
-class Duplicates:
-    """Tells duplicates of the documents that it was asked about before.
+class DuplicateIndex:
+    """The documents that later ones are compared with.
 
     Raises:
         ConfigError: no index can be built for the threshold with so few permutations.
@@ -32,8 +31,8 @@ class Duplicates:
         self._seen: set[bytes] = set()
         self._near = _index(config) if config.near else None
 
-    def find(self, text: str) -> str | None:
-        """`exact_duplicate`, `near_duplicate`, or None for a new document, which is remembered."""
+    def add(self, text: str) -> str | None:
+        """Add a document unless it is a duplicate; return `exact_duplicate`, `near_duplicate` or None."""
         words = _WORD.findall(text) if self.config.exact or self.config.near else []
         if self.config.exact and not self._is_new(words):
             return "exact_duplicate"
@@ -53,11 +52,11 @@ class Duplicates:
 
 
 def sketch(words: list[str], permutations: int) -> MinHash:
-    """The MinHash of a document's shingles; a document shorter than a shingle is one."""
+    """The MinHash of a document's shingles; a document shorter than a shingle counts as one."""
     signature = MinHash(num_perm=permutations)
     shingles = iter({" ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))})
-    while some := list(islice(shingles, BATCH)):
-        signature.update_batch(some)
+    while batch := list(islice(shingles, BATCH)):
+        signature.update_batch(batch)
     return signature
 
 
@@ -67,5 +66,5 @@ def _index(config: DedupConfig) -> MinHashLSH:
     except ValueError as error:
         raise ConfigError(
             f"dedup.threshold={config.threshold}, dedup.permutations={config.permutations}: {error}; "
-            "take more permutations or a lower threshold"
+            "use more permutations or a lower threshold"
         ) from error

@@ -1,8 +1,8 @@
 """Folders of source code -> documents: git repositories at any depth, and plain folders of packages.
 
-Promises: a fixed order, whatever the order of creation; no link is followed and nothing but regular files is opened; a
-folder that is given twice, or inside another one, is read once. Memory is one folder's listing and a pair of numbers
-for every folder.
+Promises: a fixed order, whatever the order of creation; no link is followed and only regular files are opened; a
+folder that is given twice, or inside another one, is read once. Memory: one folder's listing, and a pair of numbers per
+folder.
 """
 
 import logging
@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 from pygments.lexers import find_lexer_class_for_filename
 
-from clippy_train.corpus.document import Document, Unusable
-from clippy_train.corpus.repository import licence, origin
+from clippy_train.corpus.document import Document, Rejected
+from clippy_train.corpus.repository import folder_licence, origin_name
 from clippy_train.errors import DataError
 from clippy_train.shards.format import MAX_LINE_BYTES
 
-# Folders that hold other people's code, build products or no code.
+# Folders with third-party code, build products or no code.
 SKIPPED = {".git", ".hg", ".svn", "__pycache__", "node_modules", "site-packages", "dist-packages", ".venv", ".tox"}
 
 log = logging.getLogger(__name__)
@@ -29,28 +29,28 @@ log = logging.getLogger(__name__)
 
 class Repository(NamedTuple):
     name: str
-    base: Path  # its file names are relative to this folder
-    prefix: str  # and begin with this
+    base: Path  # the folder that its file names are relative to
+    prefix: str  # of its file names
     licence: str | None
 
 
 def python_sources() -> list[Path]:
-    """The source code that every Python carries: its standard library and, where present, its C headers."""
+    """The source code that ships with every Python: its standard library and, if present, its C headers."""
     folders = (sysconfig.get_path("stdlib"), sysconfig.get_path("include"))
     return [Path(folder) for folder in folders if folder and Path(folder).is_dir()]
 
 
-def folder_documents(sources: list[Path], any_language: bool, max_bytes: int | None, aside: Path) -> Iterator[Document]:
+def folder_documents(sources: list[Path], any_language: bool, max_bytes: int | None, out: Path) -> Iterator[Document]:
     """Every regular file below the source folders.
 
-    A folder with a `.git` is one repository, named after its origin, or after its path where it has none. Files outside
-    of any belong to the entry of the source folder that they lie in: a package, or a single module. So it is as well
-    where one repository is the only source, since nothing could be held out otherwise.
+    A folder with a `.git` is one repository, named after its origin, or else after its path. A file outside of any
+    repository belongs to the top-level entry of its source folder: a package, or a single module. A repository that is
+    the only source is divided in the same way, since nothing could be held out otherwise.
 
     Args:
-        any_language: also files in no language that Pygments knows.
+        any_language: include files in no language that Pygments knows.
         max_bytes: larger files are not read.
-        aside: a folder not to look into.
+        out: the folder that the corpus is written to, which is not read.
 
     Raises:
         DataError: a source is not a folder.
@@ -58,7 +58,7 @@ def folder_documents(sources: list[Path], any_language: bool, max_bytes: int | N
     for source in sources:
         if not source.is_dir():
             raise DataError(f"src: no such folder: {source}")
-    visited = {_identity(aside)}
+    visited = {_inode(out)}
     read = partial(_read, any_language=any_language, max_bytes=min(max_bytes or MAX_LINE_BYTES, MAX_LINE_BYTES))
     for root in (source.resolve() for source in sources):
         for path, repository in _files(root, visited, is_alone=len(sources) == 1):
@@ -73,21 +73,21 @@ def _files(root: Path, visited: set[tuple[int, int]], is_alone: bool) -> Iterato
         if repository is None and folder != root:
             repository = _package(root, folder.name)
         try:
-            if (identity := _identity(folder)) in visited:
+            if (inode := _inode(folder)) in visited:
                 continue
-            visited.add(identity)
-            files, folders = _listing(folder)
+            visited.add(inode)
+            files, folders = _list_folder(folder)
             if (folder / ".git").exists() and not (is_alone and folder == root):
                 repository = _git_repository(root, folder)
         except OSError as error:
-            log.warning("%s cannot be listed and is left out: %s", _readable(folder), error.strerror)
+            log.warning("%s cannot be listed and is skipped: %s", _readable(folder), error.strerror)
             continue
         for name in files:
             yield folder / name, repository or _package(root, name)
         pending += [(folder / name, repository) for name in reversed(folders)]
 
 
-def _listing(folder: Path) -> tuple[list[str], list[str]]:
+def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the regular files and of the folders in a folder, in a fixed order."""
     with os.scandir(folder) as entries:
         kept = sorted((entry for entry in entries if entry.name not in SKIPPED), key=lambda entry: entry.name)
@@ -95,20 +95,21 @@ def _listing(folder: Path) -> tuple[list[str], list[str]]:
     return files, [entry.name for entry in kept if entry.is_dir(follow_symlinks=False)]
 
 
-def _identity(folder: Path) -> tuple[int, int]:
+def _inode(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
 
 
 def _git_repository(root: Path, folder: Path) -> Repository:
-    name = origin(folder) or _readable(folder.relative_to(root.parent if folder == root else root))
-    return Repository(name, folder, "", licence(folder))
+    name = origin_name(folder) or _readable(folder.relative_to(root.parent if folder == root else root))
+    return Repository(name, folder, "", folder_licence(folder))
 
 
 def _package(root: Path, name: str) -> Repository:
-    """The entry `name` of a source folder, under its own licence or else the source folder's."""
-    own = licence(root / name) if (root / name).is_dir() else None
-    return Repository(_readable(Path(Path(name).stem)), root, f"{_readable(Path(root.name))}/", own or licence(root))
+    """The entry `name` of a source folder, with its own licence or else the source folder's."""
+    own = folder_licence(root / name) if (root / name).is_dir() else None
+    prefix = f"{_readable(Path(root.name))}/"
+    return Repository(_readable(Path(Path(name).stem)), root, prefix, own or folder_licence(root))
 
 
 def _document(path: Path, root: Path, repository: Repository, read: partial[str]) -> Document:
@@ -126,25 +127,25 @@ def _document(path: Path, root: Path, repository: Repository, read: partial[str]
 
 def _read(path: Path, any_language: bool, max_bytes: int) -> str:
     if not any_language and language_of_suffix(path.suffix) is None:
-        raise Unusable("no_language")
+        raise Rejected("no_language")
     try:
         if path.stat().st_size > max_bytes:
-            raise Unusable("too_large")
+            raise Rejected("too_large")
         return path.read_bytes().decode()
     except UnicodeDecodeError:
-        raise Unusable("not_utf8") from None
+        raise Rejected("not_utf8") from None
     except OSError:
-        raise Unusable("unreadable") from None
+        raise Rejected("unreadable") from None
 
 
 def _readable(path: Path) -> str:
-    """A path as text that can be written: Linux allows names that are not UTF-8."""
+    """A path as valid UTF-8, which Linux does not require of names."""
     return os.fsencode(path).decode(errors="replace")
 
 
 @lru_cache(maxsize=4096)
 def language_of_suffix(suffix: str) -> str | None:
-    """The programming language of a file ending (with its dot) by Pygments' table, or None."""
+    """The programming language of a suffix (with its dot) by Pygments' table, or None."""
     lexer = find_lexer_class_for_filename(f"file{suffix}")
     return lexer.name if lexer else None
 

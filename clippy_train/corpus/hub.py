@@ -1,7 +1,7 @@
 """A `datasets` dataset -> documents: from the hub by name, or from a local folder of jsonl, parquet, ...
 
 Promises: streamed, never downloaded as a whole; rows in the dataset's order; no code of the dataset runs. Memory: 10 MB
-chunks of jsonl; of parquet, what Arrow decodes ahead of a reader that is slower than it, which it stops at 1 GiB.
+chunks of jsonl; of parquet, what Arrow decodes ahead of a slower reader, at most 1 GiB.
 """
 
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clippy_train.config import CorpusConfig
-from clippy_train.corpus.document import Document, Unusable
+from clippy_train.corpus.document import Document, Rejected
 from clippy_train.corpus.folders import language_of_suffix, mime_type
 from clippy_train.errors import DataError
 from clippy_train.shards.filters import code_clippy_meta
 
-GROUPS = 4096  # of rows that name no repository: each group is one, so memory does not grow with the rows
+UNNAMED_REPOSITORIES = 4096  # shared by the rows that name no repository, so memory does not grow with the rows
 
 
 def hub_documents(config: CorpusConfig) -> Iterator[Document]:
-    """Every row of the dataset `hub`. Its meta is found as `filters.code_clippy_meta` does; the language and the type
-    of a file come from its name where the dataset has neither.
+    """Every row of the dataset `hub`, with the meta that `filters.code_clippy_meta` finds; a language or MIME type that
+    the dataset lacks comes from the file name.
 
     Raises:
         DataError: it cannot be opened, has no column `text_column`, or cannot be read to its end.
@@ -28,23 +28,23 @@ def hub_documents(config: CorpusConfig) -> Iterator[Document]:
     for number, row in enumerate(_rows(config)):
         if number == 0 and config.text_column not in row:
             raise DataError(
-                f"text_column={config.text_column}: hub={config.hub} has no such column, but {', '.join(row)}"
+                f"text_column={config.text_column}: hub={config.hub} has no such column; it has {', '.join(row)}"
             )
         meta = code_clippy_meta(row)
         name = meta["file_name"] or ""
         meta["repo_language"] = meta["repo_language"] or language_of_suffix(PurePosixPath(name).suffix)
         meta["mime_type"] = meta["mime_type"] or mime_type(name)
-        repository = meta["repo_name"] or f"rows {number % GROUPS} modulo {GROUPS}"
+        repository = meta["repo_name"] or f"rows {number % UNNAMED_REPOSITORIES} modulo {UNNAMED_REPOSITORIES}"
         yield Document(f"row {number}", repository, meta, partial(_text, row[config.text_column]))
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise Unusable("no_text")
+        raise Rejected("no_text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Unusable("not_utf8") from None
+        raise Rejected("not_utf8") from None
     return value
 
 
@@ -55,7 +55,7 @@ def _rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise DataError(f"hub={config.hub}: no such folder")
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it could not parse
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs content that it cannot parse
     errors = (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError)
     try:
         rows = datasets.load_dataset(
@@ -68,5 +68,5 @@ def _rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
         for row in rows:
             yield row
             read += 1
-    except errors as error:  # its message may hold what stands in the row
+    except errors as error:  # its message may quote the row
         raise DataError(f"hub={config.hub} cannot be read beyond row {read}: {type(error).__name__}") from None

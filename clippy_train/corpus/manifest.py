@@ -1,4 +1,4 @@
-"""What a corpus holds: counted while it is built, kept in `manifest.json`, shown by `clippy corpus --report`."""
+"""What a corpus holds: counted while it is built, saved in `manifest.json`, shown by `clippy corpus --report`."""
 
 import json
 from collections import Counter, defaultdict
@@ -9,11 +9,11 @@ from clippy_train.errors import DataError
 from clippy_train.shards.sources import MANIFEST
 
 VERSION = 2
-UNKNOWN = "unknown"  # a language or licence that no one stated
+UNKNOWN = "unknown"  # a language or licence that is not stated
 
 
 class Tally:
-    """Documents and bytes of text under several headings, and what was left out, by rule."""
+    """Kept documents and bytes of text under several headings, and rejected documents by rule."""
 
     def __init__(self) -> None:
         self.rejected: Counter[str] = Counter()
@@ -21,7 +21,7 @@ class Tally:
             heading: defaultdict(Counter) for heading in ("splits", "languages", "licences")
         }
 
-    def keep(self, heading: str, name: str | None, text_bytes: int) -> None:
+    def add(self, heading: str, name: str | None, text_bytes: int) -> None:
         self.kept[heading][name or UNKNOWN].update(documents=1, text_bytes=text_bytes)
 
     def counts(self) -> dict[str, Any]:
@@ -47,36 +47,31 @@ def read_manifest(corpus: Path) -> dict[str, Any]:
     """The manifest of a finished corpus.
 
     Raises:
-        DataError: there is none, or it is not of this version.
+        DataError: there is none, or it has another version.
     """
     path = corpus / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"out={corpus}: no corpus with a {MANIFEST} there: {error.strerror}") from error
+        raise DataError(f"out={corpus} is not a finished corpus: {MANIFEST}: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
-        raise DataError(f"{path} is not of version {VERSION}: build the corpus again")
+        raise DataError(f"{path} is not version {VERSION}: build the corpus again")
     return manifest
 
 
 def statistics(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of the statistics table."""
-    total = manifest["documents"], manifest["text_bytes"]
-    seen = total[0] + sum(manifest["rejected"].values())
-    rows = [("documents", f"{seen:,} seen, {total[0]:,} kept"), ("text", f"{total[1] / 1e6:,.1f} MB")]
+    documents, text_bytes = manifest["documents"], manifest["text_bytes"]
+    seen = documents + sum(manifest["rejected"].values())
+    rows = [("documents", f"{seen:,} seen, {documents:,} kept"), ("text", f"{text_bytes / 1e6:,.1f} MB")]
     for split, files in manifest["files"].items():
-        counts = manifest["splits"][split]
-        rows.append(
-            (
-                split,
-                f"{_share(counts, total[1])}, {manifest['repositories'][split]:,} repositories, {len(files):,} shards",
-            )
-        )
+        share = _share(manifest["splits"][split], text_bytes)
+        rows.append((split, f"{share}, {manifest['repositories'][split]:,} repositories, {len(files):,} shards"))
     for heading in ("languages", "licences"):
-        rows += [(f"{heading[:-1]} {name}", _share(counts, total[1])) for name, counts in manifest[heading].items()]
-    rows += [(f"left out: {rule}", f"{count:,} ({count / seen:.1%})") for rule, count in manifest["rejected"].items()]
+        rows += [(f"{heading[:-1]} {name}", _share(counts, text_bytes)) for name, counts in manifest[heading].items()]
+    rows += [(f"rejected: {rule}", f"{count:,} ({count / seen:.1%})") for rule, count in manifest["rejected"].items()]
     return rows
 
 

@@ -1,7 +1,7 @@
-"""What a repository says of itself: its name (the origin that it was cloned from) and its licence.
+"""What a repository says about itself: its name (the origin that it was cloned from) and its licence.
 
-Promises: no program of the repository and no git runs; of an origin's address only the last two parts are kept, so no
-user name or token in it is. Cost: a licence text is compared with those of choosealicense.com, some 20 ms.
+Promises: neither git nor any program of the repository runs; only the last two parts of an origin's address are kept,
+so no user name or token is. Cost: some 20 ms to compare a licence text with those of choosealicense.com.
 """
 
 import re
@@ -12,12 +12,12 @@ from pathlib import Path
 
 from identify.identify import license_id
 
-MAX_LICENCE_BYTES = 200_000  # longer files hold more than one licence; the longest licence known has 35,000
+MAX_LICENCE_BYTES = 200_000  # larger files hold more than one licence; the longest known one has 35,000
 _LICENCE_FILE = re.compile(r"(licen[cs]e|copying|unlicense)([-._].*)?", re.IGNORECASE)
 _OWNER_AND_NAME = re.compile(r"([^/:@\\\s]+/[^/:@\\\s]+?)(?:\.git)?/*$")
 
 
-def origin(folder: Path) -> str | None:
+def origin_name(folder: Path) -> str | None:
     """OWNER/REPO of the remote `origin` of a git repository, or None."""
     config = ConfigParser(strict=False, interpolation=None, allow_no_value=True)
     try:
@@ -31,9 +31,9 @@ def origin(folder: Path) -> str | None:
 
 
 @lru_cache(maxsize=16)
-def licence(folder: Path) -> str | None:
-    """The SPDX id of the licence that lies in a folder, or None. Of several licences it is `A AND B`: the files do not
-    say whether one may choose, so a filter must accept them all."""
+def folder_licence(folder: Path) -> str | None:
+    """The SPDX id of the licence in a folder, or None. Several licences give `A AND B`: the files do not say whether
+    one may choose, so a filter must accept them all."""
     try:
         files = [path for path in sorted(folder.iterdir()) if _LICENCE_FILE.fullmatch(path.name)]
     except OSError:

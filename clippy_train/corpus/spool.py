@@ -1,7 +1,7 @@
 """An external sort: records that need not fit in memory come back in the order of their keys.
 
-Promises: memory is bounded, whatever the number and the size of the records: 16 MiB of buffers while they come in, one
-bucket while they go out. Disk holds them once, compressed, and is freed bucket by bucket.
+Promises: memory is bounded, whatever the number and the size of the records: 16 MiB of buffers while they are added,
+one bucket while they are drained. Disk holds them once, compressed, and is freed bucket by bucket.
 """
 
 import io
@@ -11,13 +11,13 @@ from pathlib import Path
 import zstandard
 
 BUCKETS = 256  # two hexadecimal digits of the key
-BUFFER_BYTES = 1 << 16  # of a bucket, before it goes to disk as a frame of its own
-BUCKET_BYTES = 1 << 24  # a bucket beyond this is spooled again by its next two digits
-MAX_DEPTH = 8  # equal digits so far mean one key many times: nothing is left to tell its records apart
+BUFFER_BYTES = 1 << 16  # per bucket, before they go to disk as one frame
+BUCKET_BYTES = 1 << 24  # a larger bucket is spooled again by its next two digits
+MAX_DEPTH = 8  # records equal up to here share one key, so no digit can separate them
 
 
 class Spool:
-    """Records are lines of bytes that begin with `2 * MAX_DEPTH` or more hexadecimal digits spread evenly."""
+    """Records are lines of bytes that begin with at least `2 * MAX_DEPTH` evenly distributed hexadecimal digits."""
 
     def __init__(self, folder: Path, depth: int = 0) -> None:
         folder.mkdir()
