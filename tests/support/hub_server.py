@@ -1,10 +1,10 @@
-"""A stand-in for the Hugging Face hub's HTTP API: enough to create a model repository and to upload a folder
-to it as regular files (a real hub takes large ones through its storage, which has another protocol)."""
+"""A stand-in for the HTTP API of the Hugging Face hub: enough to create a model repository and upload a folder to it
+as regular files (a real hub takes large files through its storage, with another protocol)."""
 
 import base64
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -38,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_POST = do_PUT = do_GET
 
-    def _answer(self, route: Any) -> None:
+    def _answer(self, route: Callable[[str, bytes], tuple[int, Any]]) -> None:
         body = self._body()
         self.server.requests.append(f"{self.command} {self.path}")
         if self.headers.get("Authorization") != "Bearer hf_good":
