@@ -1,5 +1,5 @@
-"""Batches of ranks: the rows of a step depend on neither ranks, loader processes nor restarts, and no token of an epoch
-is lost or repeated by kills and resumes."""
+"""Batches of ranks: the sequences of a step do not depend on ranks, loader processes or restarts, and no token of an
+epoch is lost or repeated by kills and resumes."""
 
 import json
 import shutil
@@ -7,10 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig, save
-from clippy_train.data.batches import val_batches
+from clippy_train.data.batches import split_scored
 from clippy_train.data.scored import ScoredSequence, first_blocks
 from clippy_train.data.stream import COUNTS, Cursor, Stream
 from clippy_train.errors import DataError
@@ -35,16 +36,18 @@ from clippy_train.train.data import DataModule
 SETTINGS = ["data.seq_len=32", "data.streams=4", "data.window=8", "data.num_workers=0", "trainer.global_batch_size=8"]
 START = np.zeros((4, len(Cursor._fields)), dtype=np.int64)
 
-Row = tuple[int, ...]  # cursor, counts and token ids
+TrainedSequence = tuple[int, ...]  # stream, cursor, counts and token ids
+ConfigBuilder = Callable[..., TrainConfig]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer: Path) -> Any:
-    return load_tokenizer(tiny_tokenizer)
+def tokenizer(tiny_tokenizer: Path) -> PreTrainedTokenizerFast:
+    loaded: PreTrainedTokenizerFast = load_tokenizer(tiny_tokenizer)
+    return loaded
 
 
 @pytest.fixture(scope="module")
-def config(train_config):
+def config(train_config: ConfigBuilder) -> ConfigBuilder:
     def build(world_size: int = 1, micro_batch: int = 2, workers: int = 0, *overrides: str) -> TrainConfig:
         shape = [f"trainer.devices={world_size}", f"trainer.micro_batch_size={micro_batch}"]
         return train_config(*SETTINGS, *shape, f"data.num_workers={workers}", *overrides)
@@ -52,64 +55,76 @@ def config(train_config):
     return build
 
 
-def steps(config: TrainConfig, tokenizer: Any, count: int, cursors: np.ndarray = START) -> list[list[Row]]:
-    """The rows of the next optimizer steps, rank after rank, as they are trained."""
-    rows: list[list[Row]] = [[] for _ in range(count)]
+def steps(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, count: int, cursors: np.ndarray = START
+) -> list[list[TrainedSequence]]:
+    """The sequences of the next optimizer steps, rank by rank, in training order."""
+    trained: list[list[TrainedSequence]] = [[] for _ in range(count)]
     for rank in range(config.world_size):
         batches = iter(DataModule(config, tokenizer, rank, cursors).train_dataloader())
-        for step in rows:
+        for step in trained:
             for batch in islice(batches, config.micro_steps):
                 assert len(batch["input_ids"]) == config.trainer.micro_batch_size
                 step += map(tuple, torch.cat([batch["cursor"], batch["counts"], batch["input_ids"]], dim=1).tolist())
-    return rows
+    return trained
 
 
-def committed(trained: list[list[Row]]) -> np.ndarray:
-    """Where each stream continues behind the rows that were trained."""
+def committed(trained: list[list[TrainedSequence]]) -> np.ndarray:
+    """Where each stream continues after the trained sequences."""
     cursors = START.copy()
     for step in trained:
-        for stream, *row in step:
-            cursors[stream] = row[: len(Cursor._fields)]
+        for stream, *rest in step:
+            cursors[stream] = rest[: len(Cursor._fields)]
     return cursors
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_step_has_the_same_rows_for_any_number_of_ranks(config, tokenizer, world_size) -> None:
+def test_a_step_has_the_same_sequences_for_any_number_of_ranks(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, world_size: int
+) -> None:
     single, many = (steps(config(size), tokenizer, 4) for size in (1, world_size))
     assert [sorted(step) for step in many] == [sorted(step) for step in single]
     assert {len(step) for step in single} == {8}
 
 
-def test_ranks_share_no_stream(config, tokenizer) -> None:
+def test_ranks_share_no_stream(config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast) -> None:
     ranks = [iter(DataModule(config(4), tokenizer, rank, START).train_dataloader()) for rank in range(4)]
-    assert [{row[0] for row in next(rank)["cursor"].tolist()} for rank in ranks] == [{0}, {1}, {2}, {3}]
+    assert [{stream for stream, *_ in next(rank)["cursor"].tolist()} for rank in ranks] == [{0}, {1}, {2}, {3}]
 
 
 @pytest.mark.parametrize("workers", [1, 3, 9])
-def test_loader_processes_do_not_change_the_sequence(config, tokenizer, workers) -> None:
+def test_loader_processes_do_not_change_the_order(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, workers: int
+) -> None:
     assert steps(config(1, 2, workers), tokenizer, 3) == steps(config(1, 2, 0), tokenizer, 3)
 
 
 @pytest.mark.parametrize("layout", [(2, 4, 0), (4, 2, 1), (1, 8, 3)], ids=str)
-def test_the_sequence_stays_the_same_over_epochs(config, tokenizer, layout) -> None:
-    whole = steps(config(1, 2, 0, "data.seq_len=256"), tokenizer, 40)
-    assert min(row[1] for row in whole[-1]) >= 2
+def test_the_order_stays_the_same_over_epochs(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, layout: tuple[int, int, int]
+) -> None:
+    expected = steps(config(1, 2, 0, "data.seq_len=256"), tokenizer, 40)
+    assert min(epoch for _, epoch, *_ in expected[-1]) >= 2
     assert [sorted(step) for step in steps(config(*layout, "data.seq_len=256"), tokenizer, 40)] == [
-        sorted(step) for step in whole
+        sorted(step) for step in expected
     ]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 8])
-def test_the_micro_batch_does_not_change_the_sequence(config, tokenizer, micro_batch) -> None:
+def test_the_micro_batch_does_not_change_the_order(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, micro_batch: int
+) -> None:
     assert steps(config(1, micro_batch), tokenizer, 3) == steps(config(1, 2), tokenizer, 3)
 
 
-def test_a_step_takes_as_many_blocks_from_every_stream(config, tokenizer) -> None:
+def test_a_step_takes_as_many_blocks_from_every_stream(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast
+) -> None:
     for step in steps(config(2), tokenizer, 3):
         assert sorted(stream for stream, *_ in step) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_a_training_batch_holds_integers_only(config, tokenizer) -> None:
+def test_a_training_batch_holds_integers_only(config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast) -> None:
     batch = next(iter(DataModule(config(1, 2), tokenizer, 0, START).train_dataloader()))
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()}
     num_spans = len(batch["spans"])
@@ -124,10 +139,12 @@ def test_a_training_batch_holds_integers_only(config, tokenizer) -> None:
 
 
 @pytest.mark.parametrize("resumed", [(1, 2, 0), (2, 1, 0), (4, 2, 0), (1, 2, 3)], ids=str)
-def test_committed_cursors_resume_with_the_rows_that_follow(config, tokenizer, resumed) -> None:
-    whole = steps(config(), tokenizer, 6)
-    following = steps(config(*resumed), tokenizer, 4, committed(whole[:2]))
-    assert [sorted(step) for step in following] == [sorted(step) for step in whole[2:]]
+def test_committed_cursors_resume_with_the_sequences_that_follow(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, resumed: tuple[int, int, int]
+) -> None:
+    expected = steps(config(), tokenizer, 6)
+    following = steps(config(*resumed), tokenizer, 4, committed(expected[:2]))
+    assert [sorted(step) for step in following] == [sorted(step) for step in expected[2:]]
 
 
 WORDS = 50  # in the vocabulary of the histories below; the next id is the end-of-text
@@ -135,11 +152,11 @@ WORDS = 50  # in the vocabulary of the histories below; the next id is the end-o
 
 @dataclass(frozen=True)
 class History:
-    """A small corpus and the lives of a run on it.
+    """A small corpus and the attempts of a run on it.
 
     Attributes:
         lengths: for each shard, the number of tokens of each document.
-        lives: (ranks, micro-batch, steps trained, how many of these were lost when it was killed).
+        attempts: (ranks, micro-batch, steps trained, how many of them were lost to a kill).
     """
 
     lengths: list[list[int]]
@@ -148,7 +165,7 @@ class History:
     window: int
     eos: bool
     seed: int
-    lives: list[tuple[int, int, int, int]]
+    attempts: list[tuple[int, int, int, int]]
 
     def write(self, folder: Path) -> None:
         folder.mkdir()
@@ -192,7 +209,7 @@ def histories(draw: st.DrawFn) -> History:
     length = st.integers(0, 2) | st.integers(3, 20) | st.integers(60, 90)
     streams = draw(st.sampled_from([1, 2, 3, 4, 6]))
     ranks = st.sampled_from([size for size in range(1, streams + 1) if streams % size == 0])
-    life = ranks.flatmap(
+    attempt = ranks.flatmap(
         lambda size: st.tuples(
             st.just(size),
             st.sampled_from([n for n in range(1, 13) if 2 * streams // size % n == 0]),
@@ -207,17 +224,25 @@ def histories(draw: st.DrawFn) -> History:
         window=draw(st.integers(1, 5) | st.just(100)),
         eos=draw(st.booleans()),
         seed=draw(st.integers(0, 2**40)),
-        lives=draw(st.lists(life, min_size=1, max_size=6)),
+        attempts=draw(st.lists(attempt, min_size=1, max_size=6)),
     )
 
 
-def live(config: TrainConfig, tokenizer: Any, cursors: np.ndarray, count: int) -> list[tuple[list, list, np.ndarray]]:
-    """(tokens, spans, cursors behind it) of the next steps."""
+class TrainedStep(NamedTuple):
+    ids: list[int]
+    spans: list[oracle.Span]
+    cursors: np.ndarray  # after the step
+
+
+def train_attempt(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, cursors: np.ndarray, count: int
+) -> list[TrainedStep]:
+    """The next `count` steps."""
     ranks = [iter(DataModule(config, tokenizer, rank, cursors).train_dataloader()) for rank in range(config.world_size)]
     done = []
     for _ in range(count):
         ids: list[int] = []
-        spans: list[list[int]] = []
+        spans: list[oracle.Span] = []
         cursors = cursors.copy()
         for batches in ranks:
             for batch in islice(batches, config.micro_steps):
@@ -225,61 +250,69 @@ def live(config: TrainConfig, tokenizer: Any, cursors: np.ndarray, count: int) -
                 spans += batch["spans"].tolist()
                 for stream, *cursor in batch["cursor"].tolist():
                     cursors[stream] = cursor
-        done.append((ids, spans, cursors))
+        done.append(TrainedStep(ids, spans, cursors))
     return done
 
 
 @settings(max_examples=60)
 @given(histories())
-def test_no_token_is_lost_or_repeated_whatever_happens(train_config, history) -> None:
+def test_no_token_is_lost_or_repeated_across_attempts(train_config: ConfigBuilder, history: History) -> None:
     tokenizer = word_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         history.write(Path(folder, "train"))
         documents = oracle.read_documents(Path(folder, "train"), history.encode)
         assume(any(documents.values()))
         base = train_config()
-        steps_of_two_epochs = sum(map(len, documents.values())) // history.seq_len + 1  # if one stream had them all
-        trained: list[tuple[list, list, np.ndarray]] = []  # the steps that survive
-        lives = iter(history.lives)
-        while not trained or oracle.whole_epochs([span for _, spans, _ in trained for span in spans]) < 2:
+        steps_of_two_epochs = (
+            sum(map(len, documents.values())) // history.seq_len + 1
+        )  # if one stream had every document
+        trained: list[TrainedStep] = []  # and not lost to a kill
+        attempts = iter(history.attempts)
+        while not trained or oracle.completed_epochs([span for step in trained for span in step.spans]) < 2:
             assert len(trained) <= steps_of_two_epochs + 20
-            ranks, micro_batch, count, lost = next(lives, (1, 1, 20, 0))
-            cursors = trained[-1][2] if trained else np.zeros((history.streams, len(Cursor._fields)), dtype=np.int64)
+            ranks, micro_batch, count, lost = next(attempts, (1, 1, 20, 0))
+            cursors = (
+                trained[-1].cursors if trained else np.zeros((history.streams, len(Cursor._fields)), dtype=np.int64)
+            )
             config = history.config(base, Path(folder), ranks, micro_batch)
             try:
-                trained += live(config, tokenizer, cursors, count)
+                trained += train_attempt(config, tokenizer, cursors, count)
             except DataError:
                 event("a stream without documents")
                 break
             del trained[max(0, len(trained) - lost) :]
     assume(trained)
-    event(f"{len(history.lives)} lives")
-    every = [span for _, spans, _ in trained for span in spans]
-    for ids, spans, _ in trained:
-        assert oracle.tokens(documents, spans) == ids
-    for epoch in range(max(span[1] for span in every) + 1):
-        lost_tokens, repeated = oracle.lost_and_repeated(documents, every, epoch)
+    event(f"{len(history.attempts)} attempts")
+    all_spans = [span for step in trained for span in step.spans]
+    for step in trained:
+        assert oracle.tokens(documents, step.spans) == step.ids
+    for epoch in range(max(span[1] for span in all_spans) + 1):
+        lost_tokens, repeated = oracle.lost_and_repeated(documents, all_spans, epoch)
         assert repeated == 0
-        assert lost_tokens == 0 or epoch >= oracle.whole_epochs(every)
+        assert lost_tokens == 0 or epoch >= oracle.completed_epochs(all_spans)
 
 
-def test_rows_show_the_text_of_the_corpus(config, tokenizer) -> None:
+def test_sequences_hold_the_text_of_the_corpus(config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast) -> None:
     settings = config(1, 2, 0, "data.streams=1", "data.window=1")
     batches = DataModule(settings, tokenizer, 0, START[:1]).train_dataloader()
     ids = torch.cat([batch["input_ids"].flatten() for batch in islice(batches, 40)])
-    shown = tokenizer.decode(ids.tolist()).split(tokenizer.eos_token)[:-1]
+    text = tokenizer.decode(ids.tolist())
+    assert isinstance(text, str)
+    shown = text.split(tokenizer.eos_token)[:-1]
     assert len(shown) > 2
     assert set(shown) <= set(open_corpus(settings.data, "train").texts())
 
 
-def test_documents_run_on_without_the_end_of_text_where_it_is_off(config, tokenizer) -> None:
+def test_the_end_of_text_can_be_turned_off(config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast) -> None:
     for override, found in (("true", True), ("false", False)):
-        rows = steps(config(1, 2, 0, f"data.eos_between_documents={override}"), tokenizer, 10)
-        assert any(tokenizer.eos_token_id in row[-32:] for step in rows for row in step) == found
+        trained = steps(config(1, 2, 0, f"data.eos_between_documents={override}"), tokenizer, 10)
+        assert any(tokenizer.eos_token_id in each[-32:] for step in trained for each in step) == found
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_stream_without_documents_is_told_in_one_line(config, tokenizer, workers) -> None:
+def test_a_stream_without_documents_is_a_one_line_error(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, workers: int
+) -> None:
     settings = config(1, 2, workers, "data.streams=256", "trainer.global_batch_size=256")
     cursors = np.zeros((256, len(Cursor._fields)), dtype=np.int64)
     with pytest.raises(DataError) as caught:
@@ -288,7 +321,9 @@ def test_a_stream_without_documents_is_told_in_one_line(config, tokenizer, worke
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_too_many_bad_lines_stop_the_run_and_name_their_shards(config, tokenizer, tiny_corpus, tmp_path) -> None:
+def test_too_many_bad_lines_stop_the_run_and_name_their_shards(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, tiny_corpus: Path, tmp_path: Path
+) -> None:
     shutil.copytree(tiny_corpus, tmp_path / "corpus")
     good, bad, worse, *_ = sorted((tmp_path / "corpus/train").iterdir())
     for path, lines in ((bad, 400), (worse, 800)):
@@ -297,8 +332,9 @@ def test_too_many_bad_lines_stop_the_run_and_name_their_shards(config, tokenizer
     progress = Progress(
         settings, START, np.zeros(len(COUNTS), dtype=np.int64), open_corpus(settings.data, "train").shards
     )
+    unused: Any = None  # the callback reads neither trainer nor module
     for batch in DataModule(settings, tokenizer, 0, START).train_dataloader():
-        progress.on_train_batch_end(None, None, None, batch, 0)
+        progress.on_train_batch_end(unused, unused, None, batch, 0)
         if progress.cursors[:, 0].min() == 1:  # every stream has read an epoch
             break
     assert progress.rejected[str(worse)] % 800 == progress.rejected[str(bad)] % 400 == 0
@@ -325,12 +361,13 @@ time.sleep(100)
 """
 
 
-def test_no_loader_process_outlives_a_rank_that_was_killed(config, tmp_path) -> None:
-    """More waits in the pipe than it holds: a process that looks for its rank only between blocks would hang."""
+def test_no_loader_process_outlives_a_rank_that_was_killed(config: ConfigBuilder, tmp_path: Path) -> None:
+    """The blocks exceed the pipe's capacity: a process that checks on its rank only between blocks would hang."""
     settings = config(1, 2, 2, "data.seq_len=16384", "model.max_position_embeddings=16384")
     save(settings, tmp_path / "config.yaml")
     command = [sys.executable, "-c", RANK, str(tmp_path / "config.yaml")]
     rank = processes.start(command, stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
     loaders = rank.stdout.readline().split()
     rank.kill()
     assert len(loaders) == 2
@@ -340,7 +377,7 @@ def test_no_loader_process_outlives_a_rank_that_was_killed(config, tmp_path) -> 
         time.sleep(0.1)
 
 
-def test_waiting_for_data_is_measured(config, tokenizer) -> None:
+def test_waiting_for_data_is_measured(config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast) -> None:
     batches = DataModule(config(), tokenizer, 0, START).train_dataloader()
     next(iter(batches))
     assert batches.wait_seconds > 0
@@ -348,46 +385,54 @@ def test_waiting_for_data_is_measured(config, tokenizer) -> None:
 
 @settings(max_examples=100)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 7))
-def test_validation_rows_are_spread_evenly_and_each_counts_once(num_rows, world_size, batch_size) -> None:
-    rows = [ScoredSequence(np.full(3, n, dtype=np.int32), np.full(3, n + 1, dtype=np.int64)) for n in range(num_rows)]
-    ranks = [val_batches(rows, rank, world_size, batch_size) for rank in range(world_size)]
+def test_validation_sequences_are_split_evenly_and_each_counts_once(
+    num_sequences: int, world_size: int, batch_size: int
+) -> None:
+    sequences = [
+        ScoredSequence(np.full(3, n, dtype=np.int32), np.full(3, n + 1, dtype=np.int64)) for n in range(num_sequences)
+    ]
+    ranks = [split_scored(sequences, rank, world_size, batch_size) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for rank in ranks for batch in rank]
     assert {tuple(batch["input_ids"].shape) for batch in batches} == {(batch_size, 3)}
     assert {tensor.dtype for batch in batches for tensor in batch.values()} == {torch.int64}
     ids, group = (torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "group"))
-    assert group[:, 0].bool().sum() == num_rows
+    assert group[:, 0].bool().sum() == num_sequences
     assert torch.equal(group, group[:, :1].expand(-1, 3))
-    assert sorted(ids[group[:, 0] > 0].tolist()) == [row.tokens.tolist() for row in rows]
+    assert sorted(ids[group[:, 0] > 0].tolist()) == [sequence.tokens.tolist() for sequence in sequences]
     assert torch.equal(ids[group[:, 0] > 0] + 1, group[group[:, 0] > 0])
-    assert len(ranks[0]) == -(-num_rows // (world_size * batch_size))
+    assert len(ranks[0]) == -(-num_sequences // (world_size * batch_size))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_validation_is_the_start_of_the_split_as_it_lies(config, tokenizer, world_size) -> None:
+def test_validation_is_the_start_of_the_split_in_on_disk_order(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, world_size: int
+) -> None:
     settings = config(world_size, 1, 0, "trainer.val_samples=5", "trainer.eval_micro_batch_size=2")
     texts = open_corpus(settings.data, "validation").texts()
     ids = [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     modules = [DataModule(settings, tokenizer, rank, START) for rank in range(world_size)]
     batches = [batch for module in modules for batch in module.val_dataloader()]
-    shown = [row.tolist() for batch in batches for row in batch["input_ids"][batch["group"][:, 0] > 0]]
+    shown = [sequence.tolist() for batch in batches for sequence in batch["input_ids"][batch["group"][:, 0] > 0]]
     assert sorted(shown) == sorted(ids[start : start + 32] for start in range(0, 5 * 32, 32))
 
 
-def test_every_validation_has_the_same_batches(config, tokenizer) -> None:
+def test_every_validation_has_the_same_batches(config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast) -> None:
     module = DataModule(config(), tokenizer, 0, START)
     first, second = (torch.cat([batch["input_ids"] for batch in module.val_dataloader()]) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_a_small_split_is_validated_once_and_not_again(config, tokenizer) -> None:
+def test_a_small_split_is_validated_once_and_not_again(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast
+) -> None:
     stream = Stream(open_corpus(config().data, "validation"), encoder(tokenizer), seq_len=32, shuffle=False)
     blocks = first_blocks(stream, 10**6)
     ids = [token for text in stream.corpus.texts() for token in tokenizer(text)["input_ids"]]
     assert [block.tokens.tolist() for block in blocks] == [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
 
 
-def test_a_split_smaller_than_a_block_is_an_error(config, tokenizer) -> None:
+def test_a_split_smaller_than_a_block_is_an_error(config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast) -> None:
     stream = Stream(open_corpus(config().data, "validation"), encoder(tokenizer), seq_len=10**6, shuffle=False)
     with pytest.raises(DataError, match=r"data\.path=.*validation has less than one block"):
         list(first_blocks(stream, 1))

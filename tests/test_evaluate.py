@@ -70,7 +70,7 @@ def test_every_token_of_a_block_has_the_language_of_its_document(corpus: Path, t
         open_corpus(data, "validation"), encoder(tokenizer), seq_len, eos=tokenizer.eos_token_id, shuffle=False
     )
     groups: Groups[str] = Groups()
-    described = open_corpus(data, "validation", described=True)
+    described = open_corpus(data, "validation", with_meta=True)
     rows = list(scored_blocks(first_blocks(stream), described, language_label, groups))
     names = {number: name for name, number in groups.items()}
     expected = [
@@ -88,7 +88,7 @@ def test_windows_score_every_token_of_every_document_once_and_in_its_context(
     corpus: Path, tokenizer: Any, seq_len: int, data: st.DataObject
 ) -> None:
     stride = data.draw(st.integers(1, seq_len - 1))
-    described = open_corpus(DataConfig(path=str(corpus)), "validation", described=True)
+    described = open_corpus(DataConfig(path=str(corpus)), "validation", with_meta=True)
     start = tokenizer.eos_token_id
     groups: Groups[str] = Groups()
     rows = list(scored_windows(described, encoder(tokenizer), start, seq_len, stride, language_label, groups))

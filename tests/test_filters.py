@@ -1,4 +1,4 @@
-"""The rules on documents: each against an independent definition, and what becomes of a document that says nothing."""
+"""The rules on documents: each against an independent definition, and on documents with missing meta."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ META = {
     "mime_type": "text/x-python",
     "license": "MIT",
 }
-# One rule at a time: the strictest value that keeps the document above, and the loosest that does not.
+# For each rule the strictest value that keeps the document above, and the loosest that does not.
 RULE_SETTINGS: dict[str, tuple[str, Any, Any]] = {
     "extension": ("extensions", [".c", "py"], [".c", ".PY", "f.py.in"]),
     "language": ("languages", ["C++", "python"], ["C++"]),
@@ -45,13 +45,13 @@ def test_every_rule_is_listed_and_off_by_default() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_keeps_what_fits_and_names_itself_where_it_does_not(rule: str) -> None:
+def test_a_rule_keeps_what_fits_and_rejects_the_rest_by_name(rule: str) -> None:
     key, fits, does_not = RULE_SETTINGS[rule]
     assert broken(FilterConfig(**{key: fits})) is None
     assert broken(FilterConfig(**{key: does_not})) == rule
 
 
-def test_the_first_broken_rule_is_the_one_that_counts() -> None:
+def test_the_first_broken_rule_is_reported() -> None:
     strict = {key: does_not for key, _, does_not in RULE_SETTINGS.values()}
     for rule in RULES:
         assert broken(FilterConfig(**strict)) == rule
@@ -61,7 +61,7 @@ def test_the_first_broken_rule_is_the_one_that_counts() -> None:
 
 @pytest.mark.parametrize("document", [{}, {"meta": None}, {"meta": 3}, {"meta": dict.fromkeys(META)}], ids=str)
 @pytest.mark.parametrize("rule", RULES[:4])
-def test_a_rule_on_meta_leaves_out_what_says_nothing_of_it(rule: str, document: dict) -> None:
+def test_a_rule_on_meta_rejects_documents_without_the_field(rule: str, document: dict[str, Any]) -> None:
     key, fits, _ = RULE_SETTINGS[rule]
     assert broken_rule(document, TEXT, FilterConfig(**{key: fits})) == rule
 
@@ -76,7 +76,7 @@ def test_stars_may_be_digits_or_a_float(stars: Any, kept: bool) -> None:
 @pytest.mark.parametrize(
     ("licence", "kept"), [(["mit"], True), (["MIT", "BSD-2-Clause"], True), (["MIT", "GPL-3.0"], False), ([], False)]
 )
-def test_every_licence_of_a_document_must_be_accepted(licence: list, kept: bool) -> None:
+def test_every_licence_of_a_document_must_be_accepted(licence: list[str], kept: bool) -> None:
     assert (broken(FilterConfig(licences=["MIT", "bsd-2-clause"]), license=licence) is None) == kept
 
 
@@ -99,7 +99,7 @@ FIELDS = st.dictionaries(st.sampled_from(COLUMNS), SCALARS | st.lists(SCALARS, m
 
 
 @given(FIELDS | st.fixed_dictionaries({"meta": FIELDS}))
-def test_any_document_gets_a_verdict(document: dict) -> None:
+def test_any_document_gets_a_verdict(document: dict[str, Any]) -> None:
     rules = FilterConfig(**{key: fits for key, fits, _ in RULE_SETTINGS.values()})
     assert broken_rule(document, TEXT, rules) in (None, *RULES)
 

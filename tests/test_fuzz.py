@@ -1,4 +1,4 @@
-"""Mutated lines and shards: no crash, and every line accepted or rejected, by counts that are made without the reader.
+"""Mutated lines and shards: no crash, and every line accepted or rejected, checked by counts made without the reader.
 
 `make fuzz` runs the long form: FUZZ_SHARDS of each format.
 """
@@ -21,14 +21,15 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from clippy_train.shards import format as shards
-from clippy_train.shards.format import FEED_BYTES, REASONS, Entry, Fields
+from clippy_train.shards import format as shard_format
+from clippy_train.shards.format import FEED_BYTES, REASONS, Fields
 
 NUM_SHARDS = int(os.environ.get("FUZZ_SHARDS", "40"))  # of each format
 LINES = 80  # in a shard
 WORDS = ["def", "return", "self", "été", "变量", "\N{GRINNING FACE}", "\t", "\n", "    ", '"', "\\", "\0", "x" * 50]
 
-Line = tuple[bytes, str | None]  # its bytes, and "" or the reason of its rejection; None where it can be anything
+Line = tuple[bytes, str | None]  # its bytes, and "" or the reason of its rejection; None if both are possible
+Found = tuple[int, str | None, str]  # number, text, reason
 
 
 def text(rng: random.Random) -> str:
@@ -94,34 +95,34 @@ def make_lines(rng: random.Random) -> list[Line]:
     return [(make(rng), verdict) for make, verdict in chosen]
 
 
-def read(data: bytes, suffix: str) -> list[Entry]:
-    return list(shards.documents(BytesIO(data), f"shard{suffix}", Fields()))
+def read(data: bytes, suffix: str) -> list[Found]:
+    return [entry[:3] for entry in shard_format.read_documents(BytesIO(data), f"shard{suffix}", Fields())]
 
 
-def plain(data: bytes, suffix: str) -> tuple[bytes, bool]:
-    """What can be decompressed of a shard, fed byte by byte, and whether it ends as it should."""
+def decompressed(data: bytes, suffix: str) -> tuple[bytes, bool]:
+    """What can be decompressed of a shard, fed byte by byte, and whether it is complete."""
     if suffix == ".jsonl":
         return data, True
     new = zstandard.ZstdDecompressor().decompressobj if suffix.endswith("zst") else lambda: zlib.decompressobj(31)
-    out, decoder, fresh = b"", new(), True
+    out, decoder, complete = b"", new(), True
     for position in range(len(data)):
         try:
             out += decoder.decompress(data[position : position + 1])
         except (zstandard.ZstdError, zlib.error):
             return out, False
-        fresh = decoder.eof
-        decoder = new() if fresh else decoder
-    return out, fresh
+        complete = decoder.eof
+        decoder = new() if complete else decoder
+    return out, complete
 
 
-def numbers(content: bytes, whole: bool) -> list[int]:
-    """Numbers of the lines that are not blank; the last counts only where the content is `whole`."""
+def numbers(content: bytes, complete: bool) -> list[int]:
+    """Numbers of the lines that are not blank; the last one counts only if the content is complete."""
     lines = content.split(b"\n")
-    return [number for number, line in enumerate(lines if whole else lines[:-1]) if line.strip()]
+    return [number for number, line in enumerate(lines if complete else lines[:-1]) if line.strip()]
 
 
 def compressed(lines: bytes, suffix: str, rng: random.Random) -> bytes:
-    """In frames (or members) that end anywhere, with empty and skippable ones in between."""
+    """In frames (or members) that end anywhere, some of them empty or skippable."""
     if suffix == ".jsonl":
         return lines
     ends = sorted(rng.choices(range(len(lines) + 1), k=rng.choice([0, 1, 3])))
@@ -134,7 +135,7 @@ def compressed(lines: bytes, suffix: str, rng: random.Random) -> bytes:
 
 
 def damage(data: bytes, rng: random.Random) -> tuple[bytes, int]:
-    """A damaged copy, and the position before which nothing is changed."""
+    """A damaged copy, and the position of the first change."""
     position = rng.randrange(len(data) + 1)
     match rng.randrange(6):
         case 0:
@@ -162,14 +163,14 @@ def report(seen: Counter[str], suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_lines_are_accepted_or_rejected_as_they_were_made(suffix) -> None:
+def test_lines_are_accepted_or_rejected_as_they_were_made(suffix: str) -> None:
     seen: Counter[str] = Counter()
     for seed in range(NUM_SHARDS):
         rng = random.Random(f"{suffix} lines {seed}")
         lines = make_lines(rng)
         content = b"\n".join(line for line, _ in lines) + rng.choice([b"", b"\n"])
         found = read(compressed(content, suffix, rng), suffix)
-        assert [number for number, _, _ in found] == numbers(content, whole=True), seed
+        assert [number for number, _, _ in found] == numbers(content, complete=True), seed
         for number, accepted, reason in found:
             verdict = lines[number][1]
             assert verdict in (reason, None), (seed, lines[number])
@@ -180,21 +181,21 @@ def test_lines_are_accepted_or_rejected_as_they_were_made(suffix) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_a_damaged_shard_gives_what_comes_before_the_damage(suffix) -> None:
+def test_a_damaged_shard_yields_the_lines_before_the_damage(suffix: str) -> None:
     seen: Counter[str] = Counter()
     for seed in range(NUM_SHARDS):
         rng = random.Random(f"{suffix} damage {seed}")
-        whole = compressed(b"\n".join(line for line, _ in make_lines(rng)), suffix, rng)
-        data, unchanged = damage(whole, rng)
+        intact = compressed(b"\n".join(line for line, _ in make_lines(rng)), suffix, rng)
+        data, unchanged = damage(intact, rng)
         found = read(data, suffix)
-        content, complete = plain(data, suffix)
-        wanted = numbers(content, whole=complete)
+        content, complete = decompressed(data, suffix)
+        wanted = numbers(content, complete)
         lines = [number for number, _, reason in found if reason != "damaged_shard"]
         assert lines == wanted[: len(lines)], seed
         assert len(found) - len(lines) == (not complete), seed
         assert complete or found[-1][2] == "damaged_shard"
-        before, _ = plain(data[: max(0, unchanged - FEED_BYTES)], suffix)
-        assert len(lines) >= (len(wanted) if complete else len(numbers(before, whole=False))), seed
+        before, _ = decompressed(data[: max(0, unchanged - FEED_BYTES)], suffix)
+        assert len(lines) >= (len(wanted) if complete else len(numbers(before, complete=False))), seed
         seen.update(reason for _, _, reason in found)
     report(seen, suffix)
     assert (seen["damaged_shard"] > 0) == (suffix != ".jsonl")
@@ -228,23 +229,23 @@ READER = """
 import re, sys
 from collections import Counter
 from pathlib import Path
-from clippy_train.shards.format import Fields, documents
+from clippy_train.shards.format import Fields, read_documents
 with open(sys.argv[1], "rb") as file:
-    reasons = Counter(reason for _, _, reason in documents(file, sys.argv[1], Fields()))
+    reasons = Counter(entry.reason for entry in read_documents(file, sys.argv[1], Fields()))
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1], dict(reasons))
 """
 
 
-def read_apart(path: Path) -> tuple[float, str]:
-    """The most MiB that a process of its own held while it read a shard, and what it read."""
+def read_in_subprocess(path: Path) -> tuple[float, str]:
+    """The peak memory in MiB of a process that reads a shard, and what it read."""
     result = subprocess.run([sys.executable, "-c", READER, str(path)], capture_output=True, text=True, check=True)
     kib, reasons = result.stdout.strip().split(" ", 1)
     return int(kib) / 1024, reasons
 
 
-def test_memory_is_bounded_whatever_a_shard_holds(tmp_path) -> None:
-    """The bounds are in longest lines: one exists as pieces, bytes, str, value and UTF-8, not all at the same time."""
-    longest = shards.MAX_LINE_BYTES
+def test_memory_is_bounded_whatever_a_shard_holds(tmp_path: Path) -> None:
+    """Bounds are in longest lines: one exists as pieces, bytes, str, value and UTF-8, but not all at once."""
+    longest = shard_format.MAX_LINE_BYTES
     hundred_megabytes = b'{"text": "' + b"def f(x):    return x # " * 4_200_000 + b'"}'
     bombs = max(3, NUM_SHARDS // 10)
     cases: list[tuple[str, bytes, str, int]] = [
@@ -256,11 +257,11 @@ def test_memory_is_bounded_whatever_a_shard_holds(tmp_path) -> None:
         ("number.jsonl", b'{"text": ' + b"9" * (longest // 2) + b"}", "{'not_json': 1}", 3),
     ]
     (tmp_path / "small.jsonl").write_bytes(b'{"text": "a"}')
-    base, _ = read_apart(tmp_path / "small.jsonl")
+    base, _ = read_in_subprocess(tmp_path / "small.jsonl")
     used = {}
     for name, data, expected, _ in cases:
         (tmp_path / name).write_bytes(data)
-        peak, output = read_apart(tmp_path / name)
+        peak, output = read_in_subprocess(tmp_path / name)
         assert output == expected, name
         used[name] = peak - base
     print("\n" + ", ".join(f"{name} +{grown:.0f} MiB" for name, grown in used.items()))

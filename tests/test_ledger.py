@@ -55,7 +55,7 @@ def test_after_kills_every_token_of_every_epoch_was_trained_once(
     rows = list(read_rows(killed.folder("killed") / LEDGER))
     assert [row["step"] for row in rows] == list(range(1, 65))
     every = [span for row in rows for span in row["spans"]]
-    epochs = oracle.whole_epochs(every)
+    epochs = oracle.completed_epochs(every)
     assert epochs >= 1
     for epoch in range(epochs):
         assert oracle.lost_and_repeated(documents, every, epoch) == (0, 0)

@@ -1,6 +1,7 @@
-"""Where shards lie: the same corpus from a folder, a pattern, a server or a dataset, and failures that are told."""
+"""Where shards are: the same corpus from a folder, a pattern, a server or a dataset, and the errors of each."""
 
 import gzip
+import io
 import itertools
 import json
 import logging
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -28,9 +30,9 @@ from clippy_train.config import DataConfig, FilterConfig, TrainConfig
 from clippy_train.data.stream import Cursor
 from clippy_train.errors import DataError
 from clippy_train.run.identity import data_identity
-from clippy_train.shards import format as shards
+from clippy_train.shards import format as shard_format
 from clippy_train.shards import retry, sources
-from clippy_train.shards.format import Entry, ShardWriter
+from clippy_train.shards.format import ShardWriter
 from clippy_train.shards.retry import ATTEMPTS
 from clippy_train.shards.sources import Corpus, open_corpus, require_text
 from clippy_train.tokenizer import load_tokenizer
@@ -38,27 +40,40 @@ from clippy_train.train.data import DataModule
 
 TEXTS = [f"document {number}: {random.Random(number).randbytes(37 * number % 101).hex()}" for number in range(120)]
 
+Line = tuple[int, str | None, str]  # number, text, reason
 
-def opened(path: Path | str, split: str = "train", **settings) -> Corpus:
+
+def opened(path: Path | str, split: str = "train", **settings: Any) -> Corpus:
     return open_corpus(DataConfig(path=str(path), **settings), split)
 
 
-def entries(corpus: Corpus) -> list[list[Entry]]:
-    return [list(corpus.documents(number)) for number in range(len(corpus.shards))]
+def lines(corpus: Corpus, shard: int, *selection: int) -> list[Line]:
+    """Lines of a shard; `selection` is start, stride and residue."""
+    return [entry[:3] for entry in corpus.documents(shard, *selection)]
 
 
-def document(text: str, stars: int = 0) -> dict:
+def all_lines(corpus: Corpus) -> list[list[Line]]:
+    return [lines(corpus, shard) for shard in range(len(corpus.shards))]
+
+
+def document(text: str, stars: int = 0) -> dict[str, Any]:
     return {"text": text, "meta": {"stars": stars, "file_name": "a.py"}}
 
 
-def encoded(suffix: str, documents: list[dict]) -> bytes:
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".jsonl": bytes,
+    ".jsonl.gz": gzip.compress,
+    ".jsonl.zst": zstandard.compress,
+}
+
+
+def encoded(suffix: str, documents: list[dict[str, Any]]) -> bytes:
     """A shard in the format of its suffix; parquet in row groups of 10."""
-    lines = b"".join(json.dumps(each).encode() + b"\n" for each in documents)
     if suffix == ".parquet":
-        sink = pa.BufferOutputStream()
+        sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(documents), sink, row_group_size=10)
-        return sink.getvalue().to_pybytes()
-    return {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[suffix](lines)
+        return sink.getvalue()
+    return COMPRESS[suffix](b"".join(json.dumps(each).encode() + b"\n" for each in documents))
 
 
 @pytest.fixture
@@ -80,31 +95,31 @@ def root(tmp_path: Path) -> Path:
 # Folders and patterns
 
 
-def test_shards_of_the_split_come_in_order_of_their_names(root) -> None:
-    (root / "train" / "notes.txt").write_text("no shard")
+def test_shards_of_the_split_come_in_order_of_their_names(root: Path) -> None:
+    (root / "train" / "notes.txt").write_text("not a shard")
     names = [Path(name).relative_to(root).as_posix() for name in opened(root, "train").shards]
     assert names == [f"train/0000{number}.jsonl.zst" for number in range(3)]
 
 
-def test_a_folder_that_does_not_exist_is_named(tmp_path) -> None:
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.path=.*nowhere: no such folder.*clippy corpus"):
         opened(tmp_path / "nowhere", "train")
 
 
-def test_a_split_without_shards_is_an_error(root) -> None:
+def test_a_split_without_shards_is_an_error(root: Path) -> None:
     shutil.rmtree(root / "validation")
     with pytest.raises(DataError, match=r"no shard with content in .*validation"):
         opened(root, "validation")
 
 
-def test_a_split_of_empty_files_is_an_error(root) -> None:
+def test_a_split_of_empty_files_is_an_error(root: Path) -> None:
     for path in (root / "train").iterdir():
         path.write_bytes(b"")
     with pytest.raises(DataError, match=r"no shard with content"):
         opened(root, "train")
 
 
-def test_the_fingerprint_belongs_to_the_content_and_not_to_the_place(root, tmp_path) -> None:
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_place(root: Path, tmp_path: Path) -> None:
     before = opened(root, "train").fingerprint
     shutil.copytree(root, tmp_path / "copy")
     os.utime(root / "train" / "00000.jsonl.zst", (0, 0))
@@ -121,23 +136,23 @@ def test_the_fingerprint_belongs_to_the_content_and_not_to_the_place(root, tmp_p
     ],
     ids=["size", "name", "number", "manifest"],
 )
-def test_the_fingerprint_changes_with_the_shards(root, change) -> None:
+def test_the_fingerprint_changes_with_the_shards(root: Path, change: Callable[[Path], object]) -> None:
     before = opened(root, "train").fingerprint
     change(root)
     assert opened(root, "train").fingerprint != before
 
 
-def test_splits_have_different_fingerprints(root) -> None:
+def test_splits_have_different_fingerprints(root: Path) -> None:
     assert opened(root, "train").fingerprint != opened(root, "validation").fingerprint
 
 
-def test_a_split_may_have_another_name(root) -> None:
+def test_a_split_may_have_another_name(root: Path) -> None:
     (root / "validation").rename(root / "held out")
     assert list(opened(root, "validation", validation_split="held out").texts()) == TEXTS[:40]
 
 
 @pytest.mark.parametrize("pattern", ["{split}", "{split}/*", "{split}/*.jsonl.zst", "*/{split}/*.zst", "{split}-*.zst"])
-def test_a_pattern_finds_what_the_folder_holds(root, pattern) -> None:
+def test_a_pattern_finds_the_shards_of_a_folder(root: Path, pattern: str) -> None:
     for path in list(root.glob("*/*.zst")) if pattern.startswith(("*/", "{split}-")) else []:
         other = root / ("deep/" + path.parent.name if pattern.startswith("*/") else ".")
         other.mkdir(parents=True, exist_ok=True)
@@ -146,44 +161,44 @@ def test_a_pattern_finds_what_the_folder_holds(root, pattern) -> None:
     assert list(opened(root / pattern, "validation").texts()) == TEXTS[:40]
 
 
-def test_a_folder_may_have_any_name(root) -> None:
+def test_a_folder_may_have_any_name(root: Path) -> None:
     strange = root.rename(root.parent / "a[b]*? c::d")
     assert list(opened(strange).texts()) == TEXTS
 
 
-def test_a_link_is_as_good_as_a_file(root, tmp_path) -> None:
+def test_links_to_shards_are_followed(root: Path, tmp_path: Path) -> None:
     for path in sorted((root / "train").iterdir()):
         path.rename(tmp_path / path.name)
         path.symlink_to(tmp_path / path.name)
     assert list(opened(root).texts()) == TEXTS
 
 
-def test_the_formats_hold_the_same_documents(tmp_path) -> None:
+def test_the_formats_hold_the_same_documents(tmp_path: Path) -> None:
     documents = [document(text) for text in TEXTS]
-    for suffix in shards.SUFFIXES:
+    for suffix in shard_format.SUFFIXES:
         (tmp_path / suffix / "train").mkdir(parents=True)
         (tmp_path / suffix / "train" / f"0{suffix}").write_bytes(encoded(suffix, documents))
         corpus = opened(tmp_path / suffix)
         for start, stride, residue in ((0, 1, 0), (25, 1, 0), (0, 7, 3), (33, 7, 2), (len(TEXTS), 1, 0)):
             wanted = [(i, t, "") for i, t in enumerate(TEXTS) if i >= start and i % stride == residue]
-            assert list(corpus.documents(0, start, stride, residue)) == wanted, suffix
+            assert lines(corpus, 0, start, stride, residue) == wanted, suffix
 
 
-def test_formats_may_be_mixed_in_a_split(tmp_path) -> None:
+def test_formats_may_be_mixed_in_a_split(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    for number, suffix in enumerate(shards.SUFFIXES):
+    for number, suffix in enumerate(shard_format.SUFFIXES):
         (tmp_path / "train" / f"{number}{suffix}").write_bytes(encoded(suffix, [document(TEXTS[number])]))
-    assert list(opened(tmp_path).texts()) == TEXTS[: len(shards.SUFFIXES)]
+    assert list(opened(tmp_path).texts()) == TEXTS[: len(shard_format.SUFFIXES)]
 
 
-def test_ten_thousand_shards_are_opened_in_two_seconds(tmp_path) -> None:
+def test_ten_thousand_shards_are_opened_in_two_seconds(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     shard = encoded(".jsonl.zst", [document("x")])
     for number in range(10_000):
         (tmp_path / "train" / f"{number:05d}.jsonl.zst").write_bytes(shard)
     started = time.process_time()
     corpus = opened(tmp_path)
-    assert next(corpus.documents(9_999)) == (0, "x", "")
+    assert lines(corpus, 9_999) == [(0, "x", "")]
     assert time.process_time() - started < 2
     assert len(corpus.shards) == 10_000
 
@@ -191,21 +206,21 @@ def test_ten_thousand_shards_are_opened_in_two_seconds(tmp_path) -> None:
 # Filters and bad lines
 
 
-@pytest.mark.parametrize("suffix", shards.SUFFIXES)
-def test_a_rule_leaves_out_documents_and_says_which_rule(tmp_path, suffix) -> None:
+@pytest.mark.parametrize("suffix", shard_format.SUFFIXES)
+def test_excluded_documents_are_counted_by_rule(tmp_path: Path, suffix: str) -> None:
     (tmp_path / "train").mkdir()
     documents = [document("a", stars=1), document("b", stars=5), document("a longer text", stars=9)]
     (tmp_path / "train" / f"0{suffix}").write_bytes(encoded(suffix, documents))
-    found = entries(opened(tmp_path, filter=FilterConfig(min_stars=5, max_bytes=5)))
+    found = all_lines(opened(tmp_path, filter=FilterConfig(min_stars=5, max_bytes=5)))
     assert found == [[(0, None, "filtered/few_stars"), (1, "b", ""), (2, None, "filtered/too_large")]]
 
 
-def test_the_identity_of_the_data_includes_the_rules(train_config) -> None:
+def test_the_identity_of_the_data_includes_the_rules(train_config: Callable[..., TrainConfig]) -> None:
     identities = [data_identity(train_config(*rules), "fingerprint") for rules in ([], ["data.filter.min_stars=5"])]
     assert identities[0] != identities[1]
 
 
-def test_rejects_are_logged_once_for_a_shard_and_without_content(root, caplog) -> None:
+def test_rejections_are_logged_once_per_shard_without_content(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = root / "train/00001.jsonl.zst"
     lines = [b'{"text": 1, "secret": 2}', b"secret", b'{"text": "good", "meta": {"stars": 0}}', b"secret"]
     path.write_bytes(zstandard.compress(b"\n".join(lines)))
@@ -214,7 +229,7 @@ def test_rejects_are_logged_once_for_a_shard_and_without_content(root, caplog) -
     assert [record.message for record in caplog.records] == [f"{path}: lines skipped: not_json 2, no_text 1"]
 
 
-def test_a_damaged_shard_is_a_warning(root, caplog) -> None:
+def test_a_damaged_shard_is_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = root / "train/00001.jsonl.zst"
     path.write_bytes(path.read_bytes()[:-1])
     assert len(list(opened(root).texts())) >= 80
@@ -223,7 +238,7 @@ def test_a_damaged_shard_is_a_warning(root, caplog) -> None:
     ]
 
 
-def test_a_corpus_without_a_usable_line_is_refused_and_one_with_is_not(root) -> None:
+def test_a_corpus_without_a_usable_line_is_refused(root: Path) -> None:
     require_text(opened(root))
     for settings, reason in (
         ({"text_column": "code"}, r"no_text 120.*data\.text_column=code$"),
@@ -238,7 +253,7 @@ def test_a_corpus_without_a_usable_line_is_refused_and_one_with_is_not(root) -> 
 
 @dataclass
 class Server:
-    """An HTTP server of a folder. `answer(path, number)` says what becomes of the n-th GET: "" is well."""
+    """An HTTP server of a folder. `answer(path, number)` returns the fault of the n-th GET, "" for none."""
 
     folder: Path
     ranges: bool = True
@@ -250,7 +265,7 @@ class Server:
 class Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, server: Server, *args) -> None:
+    def __init__(self, server: Server, *args: Any) -> None:
         self.settings = server
         super().__init__(*args, directory=str(server.folder))
 
@@ -284,14 +299,14 @@ class Handler(SimpleHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes" if self.settings.ranges else "none")
         super().end_headers()
 
-    def log_message(self, *args) -> None: ...
+    def log_message(self, *args: Any) -> None: ...
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Server]]:
     running = []
 
-    def start(folder: Path, **settings) -> Server:
+    def start(folder: Path, **settings: Any) -> Server:
         server = Server(folder, **settings)
         listener = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, server))
         server.url = f"http://127.0.0.1:{listener.server_port}"
@@ -306,17 +321,28 @@ def serve() -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture
-def quick(monkeypatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses between attempts, and requests of 1000 bytes: several for each shard."""
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(shards, "READ_BYTES", 1000)
+    monkeypatch.setattr(shard_format, "READ_BYTES", 1000)
 
 
 def every(number: int, fault: str) -> Callable[[str, int], str]:
     return lambda path, count: fault if count % number == 0 else ""
 
 
-def test_a_server_has_the_same_corpus_as_the_folder(root, serve, quick) -> None:
+def delay(seconds: float, part: str = "") -> Callable[[str, int], str]:
+    """Answer late where `part` is in the path."""
+
+    def answer(path: str, number: int) -> str:
+        if part in path:
+            time.sleep(seconds)
+        return ""
+
+    return answer
+
+
+def test_a_server_has_the_same_corpus_as_its_folder(root: Path, serve: Callable[..., Server], quick: None) -> None:
     server = serve(root)
     local, remote = opened(root), opened(server.url)
     assert [name.removeprefix(server.url) for name in remote.shards] == [
@@ -324,12 +350,14 @@ def test_a_server_has_the_same_corpus_as_the_folder(root, serve, quick) -> None:
     ]
     assert remote.fingerprint == local.fingerprint
     assert server.gets == [("/manifest.json", None)]
-    assert entries(remote) == entries(local)
+    assert all_lines(remote) == all_lines(local)
     assert sum(wanted is not None for _, wanted in server.gets) > len(remote.shards)
 
 
 @pytest.mark.parametrize("pattern", ["", "/{split}", "/{split}/*.jsonl.zst"])
-def test_without_a_manifest_the_listing_of_the_server_is_used(root, serve, pattern) -> None:
+def test_without_a_manifest_the_listing_of_the_server_is_used(
+    root: Path, serve: Callable[..., Server], pattern: str
+) -> None:
     (root / "manifest.json").unlink()
     server = serve(root)
     remote = opened(server.url + pattern)
@@ -337,9 +365,11 @@ def test_without_a_manifest_the_listing_of_the_server_is_used(root, serve, patte
     assert list(remote.texts()) == TEXTS
 
 
-@pytest.mark.parametrize("suffix", shards.SUFFIXES)
+@pytest.mark.parametrize("suffix", shard_format.SUFFIXES)
 @pytest.mark.parametrize("fault", ["error", "reset", "cut"])
-def test_requests_that_fail_are_made_again(tmp_path, serve, quick, suffix, fault) -> None:
+def test_failed_requests_are_retried(
+    tmp_path: Path, serve: Callable[..., Server], quick: None, suffix: str, fault: str
+) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / f"0{suffix}").write_bytes(encoded(suffix, [document(text) for text in TEXTS]))
     server = serve(tmp_path, answer=every(3, fault))
@@ -347,19 +377,23 @@ def test_requests_that_fail_are_made_again(tmp_path, serve, quick, suffix, fault
     assert len(server.gets) > 6
 
 
-def test_a_slow_server_is_waited_for(root, serve, quick) -> None:
-    server = serve(root, answer=lambda path, number: time.sleep(0.02) or "")
+def test_a_slow_server_is_not_a_failure(root: Path, serve: Callable[..., Server], quick: None) -> None:
+    server = serve(root, answer=delay(0.02))
     assert list(opened(server.url).texts()) == TEXTS
 
 
-def test_a_server_that_never_answers_is_given_up(root, serve, quick, monkeypatch) -> None:
+def test_a_server_that_never_answers_is_an_error(
+    root: Path, serve: Callable[..., Server], quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(retry, "REQUEST_SECONDS", 0.05)
-    server = serve(root, answer=lambda path, number: time.sleep(0.3) or "" if "0000" in path else "")
+    server = serve(root, answer=delay(0.3, "0000"))
     with pytest.raises(DataError, match=r"00000\.jsonl\.zst cannot be read: .*[Tt]imeout"):
         list(opened(server.url).texts())
 
 
-def test_a_server_that_goes_on_failing_is_told_after_bounded_attempts(root, serve, quick, caplog) -> None:
+def test_a_server_that_keeps_failing_is_an_error_after_bounded_attempts(
+    root: Path, serve: Callable[..., Server], quick: None, caplog: pytest.LogCaptureFixture
+) -> None:
     server = serve(root, answer=lambda path, number: "error" if "00001" in path else "")
     with pytest.raises(DataError, match=rf"data\.path={server.url}/train: .*/00001\.jsonl\.zst cannot be read: .*503"):
         list(opened(server.url).texts())
@@ -372,17 +406,17 @@ def test_the_pauses_are_bounded() -> None:
     assert sum(pauses) < 30
 
 
-def test_a_shard_that_is_gone_is_told_at_once(root, serve) -> None:
+def test_a_missing_shard_is_an_error_at_once(root: Path, serve: Callable[..., Server]) -> None:
     server = serve(root)
     remote = opened(server.url)
     (root / "train" / "00001.jsonl.zst").unlink()
-    with pytest.raises(DataError, match=r"00001\.jsonl\.zst is not there any more"):
+    with pytest.raises(DataError, match=r"00001\.jsonl\.zst no longer exists"):
         list(remote.texts())
     with pytest.raises(DataError, match=r"no shard with content in .*/nowhere/train"):
         opened(f"{server.url}/nowhere")
 
 
-def test_a_shard_that_became_shorter_is_an_error(tmp_path, serve, quick) -> None:
+def test_a_shard_that_became_shorter_is_an_error(tmp_path: Path, serve: Callable[..., Server], quick: None) -> None:
     path = tmp_path / "train" / "0.jsonl"
     path.parent.mkdir()
     path.write_bytes(encoded(".jsonl", [document(text) for text in TEXTS]))
@@ -393,12 +427,16 @@ def test_a_shard_that_became_shorter_is_an_error(tmp_path, serve, quick) -> None
         list(reading)
 
 
-def test_a_server_without_ranges_can_be_read_from_the_start(root, serve, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "READ_BYTES", 1000)
+def test_a_server_without_ranges_can_be_read_from_the_start(
+    root: Path, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_format, "READ_BYTES", 1000)
     assert list(opened(serve(root, ranges=False).url).texts()) == TEXTS
 
 
-def test_a_server_without_ranges_that_fails_in_the_middle_is_an_error(tmp_path, serve, quick) -> None:
+def test_a_server_without_ranges_that_fails_in_the_middle_is_an_error(
+    tmp_path: Path, serve: Callable[..., Server], quick: None
+) -> None:
     (tmp_path / "train").mkdir()
     documents = [document(random.Random(number).randbytes(50_000).hex()) for number in range(100)]
     (tmp_path / "train" / "0.jsonl").write_bytes(encoded(".jsonl", documents))
@@ -407,7 +445,7 @@ def test_a_server_without_ranges_that_fails_in_the_middle_is_an_error(tmp_path, 
         list(opened(server.url).texts())
 
 
-def test_a_host_that_does_not_exist_is_an_error(quick) -> None:
+def test_a_host_that_does_not_exist_is_an_error(quick: None) -> None:
     with pytest.raises(DataError, match=r"data\.path=http://127\.0\.0\.1:1: .*cannot be read: ClientConnector"):
         opened("http://127.0.0.1:1")
 
@@ -415,19 +453,24 @@ def test_a_host_that_does_not_exist_is_an_error(quick) -> None:
 @pytest.mark.parametrize(
     ("path", "reason"), [("nosuch://corpus", "Protocol not known: nosuch"), ("smb://host/corpus", "smbprotocol")]
 )
-def test_a_protocol_that_cannot_be_used_is_an_error(path, reason) -> None:
+def test_a_protocol_that_cannot_be_used_is_an_error(path: str, reason: str) -> None:
     with pytest.raises(DataError, match=rf"data\.path={path} cannot be opened: .*{reason}"):
         opened(path)
 
 
 @pytest.mark.parametrize("url", ["hf://datasets/org/name/{split}/*.parquet", "https://host/{split}"])
-def test_a_url_names_its_files_by_urls(url) -> None:
-    assert sources._absolute(retry.filesystem(url), url).partition("://")[::2] == url.partition("://")[::2]
+def test_files_at_a_url_are_named_by_url(url: str) -> None:
+    assert sources._path_or_url(retry.filesystem(url), url).partition("://")[::2] == url.partition("://")[::2]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_server_that_fails_while_training_is_told_in_one_line(
-    train_config, tiny_corpus, tiny_tokenizer, serve, quick, workers
+def test_a_server_failure_during_training_is_a_one_line_error(
+    train_config: Callable[..., TrainConfig],
+    tiny_corpus: Path,
+    tiny_tokenizer: Path,
+    serve: Callable[..., Server],
+    quick: None,
+    workers: int,
 ) -> None:
     server = serve(tiny_corpus, answer=lambda path, number: "error" if "jsonl" in path else "")
     with pytest.raises(DataError, match=r"^data\.path=.*jsonl\.zst cannot be read: .*503") as caught:
@@ -435,7 +478,7 @@ def test_a_server_that_fails_while_training_is_told_in_one_line(
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_other_file_systems_are_read_in_the_same_way(root) -> None:
+def test_other_file_systems_are_read_in_the_same_way(root: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(root), "/corpus", recursive=True)
     assert opened("memory://corpus").fingerprint == opened(root).fingerprint
@@ -451,8 +494,13 @@ def first_batches(config: TrainConfig, tokenizer: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_on_a_failing_server_sees_what_it_would_see_locally(
-    train_config, tiny_corpus, tiny_tokenizer, serve, quick, workers
+def test_training_on_a_failing_server_gets_the_local_batches(
+    train_config: Callable[..., TrainConfig],
+    tiny_corpus: Path,
+    tiny_tokenizer: Path,
+    serve: Callable[..., Server],
+    quick: None,
+    workers: int,
 ) -> None:
     server = serve(tiny_corpus, answer=every(4, "reset"))
     local, remote = (
@@ -467,7 +515,7 @@ def test_training_on_a_failing_server_sees_what_it_would_see_locally(
 
 
 @pytest.fixture
-def dataset(tmp_path) -> Path:
+def dataset(tmp_path: Path) -> Path:
     """A dataset of 3 training and 1 test files, as `datasets` reads it from a folder."""
     folder = tmp_path / "dataset"
     folder.mkdir()
@@ -478,42 +526,42 @@ def dataset(tmp_path) -> Path:
     return folder
 
 
-def hub(name: Path | str, split: str = "train", **settings) -> Corpus:
+def hub(name: Path | str, split: str = "train", **settings: Any) -> Corpus:
     return open_corpus(DataConfig(hub=str(name), **settings), split)
 
 
-def test_a_dataset_is_read_shard_by_shard(dataset) -> None:
+def test_a_dataset_is_read_shard_by_shard(dataset: Path) -> None:
     corpus = hub(dataset)
     assert [Path(name).name for name in corpus.shards] == [f"train-{number}.parquet" for number in range(3)]
-    assert [[text for _, text, _ in shard] for shard in entries(corpus)] == [TEXTS[:40], TEXTS[40:80], TEXTS[80:]]
+    assert [[text for _, text, _ in shard] for shard in all_lines(corpus)] == [TEXTS[:40], TEXTS[40:80], TEXTS[80:]]
     for start, stride, residue in ((0, 1, 0), (25, 1, 0), (0, 7, 3), (33, 7, 2), (40, 1, 0)):
         wanted = [(i, t, "") for i, t in enumerate(TEXTS[40:80]) if i >= start and i % stride == residue]
-        assert list(corpus.documents(1, start, stride, residue)) == wanted
+        assert lines(corpus, 1, start, stride, residue) == wanted
 
 
-def test_a_dataset_is_filtered(dataset) -> None:
+def test_a_dataset_is_filtered(dataset: Path) -> None:
     assert list(hub(dataset, filter=FilterConfig(min_stars=39)).texts()) == [TEXTS[39], TEXTS[79], TEXTS[119]]
 
 
-def test_a_split_that_a_dataset_does_not_have_can_be_named(dataset) -> None:
+def test_a_split_that_a_dataset_does_not_have_can_be_named(dataset: Path) -> None:
     with pytest.raises(DataError, match=r"no split validation \(it has train, test\).*data\.validation_split"):
         hub(dataset, "validation")
     assert list(hub(dataset, "validation", validation_split="test").texts()) == TEXTS[:40]
 
 
-def test_a_column_that_a_dataset_does_not_have_is_named(dataset) -> None:
+def test_a_column_that_a_dataset_does_not_have_is_named(dataset: Path) -> None:
     with pytest.raises(DataError, match=r"no column data\.text_column=code; it has text, meta"):
         hub(dataset, text_column="code")
 
 
 @pytest.mark.parametrize("name", ["nowhere/at-all", "./nowhere"])
-def test_a_dataset_that_cannot_be_found_is_named(name, monkeypatch) -> None:
+def test_a_dataset_that_cannot_be_found_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=rf"data\.hub={name} cannot be opened"):
         hub(name)
 
 
-def test_the_fingerprint_of_a_dataset_changes_with_its_files(dataset) -> None:
+def test_the_fingerprint_of_a_dataset_changes_with_its_files(dataset: Path) -> None:
     before = hub(dataset).fingerprint
     assert hub(dataset).fingerprint == before
     assert hub(dataset, "validation", validation_split="test").fingerprint != before
@@ -522,8 +570,8 @@ def test_the_fingerprint_of_a_dataset_changes_with_its_files(dataset) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_on_a_dataset_sees_what_it_would_see_in_files(
-    train_config, dataset, tiny_tokenizer, tmp_path, workers
+def test_training_on_a_dataset_gets_the_batches_of_its_files(
+    train_config: Callable[..., TrainConfig], dataset: Path, tiny_tokenizer: Path, tmp_path: Path, workers: int
 ) -> None:
     (tmp_path / "files" / "train").mkdir(parents=True)
     for path in dataset.glob("train-*"):
@@ -535,11 +583,11 @@ def test_training_on_a_dataset_sees_what_it_would_see_in_files(
     assert torch.equal(*seen)
 
 
-def test_damage_in_a_dataset_ends_its_shard(tmp_path) -> None:
+def test_damage_in_a_dataset_ends_its_shard(tmp_path: Path) -> None:
     for number, end in enumerate(("", "broken")):
         lines = b"".join(json.dumps(document(text)).encode() + b"\n" for text in TEXTS)
         (tmp_path / f"train-{number}.jsonl").write_bytes(lines + end.encode())
-    whole, damaged = entries(hub(tmp_path))
-    assert [text for _, text, _ in whole] == TEXTS
+    intact, damaged = all_lines(hub(tmp_path))
+    assert [text for _, text, _ in intact] == TEXTS
     assert damaged[-1] == (len(damaged) - 1, None, "damaged_shard")
     assert [text for _, text, _ in damaged[:-1]] == TEXTS[: len(damaged) - 1]

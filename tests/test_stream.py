@@ -1,4 +1,4 @@
-"""Streams: over an epoch every document once and whole, and the same blocks after a restart at any cursor."""
+"""Streams: every document of an epoch once and in full, and the same blocks after a restart at any cursor."""
 
 import json
 import tempfile
@@ -16,21 +16,21 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from clippy_train.data import stream as stream_module
-from clippy_train.data.order import parts
+from clippy_train.data.order import stream_parts
 from clippy_train.data.stream import COUNTS, EMPTY_EPOCHS, START, Block, Cursor, Stream
 from clippy_train.errors import DataError
-from clippy_train.shards import format as shards
-from clippy_train.shards.format import REASONS, Fields
+from clippy_train.shards import format as shard_format
+from clippy_train.shards.format import REASONS, Entry, Fields, Selection
 from clippy_train.shards.sources import FileCorpus
 
-BAD = -1  # a line that is no document
+BAD = -1  # a line that is not a document
 EOS = 10**9
 LONGEST = 100
 
 
 @dataclass(frozen=True)
 class Case:
-    """A corpus (for each line of each shard, how many tokens it has, or BAD) and the settings to read it with."""
+    """A corpus (the number of tokens on each line of each shard, or BAD) and the settings to read it with."""
 
     lengths: list[list[int]]
     seq_len: int = 4
@@ -39,13 +39,13 @@ class Case:
     seed: int = 0
     eos: int | None = None
     shuffle: bool = True
-    window_bytes: int = 1 << 23
+    window_characters: int = 1 << 23
 
     @contextmanager
     def opened(self) -> Iterator[list[Stream]]:
         """The streams over real shards of this corpus."""
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stream_module, "WINDOW_BYTES", self.window_bytes)
+            patch.setattr(stream_module, "WINDOW_CHARACTERS", self.window_characters)
             paths = [Path(folder, f"{i:05d}.jsonl.zst") for i in range(len(self.lengths))]
             for path, lines in zip(paths, self.lines(), strict=True):
                 path.write_bytes(compressed(lines))
@@ -71,17 +71,17 @@ class Case:
         return [[f"{next(numbers)} {length}" for length in lengths] for lengths in self.lengths]
 
     def reading(self, index: int, epoch: int) -> list[str]:
-        """The texts of a stream's epoch in the order in which they are read, before windows are permuted."""
+        """The texts of a stream's epoch in reading order, before windows are permuted."""
         lines = self.lines()
         return [
             lines[part.shard][number]
-            for part in parts(len(lines), self.streams, index, self.seed, epoch)
+            for part in stream_parts(len(lines), self.streams, index, self.seed, epoch)
             for number in range(part.residue, len(lines[part.shard]), part.stride)
             if self.lengths[part.shard][number] != BAD
         ]
 
     def flat(self) -> list[tuple[str, int]]:
-        """(text, length) of every line in file order; a document's place is its number."""
+        """(text, length) of every line in on-disk order; the index is the document's number."""
         lengths = [length for shard in self.lengths for length in shard]
         return list(zip([text for shard in self.lines() for text in shard], lengths, strict=True))
 
@@ -101,7 +101,7 @@ def compressed(texts: list[str]) -> bytes:
 
 
 def encode(texts: list[str]) -> list[list[int]]:
-    """Ids that occur nowhere else: token i of document d is `LONGEST * d + i`."""
+    """Ids that occur once in the corpus: token i of document d is `LONGEST * d + i`."""
     return [[LONGEST * number + i for i in range(length)] for number, length in (map(int, t.split()) for t in texts)]
 
 
@@ -115,12 +115,12 @@ def cases(shortest: int = 0) -> st.SearchStrategy[Case]:
         window=st.integers(1, 6) | st.just(100),
         seed=st.integers(0, 2**40),
         eos=st.sampled_from([None, EOS]),
-        window_bytes=st.sampled_from([1, 12, 1 << 23]),
+        window_characters=st.sampled_from([1, 12, 1 << 23]),
     )
 
 
 def take(stream: Stream, count: int, cursor: Cursor = START) -> list[Block]:
-    """The next blocks; fewer where the stream finds no more documents."""
+    """The next blocks, or fewer if the stream finds no more documents."""
     blocks: list[Block] = []
     with suppress(DataError):
         blocks.extend(islice(stream.blocks(cursor), count))
@@ -131,26 +131,26 @@ def joined(blocks: list[Block]) -> list[int]:
     return [int(token) for block in blocks for token in block.tokens]
 
 
-def comparable(blocks: list[Block]) -> list[tuple]:
+def comparable(blocks: list[Block]) -> list[tuple[object, ...]]:
     return [
         (block.tokens.tolist(), block.cursor, block.counts.tolist(), block.rejected, block.spans) for block in blocks
     ]
 
 
 def total(blocks: list[Block]) -> dict[str, int]:
-    """Counts that are not zero."""
+    """The counts that are not zero."""
     sums = np.sum([block.counts for block in blocks], axis=0)
     return {name: int(value) for name, value in zip(COUNTS, sums, strict=True) if value}
 
 
 @settings(max_examples=200)
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(0, 2**40), st.integers(0, 5))
-def test_parts_of_all_streams_are_every_line_of_every_shard_once(num_shards, streams, seed, epoch) -> None:
+def test_the_parts_of_all_streams_cover_every_line_once(num_shards: int, streams: int, seed: int, epoch: int) -> None:
     lines = 30
     read = Counter(
         (part.shard, line)
         for index in range(streams)
-        for part in parts(num_shards, streams, index, seed, epoch)
+        for part in stream_parts(num_shards, streams, index, seed, epoch)
         for line in range(part.residue, lines, part.stride)
     )
     assert read == Counter((shard, line) for shard in range(num_shards) for line in range(lines))
@@ -158,18 +158,20 @@ def test_parts_of_all_streams_are_every_line_of_every_shard_once(num_shards, str
 
 @settings(max_examples=100)
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(0, 2**40))
-def test_streams_are_balanced_for_any_number_of_shards(num_shards, streams, seed) -> None:
-    sizes = [sum(1 / part.stride for part in parts(num_shards, streams, index, seed, 0)) for index in range(streams)]
+def test_streams_are_balanced_for_any_number_of_shards(num_shards: int, streams: int, seed: int) -> None:
+    sizes = [
+        sum(1 / part.stride for part in stream_parts(num_shards, streams, index, seed, 0)) for index in range(streams)
+    ]
     assert sizes == pytest.approx([num_shards / streams] * streams)
 
 
-def test_a_multiple_of_the_streams_in_shards_is_read_without_sharing() -> None:
-    assert {part.stride for index in range(4) for part in parts(12, 4, index, 0, 0)} == {1}
+def test_a_multiple_of_streams_shards_is_read_without_sharing() -> None:
+    assert {part.stride for index in range(4) for part in stream_parts(12, 4, index, 0, 0)} == {1}
 
 
 @settings(max_examples=100)
 @given(cases(shortest=1))
-def test_an_epoch_holds_every_document_whole_and_once(case) -> None:
+def test_an_epoch_holds_every_document_once_and_in_full(case: Case) -> None:
     with replace(case, seq_len=1).opened() as streams:
         seen: list[str] = []
         for stream in streams:
@@ -185,8 +187,8 @@ def test_an_epoch_holds_every_document_whole_and_once(case) -> None:
 
 @settings(max_examples=60)
 @given(cases(shortest=1), st.integers(0, 2))
-def test_documents_are_permuted_within_their_window(case, epoch) -> None:
-    case = replace(case, seq_len=1, window_bytes=1 << 23)
+def test_documents_are_permuted_within_their_window(case: Case, epoch: int) -> None:
+    case = replace(case, seq_len=1, window_characters=1 << 23)
     with case.opened() as streams:
         for stream in streams:
             read = case.reading(stream.index, epoch)
@@ -198,7 +200,7 @@ def test_documents_are_permuted_within_their_window(case, epoch) -> None:
 
 @settings(max_examples=60)
 @given(cases())
-def test_blocks_are_the_tokens_cut_without_a_gap(case) -> None:
+def test_blocks_are_the_tokens_cut_without_a_gap(case: Case) -> None:
     with case.opened() as streams:
         for stream in streams:
             size = sum(len(case.tokens(case.reading(stream.index, epoch))) for epoch in range(3))
@@ -213,7 +215,7 @@ def test_blocks_are_the_tokens_cut_without_a_gap(case) -> None:
 
 @settings(max_examples=60)
 @given(cases())
-def test_a_restart_at_any_cursor_gives_the_blocks_that_follow(case) -> None:
+def test_a_restart_at_any_cursor_gives_the_blocks_that_follow(case: Case) -> None:
     with case.opened() as streams:
         for stream in streams:
             blocks = take(stream, 25)
@@ -226,20 +228,20 @@ def test_a_restart_at_any_cursor_gives_the_blocks_that_follow(case) -> None:
 
 @settings(max_examples=60)
 @given(cases(shortest=1))
-def test_a_document_is_counted_with_the_block_of_its_first_token(case) -> None:
+def test_a_document_is_counted_with_the_block_of_its_first_token(case: Case) -> None:
     with case.opened() as streams:
         for stream in streams:
             for block in take(stream, 20):
-                lost = [value for name, value in zip(COUNTS, block.counts, strict=True) if name.startswith("rejected/")]
-                assert sum(block.rejected.values()) == sum(lost)
                 begun = case.documents(block.tokens.tolist())
                 counts = dict(zip(COUNTS, block.counts.tolist(), strict=True))
                 assert (counts["documents"], counts["characters"]) == (len(begun), sum(map(len, begun)))
+                rejected = [value for name, value in counts.items() if name.startswith("rejected/")]
+                assert sum(block.rejected.values()) == sum(rejected)
 
 
 @settings(max_examples=60)
 @given(cases())
-def test_spans_say_what_a_block_was_cut_from(case) -> None:
+def test_spans_name_the_sources_of_a_block(case: Case) -> None:
     with case.opened() as streams:
         lines = case.lines()
         for stream in streams:
@@ -251,7 +253,7 @@ def test_spans_say_what_a_block_was_cut_from(case) -> None:
 
 @pytest.mark.parametrize("restarted", [False, True])
 @pytest.mark.parametrize("window", [1, 3, 100])
-def test_a_rejected_line_is_counted_once_in_an_epoch(window, restarted) -> None:
+def test_a_rejected_line_is_counted_once_in_an_epoch(window: int, restarted: bool) -> None:
     case = Case([[4, BAD, BAD, 4, 8], [4], [4, BAD, 4]], window=window, shuffle=False)
     with case.opened() as (stream,):
         blocks = [next(stream.blocks())]
@@ -261,8 +263,8 @@ def test_a_rejected_line_is_counted_once_in_an_epoch(window, restarted) -> None:
     assert blocks[-1].cursor.epoch == 0
 
 
-def test_lines_are_counted_by_the_reason_of_their_rejection(monkeypatch) -> None:
-    monkeypatch.setattr(shards, "MAX_LINE_BYTES", 50)
+def test_rejected_lines_are_counted_by_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_format, "MAX_LINE_BYTES", 50)
     lines = [b'{"text":"0 4"}', b"not json", b'{"text":null}', b'{"text":"\xff"}', b"x" * 51, b'{"text":"1 4"}', b""]
     case = Case([[4]], shuffle=False)
     with case.opened() as (stream,):
@@ -281,7 +283,7 @@ def test_damage_in_a_shared_shard_is_counted_by_one_stream() -> None:
     assert sorted(total(blocks).get("rejected/damaged_shard", 0) for blocks in ends) == [0, 0, 1]
 
 
-def test_a_restart_opens_no_shard_that_is_behind_it() -> None:
+def test_a_restart_opens_no_earlier_shard() -> None:
     with Case([[4] * 3] * 4, shuffle=False).opened() as (stream,):
         blocks = take(stream, 12)
         assert blocks[6].cursor.part > 0
@@ -290,14 +292,14 @@ def test_a_restart_opens_no_shard_that_is_behind_it() -> None:
         assert comparable(take(stream, 5, blocks[6].cursor)) == comparable(blocks[7:])
 
 
-def test_without_shuffling_documents_come_as_they_lie() -> None:
+def test_without_shuffling_documents_keep_their_on_disk_order() -> None:
     case = Case([[3, BAD, 5], [], [1, 9, 2]], seq_len=1, window=4, eos=EOS, shuffle=False)
     with case.opened() as (stream,):
         size = len(case.tokens([text for text, length in case.flat() if length != BAD]))
         assert joined(take(stream, 2 * size)) == 2 * case.tokens([t for t, length in case.flat() if length != BAD])
 
 
-def test_every_seed_and_epoch_has_an_order_of_its_own() -> None:
+def test_every_seed_and_epoch_has_its_own_order() -> None:
     orders = set()
     for seed in range(3):
         with Case([[1] * 10] * 4, seq_len=40, window=8, seed=seed).opened() as (stream,):
@@ -305,19 +307,19 @@ def test_every_seed_and_epoch_has_an_order_of_its_own() -> None:
     assert len(orders) == 9
 
 
-def test_documents_of_a_repository_do_not_travel_together() -> None:
-    """Shards that lie repository by repository: the worst case."""
+def test_documents_of_a_repository_are_spread_out() -> None:
+    """The worst case: shards that are ordered by repository."""
     files, window = 8, 32
     case = Case([[1] * 128] * 8, seq_len=1, window=window, streams=2)
     with case.opened() as streams:
         places = [[(span.shard, span.line // files) for block in take(s, 512) for span in block.spans] for s in streams]
     neighbours = [first == second for place in places for first, second in pairwise(place)]
     assert len(neighbours) == 2 * 511
-    assert np.mean(neighbours) < 1.25 * (files - 1) / (window - 1)  # as they lie: (files - 1) / files
+    assert np.mean(neighbours) < 1.25 * (files - 1) / (window - 1)  # in on-disk order: (files - 1) / files
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
-    """A run may outlive a release: whatever changes these numbers breaks every run that is resumed."""
+    """A run may outlive a release: a change of these numbers breaks every run that is resumed after it."""
     with Case([[1] * 4] * 3, seq_len=6, window=3, streams=2, seed=42).opened() as streams:
         orders = [[[token // LONGEST for token in block.tokens] for block in take(stream, 2)] for stream in streams]
     assert orders == [[[8, 0, 10, 1, 3, 2], [8, 10, 9, 0, 2, 11]], [[9, 4, 11, 5, 6, 7], [4, 5, 6, 7, 1, 3]]]
@@ -328,7 +330,7 @@ def test_the_order_of_a_seed_never_changes() -> None:
     [[[BAD, BAD]], [[], [BAD]], [[], []], [[0, 0]]],
     ids=["bad lines", "bad lines and an empty shard", "empty shards", "documents without tokens"],
 )
-def test_a_stream_without_documents_is_an_error(lengths) -> None:
+def test_a_stream_without_documents_is_an_error(lengths: list[list[int]]) -> None:
     with Case(lengths).opened() as (stream,), pytest.raises(DataError, match=r"stream 0 .* found no usable document"):
         next(stream.blocks())
 
@@ -338,8 +340,8 @@ def test_too_few_documents_for_the_streams_is_an_error() -> None:
         assert [len(take(stream, 2)) for stream in streams] == [2, 2, 0]
 
 
-def test_epochs_without_a_document_are_no_error_while_others_have_some() -> None:
-    """Shards without a usable document fall to every stream now and then."""
+def test_an_epoch_without_documents_is_not_an_error() -> None:
+    """Now and then every stream gets only shards without a usable document."""
     case = Case([[4, 4], [BAD], []], streams=3)
     with case.opened() as streams:
         assert any(not case.reading(0, epoch) and not case.reading(0, epoch + 1) for epoch in range(EMPTY_EPOCHS))
@@ -347,7 +349,7 @@ def test_epochs_without_a_document_are_no_error_while_others_have_some() -> None
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_restarted_stream_gives_up_when_an_uninterrupted_one_does(seed) -> None:
+def test_a_restarted_stream_gives_up_when_an_uninterrupted_one_does(seed: int) -> None:
     with Case([[4, 4], *[[BAD]] * 7], streams=8, seed=seed).opened() as streams:
         blocks = {stream.index: take(stream, 12) for stream in streams}
         assert any(blocks.values())
@@ -358,10 +360,15 @@ def test_a_restarted_stream_gives_up_when_an_uninterrupted_one_does(seed) -> Non
 
 
 def test_a_shard_is_opened_once_in_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows follow each other in one pass: starting each at the shard's first line would be quadratic."""
-    opened: list[str] = []
+    """Windows are read in one pass: starting each at the shard's first line would be quadratic."""
+    opened: list[int] = []
     entries = FileCorpus._entries
-    monkeypatch.setattr(FileCorpus, "_entries", lambda *call: opened.append(call[1]) or entries(*call))
+
+    def recorded(corpus: FileCorpus, shard: int, selection: Selection) -> Iterator[Entry]:
+        opened.append(shard)
+        return entries(corpus, shard, selection)
+
+    monkeypatch.setattr(FileCorpus, "_entries", recorded)
     with Case([[4] * 20, [4] * 20], window=3).opened() as (stream,):
         list(islice(stream.blocks(), 40))
     assert sorted(opened) == sorted(set(opened))

@@ -1,8 +1,8 @@
 """Streams -> batches: what a rank trains and validates on.
 
-Promises: the rows of an optimizer step are the same for any number of ranks and loader processes; a batch holds
-integers only (DeepSpeed casts every float to bf16) and carries, for each row, the cursor behind it, so what was trained
-is known from the batches that were trained, not from how far a loader has read ahead.
+Promises: the sequences of an optimizer step are the same for any number of ranks and loader processes; a batch holds
+integers only (DeepSpeed casts every float to bf16) and the cursor after each of its sequences, so what was trained is
+known from the trained batches, not from how far a loader has read ahead.
 """
 
 import os
@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.scored import Groups, ScoredSequence, collate_scored, first_blocks, language_label, scored_blocks
@@ -26,15 +26,18 @@ from clippy_train.shards.sources import Corpus, open_corpus
 from clippy_train.signals import SIGNALS
 from clippy_train.tokenizer import encoder
 
-# Rounds that a loader process makes ahead, 8 kB a block. A stream tokenises several documents at a time, so rounds cost
-# from nothing to a second: processes that take turns must not wait for each other's dear ones.
+# Rounds that a loader process makes ahead, 8 kB per block. A stream tokenises several documents at a time, so a round
+# costs between nothing and a second: processes that take turns must not wait for each other's expensive rounds.
 PREFETCH_ROUNDS = 32
 
 Batch = dict[str, Tensor]
+StreamBlock = tuple[int, Block]  # stream, its block
 
 
-def train_batches(config: TrainConfig, tokenizer: Any, rank: int, cursors: np.ndarray) -> "TrainBatches":
-    """The training batches of one rank, from where each stream continues (`cursors`, `[streams, 5]`).
+def train_batches(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, rank: int, cursors: np.ndarray
+) -> "TrainBatches":
+    """The training batches of one rank; each stream continues from its row of `cursors` (`[streams, 5]`).
 
     A batch holds `input_ids` `[micro_batch, seq]`, `cursor` `[micro_batch, 1 + 5]` (stream, then `Cursor`), `counts`
     `[micro_batch, len(COUNTS)]`, `rejected` `[any number, 2]` (shard, lines) and `spans` `[spans of all blocks in turn,
@@ -48,21 +51,25 @@ def train_batches(config: TrainConfig, tokenizer: Any, rank: int, cursors: np.nd
     return TrainBatches(streams, starts, config.trainer.micro_batch_size, config.data.num_workers)
 
 
-def validation_batches(config: TrainConfig, tokenizer: Any, rank: int) -> tuple[list[Batch], list[str]]:
-    """The validation batches of one rank, as many on every rank, and the languages of the split.
+def validation_batches(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, rank: int
+) -> tuple[list[Batch], list[str]]:
+    """The validation batches of one rank, equally many on each, and the languages of the split.
 
     A batch holds `input_ids` and `group`, both `[eval_micro_batch, seq]` int64. A token's group is 1 + the index of its
-    language, or 0 in a sequence that only fills up the last batch (see `model.score`).
+    language, or 0 in a sequence that only pads the last batch (see `model.score`).
     """
     trainer = config.trainer
-    described = open_corpus(config.data, "validation", described=True)
+    corpus = open_corpus(config.data, "validation", with_meta=True)
     stream = _stream(config, open_corpus(config.data, "validation"), tokenizer, shuffle=False)
     groups: Groups[str] = Groups()
-    rows = list(scored_blocks(first_blocks(stream, trainer.val_samples), described, language_label, groups))
-    return val_batches(rows, rank, config.world_size, trainer.eval_micro_batch_size), list(groups)
+    sequences = list(scored_blocks(first_blocks(stream, trainer.val_samples), corpus, language_label, groups))
+    return split_scored(sequences, rank, config.world_size, trainer.eval_micro_batch_size), list(groups)
 
 
-def _stream(config: TrainConfig, corpus: Corpus, tokenizer: Any, shuffle: bool = True, index: int = 0) -> Stream:
+def _stream(
+    config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, shuffle: bool = True, index: int = 0
+) -> Stream:
     data = config.data
     return Stream(
         corpus=corpus,
@@ -81,7 +88,7 @@ class TrainBatches:
     """The endless sequence of one rank's training batches.
 
     A round is one block of each of the rank's streams, in the order of the streams. Loader process `w` of `W` makes
-    the blocks of every `W`-th stream, so a process keeps its streams to itself and `W` does not change the order.
+    the blocks of every `W`-th stream, so no stream is shared and `W` does not change the order.
 
     Attributes:
         wait_seconds: how long the training process has waited for data so far.
@@ -93,17 +100,17 @@ class TrainBatches:
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
-        rows: list[StreamBlock] = []
+        blocks: list[StreamBlock] = []
         rounds = self._rounds()
         while True:
             started = time.perf_counter()
-            rows += next(rounds)
+            blocks += next(rounds)
             self.wait_seconds += time.perf_counter() - started
-            while len(rows) >= self.batch_size:
-                yield collate(rows[: self.batch_size])
-                del rows[: self.batch_size]
+            while len(blocks) >= self.batch_size:
+                yield collate(blocks[: self.batch_size])
+                del blocks[: self.batch_size]
 
-    def _rounds(self) -> Iterator[list["StreamBlock"]]:
+    def _rounds(self) -> Iterator[list[StreamBlock]]:
         shares = max(1, self.num_workers)
         sources = [Rounds(self.streams[w::shares], self.starts[w::shares]) for w in range(shares)]
         if not self.num_workers:
@@ -113,16 +120,18 @@ class TrainBatches:
         while True:
             try:
                 shares_of_round = [next(loader) for loader in loaders]
-            except DataError as error:  # re-raised by the loader with the worker's traceback in its text
+            except DataError as error:  # re-raised by the loader with the worker's traceback in its message
                 message = str(error).rsplit("DataError: ", 1)[-1].strip()
-                error.with_traceback(None)  # its frames keep the loaders in a cycle, and one freed by the collector
-                loaders.clear()  # waits 10 s for its process
+                # The frames of `error` keep the loaders in a cycle; freed by the garbage collector, each would wait
+                # 10 s for its process.
+                error.with_traceback(None)
+                loaders.clear()
                 raise DataError(message) from None
-            yield sorted(chain.from_iterable(shares_of_round), key=lambda row: row[0])
+            yield sorted(chain.from_iterable(shares_of_round), key=lambda block: block[0])
 
 
-def _loader(source: "Rounds") -> DataLoader:
-    """A process that makes rounds. `collate_fn`: torch would give each array of each row its own shared memory."""
+def _loader(source: "Rounds") -> "DataLoader[list[StreamBlock]]":
+    """A process that makes rounds. `collate_fn`: torch would give each array of each block its own shared memory."""
     return DataLoader(
         source,
         batch_size=None,
@@ -133,11 +142,8 @@ def _loader(source: "Rounds") -> DataLoader:
     )
 
 
-StreamBlock = tuple[int, Block]  # stream, its block
-
-
-class Rounds(IterableDataset):
-    """Rounds of some streams: what one loader process makes."""
+class Rounds(IterableDataset[list[StreamBlock]]):
+    """Endless rounds of some streams: what one loader process makes."""
 
     def __init__(self, streams: list[Stream], starts: list[Cursor]) -> None:
         self.streams, self.starts = streams, starts
@@ -148,36 +154,37 @@ class Rounds(IterableDataset):
             yield [(stream.index, next(source)) for stream, source in zip(self.streams, blocks, strict=True)]
 
 
-def collate(rows: list[StreamBlock]) -> Batch:
+def collate(blocks: list[StreamBlock]) -> Batch:
+    rejected = [each for _, block in blocks for each in block.rejected.items()]
     return {
-        "input_ids": torch.from_numpy(np.stack([block.tokens for _, block in rows]).astype(np.int64)),
-        "cursor": torch.tensor([[stream, *block.cursor] for stream, block in rows]),
-        "counts": torch.from_numpy(np.stack([block.counts for _, block in rows])),
-        "rejected": torch.tensor([each for _, block in rows for each in block.rejected.items()]).reshape(-1, 2).long(),
-        "spans": torch.tensor([[stream, *span] for stream, block in rows for span in block.spans]),
+        "input_ids": torch.from_numpy(np.stack([block.tokens for _, block in blocks]).astype(np.int64)),
+        "cursor": torch.tensor([[stream, *block.cursor] for stream, block in blocks]),
+        "counts": torch.from_numpy(np.stack([block.counts for _, block in blocks])),
+        "rejected": torch.tensor(rejected).reshape(-1, 2).long(),
+        "spans": torch.tensor([[stream, *span] for stream, block in blocks for span in block.spans]),
     }
 
 
-def val_batches(rows: list[ScoredSequence], rank: int, world_size: int, batch_size: int) -> list[Batch]:
-    """A rank's share of the validation rows, in as many full batches on every rank: the last are filled up."""
-    mine = rows[rank::world_size]
-    per_rank = -(-len(rows) // world_size)
+def split_scored(sequences: list[ScoredSequence], rank: int, world_size: int, batch_size: int) -> list[Batch]:
+    """A rank's share of the sequences, in equally many full batches on every rank: the last ones are padded."""
+    mine = sequences[rank::world_size]
+    per_rank = -(-len(sequences) // world_size)
     missing = -(-per_rank // batch_size) * batch_size - len(mine)
-    filler = ScoredSequence(rows[0].tokens, np.zeros_like(rows[0].group))
-    mine = mine + [filler] * missing
+    padding = ScoredSequence(sequences[0].tokens, np.zeros_like(sequences[0].group))
+    mine = mine + [padding] * missing
     return [collate_scored(mine[begin : begin + batch_size]) for begin in range(0, len(mine), batch_size)]
 
 
 def _init_worker(_: int) -> None:
-    """A loader process leaves signals to its rank: Slurm and terminals send them to every process of a job."""
+    """Ignore signals, which Slurm and terminals send to every process of a job: the rank handles them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_die_with_rank, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_rank, args=(os.getppid(),), daemon=True).start()
 
 
-def _die_with_rank(rank_pid: int) -> None:
-    """A loader process whose rank was killed may wait for ever for its blocks to be taken."""
+def _exit_with_rank(rank_pid: int) -> None:
+    """End a loader process whose rank was killed: it might wait forever for its blocks to be taken."""
     while os.getppid() == rank_pid:
         time.sleep(1)
     os._exit(1)

@@ -78,7 +78,7 @@ def split_rows(
     config: EvaluateConfig, tokenizer: Any, encode: Callable[[list[str]], list[list[int]]], seq_len: int, groups: Groups
 ) -> Iterator[ScoredSequence]:
     """The rows of the split, cut as `stride` says."""
-    described = open_corpus(config.data, config.split, described=True)
+    described = open_corpus(config.data, config.split, with_meta=True)
     end = tokenizer.eos_token_id
     if config.stride is not None:
         return scored_windows(described, encode, end, seq_len, config.stride, repository_label, groups)

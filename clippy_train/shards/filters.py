@@ -1,8 +1,8 @@
 """Which documents belong in a corpus: named rules on a document's text and its Code Clippy meta.
 
-Promises: pure; every rule is off until its key is set; a document is counted by the first rule that it breaks, in the
-order of `RULES`. Cost: the rules on meta and size are almost free; those on lines read the text at some 300 MB/s, that
-on letters and digits at some 45 MB/s (tokenising: 2 to 3 MB/s).
+Promises: pure; every rule is off until its key is set; a document is counted under the first rule that it breaks, in
+the order of `RULES`. Cost: rules on meta and size are almost free; rules on lines read the text at some 300 MB/s, the
+one on letters and digits at some 45 MB/s (tokenising: 2 to 3 MB/s).
 """
 
 from collections.abc import Callable, Iterable
@@ -24,12 +24,12 @@ META_COLUMNS = {
 def broken_rule(document: dict[str, Any], text: str, rules: FilterConfig) -> str | None:
     """The name of the first of `RULES` that a document breaks, or None.
 
-    A rule that is set asks for evidence: a document whose meta does not say what the rule is about breaks it
-    (`min_stars=10` leaves out a document of unknown stars, `licences=[mit]` one without a licence). Names of languages
-    and licences are compared without regard to case, extensions with (`.C` is not `.c`).
+    A rule needs evidence: a document breaks it if its meta lacks the field in question (`min_stars=10` rejects a
+    document of unknown stars, `licences=[mit]` one without a licence). Case matters in extensions (`.C` is not `.c`),
+    but not in languages and licences.
 
     Args:
-        document: with its fields under `meta` as in Code Clippy, or at the top level under the names of `META_COLUMNS`.
+        document: has its fields under `meta` as in Code Clippy, or at the top level under the names of `META_COLUMNS`.
         text: the document's text, valid Unicode.
     """
     meta = code_clippy_meta(document)
@@ -37,33 +37,33 @@ def broken_rule(document: dict[str, Any], text: str, rules: FilterConfig) -> str
 
 
 def broken_meta_rule(meta: dict[str, Any], rules: FilterConfig) -> str | None:
-    """As `broken_rule`, by the Code Clippy meta alone: what can be told of a file before it is read."""
-    return next((name for name, breaks in _META.items() if breaks(meta, rules)), None)
+    """As `broken_rule`, for the rules on the Code Clippy meta: they can be checked before a file is read."""
+    return next((name for name, breaks in _META_RULES.items() if breaks(meta, rules)), None)
 
 
 def broken_text_rule(text: str, rules: FilterConfig) -> str | None:
-    """As `broken_rule`, by the text alone."""
-    return next((name for name, breaks in _TEXT.items() if breaks(text, rules)), None)
+    """As `broken_rule`, for the rules on the text."""
+    return next((name for name, breaks in _TEXT_RULES.items() if breaks(text, rules)), None)
 
 
 def code_clippy_meta(document: dict[str, Any]) -> dict[str, Any]:
-    """The Code Clippy meta of a document, None where nothing is known.
+    """The Code Clippy meta of a document, None for what is unknown.
 
     `stars` is an int. Several licences become one expression, `A AND B`: a filter must accept them all.
     """
     meta = document.get("meta")
     fields = meta if isinstance(meta, dict) else document
-    found = {name: _first(fields, columns) for name, columns in META_COLUMNS.items()}
-    readers: dict[str, Callable[[Any], Any]] = {"stars": _number, "license": _licence}
-    return {name: readers.get(name, _text)(value) for name, value in found.items()}
+    found = {name: _first_known(fields, columns) for name, columns in META_COLUMNS.items()}
+    texts = {name: value if isinstance(value, str) else None for name, value in found.items()}
+    return {**texts, "stars": _number(found["stars"]), "license": _licence(found["license"])}
 
 
-def _first(fields: dict[str, Any], columns: Iterable[str]) -> Any:
+def _first_known(fields: dict[str, Any], columns: Iterable[str]) -> Any:
     return next((fields[column] for column in columns if fields.get(column) not in (None, "", [])), None)
 
 
 def _number(value: Any) -> int | None:
-    """Stars are a number in some versions of the corpus, its digits in others, and a float where a column has nulls."""
+    """Stars are a number in some versions of the corpus, digits in others, and a float in a column with nulls."""
     try:
         return int(value)
     except (TypeError, ValueError, OverflowError):
@@ -75,24 +75,20 @@ def _licence(value: Any) -> str | None:
     return " AND ".join(sorted({name for name in names if isinstance(name, str) and name})) or None
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _extension(meta: dict[str, Any], rules: FilterConfig) -> bool:
+def _wrong_extension(meta: dict[str, Any], rules: FilterConfig) -> bool:
     endings = tuple(f".{extension.lstrip('.')}" for extension in rules.extensions)
     return bool(endings) and not (meta["file_name"] or "").endswith(endings)
 
 
-def _language(meta: dict[str, Any], rules: FilterConfig) -> bool:
-    return bool(rules.languages) and not _all_named(meta["repo_language"], rules.languages)
+def _wrong_language(meta: dict[str, Any], rules: FilterConfig) -> bool:
+    return bool(rules.languages) and not _all_accepted(meta["repo_language"], rules.languages)
 
 
-def _licences(meta: dict[str, Any], rules: FilterConfig) -> bool:
-    return bool(rules.licences) and not _all_named(meta["license"], rules.licences)
+def _wrong_licence(meta: dict[str, Any], rules: FilterConfig) -> bool:
+    return bool(rules.licences) and not _all_accepted(meta["license"], rules.licences)
 
 
-def _all_named(value: str | None, names: list[str]) -> bool:
+def _all_accepted(value: str | None, names: list[str]) -> bool:
     accepted = {name.casefold() for name in names}
     return value is not None and all(part.casefold() in accepted for part in value.split(" AND "))
 
@@ -127,17 +123,17 @@ def _low_alphanumeric(text: str, rules: FilterConfig) -> bool:
     return share is not None and sum(map(str.isalnum, text)) < share * len(text)
 
 
-_META: dict[str, Callable[[dict[str, Any], FilterConfig], bool]] = {
-    "extension": _extension,
-    "language": _language,
-    "licence": _licences,
+_META_RULES: dict[str, Callable[[dict[str, Any], FilterConfig], bool]] = {
+    "extension": _wrong_extension,
+    "language": _wrong_language,
+    "licence": _wrong_licence,
     "few_stars": _few_stars,
 }
-_TEXT: dict[str, Callable[[str, FilterConfig], bool]] = {
+_TEXT_RULES: dict[str, Callable[[str, FilterConfig], bool]] = {
     "too_small": _too_small,
     "too_large": _too_large,
     "long_line": _long_line,
     "long_mean_line": _long_mean_line,
     "low_alphanumeric": _low_alphanumeric,
 }
-RULES: tuple[str, ...] = (*_META, *_TEXT)
+RULES: tuple[str, ...] = (*_META_RULES, *_TEXT_RULES)

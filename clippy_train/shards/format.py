@@ -1,9 +1,9 @@
 """One shard of a corpus (`.jsonl.zst`, `.jsonl.gz`, `.jsonl`, `.parquet`): bytes -> documents; and how we write one.
 
-A document is a JSON object on a line, or a row: `{"text": ..., "meta": {...}}`. Promises: what cannot be used is
-counted by reason and skipped; a damaged or cut shard is told from a complete one (a cut zstd stream looks like a normal
-end of file to most readers); rejected content is never shown. Memory is bounded by the longest line, or by what 16 rows
-of parquet hold. Reading costs about 1/100 of tokenising; passing over lines costs their decompression.
+A document is a JSON object on a line, or a parquet row: `{"text": ..., "meta": {...}}`. Promises: what cannot be used
+is counted by reason and skipped; a damaged or truncated shard is detected (most readers take the end of a truncated
+zstd stream for the end of the file); rejected content is never shown. Memory is bounded by the longest line, or by 16
+parquet rows. Reading costs about 1/100 of tokenising; skipping lines costs their decompression.
 """
 
 import codecs
@@ -26,29 +26,25 @@ from clippy_train.shards.filters import META_COLUMNS, RULES, broken_rule, code_c
 SPLITS = ("train", "validation", "test")
 SUFFIX = ".jsonl.zst"  # what is written
 SUFFIXES = (SUFFIX, ".jsonl.gz", ".jsonl", ".parquet")  # what is read
-READ_BYTES = 1 << 20  # read at once: one request, where a shard lies on a network
-FEED_BYTES = 1 << 12  # decompressed at once: zstd can make 32,000 times as much, and damage takes its whole feed along
+READ_BYTES = 1 << 20  # per read: one request, if the shard is remote
+FEED_BYTES = 1 << 12  # per decompressor call: zstd can make 32,000 times as much, and damage loses the whole feed
 MAX_LINE_BYTES = 1 << 27  # 128 MiB: longer lines are skipped as `too_long` without being held in memory
 PARQUET_ROWS = 16  # decoded at once
 
-# Why a line, or the rest of a shard, was not used.
+# Why a line, or the rest of a shard, could not be used.
 REASONS = ("not_json", "no_text", "not_utf8", "too_long", "damaged_shard")
 
-# Why a document was left out on purpose: the rule of data.filter that it breaks.
+# Why a document was excluded on purpose: the rule of data.filter that it breaks.
 FILTERED = tuple(f"filtered/{rule}" for rule in RULES)
 
 
 class Entry(NamedTuple):
-    """A line or row of a shard: its content if it can be used, else the reason why not."""
+    """A line or row of a shard: its text, or the reason why it cannot be used."""
 
     number: int  # from 0
-    content: Any  # text or `Described`; None if there is a reason
-    reason: str
-
-
-class Described(NamedTuple):
-    text: str
-    meta: dict[str, Any]  # Code Clippy meta
+    text: str | None
+    reason: str  # "" if there is a text
+    meta: dict[str, Any] | None = None  # Code Clippy meta, if `Fields.with_meta`
 
 
 class ByteFile(Protocol):
@@ -59,26 +55,24 @@ class ByteFile(Protocol):
 
 @dataclass(frozen=True)
 class Fields:
-    """Which field of a document is its text, and the rules that choose among documents; None keeps all.
-
-    A `described` document comes as `Described`, instead of as its text alone.
-    """
+    """Which field of a document is its text, the rules that documents must pass (None: all do), and whether their meta
+    is wanted too."""
 
     text: str = "text"
     rules: FilterConfig | None = None
-    described: bool = False
+    with_meta: bool = False
 
     def columns(self, names: list[str]) -> list[str]:
         """Those of a table's columns that are needed."""
         needed = {self.text}
-        if self.rules or self.described:
+        if self.rules or self.with_meta:
             needed |= {"meta", *chain.from_iterable(META_COLUMNS.values())}
         return [name for name in names if name in needed]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is wanted of a shard: the lines from `start` on whose number is `residue` modulo `stride`."""
+    """The lines to read of a shard: from `start` on, those whose number is `residue` modulo `stride`."""
 
     start: int = 0
     stride: int = 1
@@ -92,80 +86,80 @@ class Selection:
         return number >= self.start and number % self.stride == self.residue
 
 
-ALL = Selection()
+ALL_LINES = Selection()
 
 
-def documents(file: ByteFile, name: str, fields: Fields, wanted: Selection = ALL) -> Iterator[Entry]:
-    """The wanted lines of an open shard as (line number, text or None, reason), where a good line has no reason.
+def read_documents(file: ByteFile, name: str, fields: Fields, selection: Selection = ALL_LINES) -> Iterator[Entry]:
+    """The selected lines of an open shard; the suffix of `name` gives its format.
 
-    `name` tells the format by its suffix. Blank lines have a number, but are never returned. A damaged or cut shard
-    ends with one `damaged_shard` entry, after every line that could be read.
+    Blank lines have a number, but are never returned. A damaged or truncated shard ends with one `damaged_shard` entry,
+    after every line that could be read.
     """
     if name.endswith(".parquet"):
-        yield from _rows(file, fields, wanted)
+        yield from _read_parquet(file, fields, selection)
         return
-    for number, line in _lines(_chunks(file, name), wanted):
+    for number, line in _lines(_chunks(file, name), selection):
         if isinstance(line, str):
             yield Entry(number, None, line)
         elif line and not line.isspace():
-            yield Entry(number, *parse(line, fields))
+            yield line_entry(number, line, fields)
 
 
-def parse(line: bytes, fields: Fields) -> tuple[Any, str]:
-    """The text (or `Described`) of a line and an empty reason, or None and the reason why it cannot be used."""
+def line_entry(number: int, line: bytes, fields: Fields) -> Entry:
+    """The entry of a line of JSON."""
     try:
         document = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError:
-        return None, "not_utf8"
+        return Entry(number, None, "not_utf8")
     except (ValueError, RecursionError):
-        return None, "not_json"
-    return usable(document, fields)
+        return Entry(number, None, "not_json")
+    return document_entry(number, document, fields)
 
 
-def usable(document: Any, fields: Fields) -> tuple[Any, str]:
-    """The text (or `Described`) of a document and an empty reason, or None and the reason why it cannot be used."""
+def document_entry(number: int, document: Any, fields: Fields) -> Entry:
+    """The entry of a JSON value or a row, which may be anything."""
     text = document.get(fields.text) if isinstance(document, dict) else None
     if not isinstance(text, str) or not text:
-        return None, "no_text"
+        return Entry(number, None, "no_text")
     if len(text) > MAX_LINE_BYTES:
-        return None, "too_long"
+        return Entry(number, None, "too_long")
     try:
         text.encode()  # a lone surrogate is valid JSON, but no tokenizer takes it
     except UnicodeEncodeError:
-        return None, "not_utf8"
+        return Entry(number, None, "not_utf8")
     broken = broken_rule(document, text, fields.rules) if fields.rules else None
     if broken:
-        return None, f"filtered/{broken}"
-    return (Described(text, code_clippy_meta(document)) if fields.described else text), ""
+        return Entry(number, None, f"filtered/{broken}")
+    return Entry(number, text, "", code_clippy_meta(document) if fields.with_meta else None)
 
 
-def _lines(chunks: Iterator[bytes | None], wanted: Selection) -> Iterator[tuple[int, bytes | str]]:
-    """Wanted lines without their end; a `str` is the reason why what stood there is lost.
+def _lines(chunks: Iterator[bytes | None], selection: Selection) -> Iterator[tuple[int, bytes | str]]:
+    """Selected lines without their line ends; a `str` is the reason why a line, or the rest of the shard, is lost.
 
-    Lines that are not wanted are counted, not made.
+    Lines that are not selected are counted, but not built.
     """
-    number, next_wanted = 0, wanted.first  # number of the line that the next byte belongs to
-    pending: list[bytes] = []  # pieces of a wanted line
+    number, next_selected = 0, selection.first  # number of the line that the next byte belongs to
+    pending: list[bytes] = []  # pieces of a selected line
     size = 0
     for chunk in chunks:
         if chunk is None:
-            if number == next_wanted:
-                yield number, "damaged_shard"  # whatever is pending is the first part of a line
+            if number == next_selected:
+                yield number, "damaged_shard"  # what is pending is an incomplete line
             return
         ends = chunk.count(b"\n")
-        if number + ends < next_wanted:
+        if number + ends < next_selected:
             number += ends
             continue
         begin = 0
         for _ in range(ends):
             end = chunk.index(b"\n", begin)
-            if number == next_wanted:
+            if number == next_selected:
                 size += end - begin
                 yield number, "too_long" if size > MAX_LINE_BYTES else b"".join((*pending, chunk[begin:end]))
-                next_wanted += wanted.stride
+                next_selected += selection.stride
                 pending, size = [], 0
             number, begin = number + 1, end + 1
-        if number == next_wanted:
+        if number == next_selected:
             size += len(chunk) - begin
             if size <= MAX_LINE_BYTES:
                 pending.append(chunk[begin:])
@@ -174,7 +168,7 @@ def _lines(chunks: Iterator[bytes | None], wanted: Selection) -> Iterator[tuple[
 
 
 def _chunks(file: ByteFile, name: str) -> Iterator[bytes | None]:
-    """Plain bytes of a shard; a last None says that its compressed stream was damaged or cut."""
+    """Decompressed bytes of a shard; a final None says that its compressed stream is damaged or truncated."""
     blocks = iter(partial(file.read, READ_BYTES), b"")
     if name.endswith(".jsonl"):
         return blocks
@@ -184,9 +178,9 @@ def _chunks(file: ByteFile, name: str) -> Iterator[bytes | None]:
 
 
 def _decompressed(blocks: Iterator[bytes], new_decoder: Callable[[], Any]) -> Iterator[bytes | None]:
-    """Decompressed chunks over all frames (or members) of a file; a last None says that it was damaged or cut."""
+    """Decompressed chunks of all frames (or members) of a file; a final None says that it is damaged or truncated."""
     decoder = new_decoder()
-    fresh = True  # at the start of a frame: the only place where a file may end
+    between_frames = True  # the only place where a file may end
     for block in blocks:
         for begin in range(0, len(block), FEED_BYTES):
             data = block[begin : begin + FEED_BYTES]
@@ -198,16 +192,16 @@ def _decompressed(blocks: Iterator[bytes], new_decoder: Callable[[], Any]) -> It
                     return
                 if chunk:
                     yield chunk
-                fresh, data = False, b""
+                between_frames, data = False, b""
                 if decoder.eof:
-                    data, fresh = decoder.unused_data, True
+                    between_frames, data = True, decoder.unused_data
                     decoder = new_decoder()
-    if not fresh:
+    if not between_frames:
         yield None
 
 
-def _rows(file: ByteFile, fields: Fields, wanted: Selection) -> Iterator[Entry]:
-    """Wanted rows of a parquet file; row groups before the first are not read, nor are other columns."""
+def _read_parquet(file: ByteFile, fields: Fields, selection: Selection) -> Iterator[Entry]:
+    """Selected rows of a parquet file; row groups before the first one, and columns not needed, are not read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -217,33 +211,38 @@ def _rows(file: ByteFile, fields: Fields, wanted: Selection) -> Iterator[Entry]:
         columns = fields.columns(parquet.schema_arrow.names)
         for group in range(parquet.num_row_groups):
             rows = parquet.metadata.row_group(group).num_rows
-            if number + rows <= wanted.first:
+            if number + rows <= selection.first:
                 number += rows
                 continue
             for batch in parquet.iter_batches(PARQUET_ROWS, [group], columns):
                 for row in range(batch.num_rows):
-                    if wanted.includes(number):
-                        yield Entry(number, *_row(batch, row, fields))
+                    if selection.includes(number):
+                        yield _parse_row(number, batch, row, fields)
                     number += 1
     except (pa.ArrowException, OSError):
-        if wanted.includes(number):
+        if selection.includes(number):
             yield Entry(number, None, "damaged_shard")
 
 
-def _row(batch: Any, row: int, fields: Fields) -> tuple[Any, str]:
+def _parse_row(number: int, batch: Any, row: int, fields: Fields) -> Entry:
     try:
-        return usable({name: batch[name][row].as_py() for name in batch.schema.names}, fields)
+        document = {name: batch[name][row].as_py() for name in batch.schema.names}
     except UnicodeDecodeError:
-        return None, "not_utf8"
+        return Entry(number, None, "not_utf8")
+    return document_entry(number, document, fields)
 
 
-def document_line(document: dict) -> bytes:
-    """The line of a document, without its end."""
+def document_line(document: dict[str, Any]) -> bytes:
+    """A document's line in a shard, without the line end."""
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class ShardWriter:
-    """Writes lines to `folder/00000.jsonl.zst`, ...: `shard_bytes` of them in a shard at most, or a single line."""
+    """Writes lines to `folder/00000.jsonl.zst`, ...: at most `shard_bytes` of them per shard, or one longer line.
+
+    Attributes:
+        files: `name`, `documents`, `bytes` and `sha256` of each finished shard.
+    """
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         folder.mkdir(parents=True)

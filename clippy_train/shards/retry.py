@@ -1,4 +1,4 @@
-"""Files behind a connection that may fail: every request is retried from the same position, after growing pauses."""
+"""Files on connections that may fail: every request is retried from the same position, with growing pauses."""
 
 import io
 import logging
@@ -13,15 +13,15 @@ from clippy_train.errors import ClippyError, DataError
 T = TypeVar("T")
 
 HTTP = ("http://", "https://")
-ATTEMPTS = 6  # of a request, with pauses between them that double: about 15 s
+ATTEMPTS = 6  # per request, with pauses that double: about 15 s in all
 FIRST_PAUSE = 0.5  # seconds
-REQUEST_SECONDS = 60.0  # without an answer after which a request over HTTP has failed
+REQUEST_SECONDS = 60.0  # without an answer, then an HTTP request has failed
 
 log = logging.getLogger(__name__)
 
 
 def filesystem(name: str) -> Any:
-    """The file system of a path or URL; made anew in a forked process, as fsspec demands."""
+    """The file system of a path or URL; a new one in a forked process, as fsspec requires."""
     if "://" not in name:
         return fsspec.filesystem("file")
     options = {}
@@ -33,10 +33,13 @@ def filesystem(name: str) -> Any:
 
 
 class RetriedFile(io.RawIOBase):
-    """A shard open for reading, whose every request is tried again from the same position when it fails.
+    """A shard open for reading; a request that fails is retried from the same position.
+
+    Args:
+        what: names the shard in messages.
 
     Raises:
-        DataError: it does not exist, or goes on failing.
+        DataError: it does not exist, or keeps failing.
     """
 
     def __init__(self, name: str, what: str) -> None:
@@ -45,8 +48,8 @@ class RetriedFile(io.RawIOBase):
         try:
             self._file = retried(self._opened, what=what)
         except FileNotFoundError as error:
-            raise DataError(f"{what} is not there any more") from error
-        self._size: int | None = self._file.size  # of the file that was opened first: another may take its place
+            raise DataError(f"{what} no longer exists") from error
+        self._size: int | None = self._file.size  # when first opened: the file may be replaced later
 
     def read(self, size: int = -1) -> bytes:
         data = retried(self._read, size, what=self._what)
@@ -80,33 +83,33 @@ class RetriedFile(io.RawIOBase):
         try:
             if self._file.tell() != self._position:
                 self._file.seek(self._position)
-            data = self._file.read(size)
+            data: bytes = self._file.read(size)
             if not data and size and self._position < (self._size or 0):
                 raise OSError(f"ended after {self._position} of {self._size} bytes")
             return data
         except Exception:
-            self._file.close()  # whatever state it is in, the next attempt opens it anew
+            self._file.close()  # its state is unknown; the next attempt opens it again
             raise
 
 
 def retried(function: Callable[..., T], *args: Any, what: str, **kwargs: Any) -> T:
-    """Call a function of a file system, again after growing pauses while it fails.
+    """Call a function of a file system, and again after growing pauses while it fails.
 
     Raises:
         FileNotFoundError, NotADirectoryError: at once.
         DataError: it failed `ATTEMPTS` times; the message begins with `what`.
     """
 
-    def announce(state: tenacity.RetryCallState) -> None:
+    def log_failure(state: tenacity.RetryCallState) -> None:
         pause = state.next_action.sleep if state.next_action else 0.0
         error = state.outcome.exception() if state.outcome else None
-        log.warning("%s failed (%s); next attempt in %.1f s", what, described_error(error), pause)
+        log.warning("%s failed (%s); next attempt in %.1f s", what, error_summary(error), pause)
 
     attempts = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(ATTEMPTS),
         wait=tenacity.wait_exponential(FIRST_PAUSE) + tenacity.wait_random(0, FIRST_PAUSE),
-        retry=tenacity.retry_if_exception(_may_pass),
-        before_sleep=announce,
+        retry=tenacity.retry_if_exception(_is_transient),
+        before_sleep=log_failure,
         reraise=True,
     )
     try:
@@ -114,14 +117,15 @@ def retried(function: Callable[..., T], *args: Any, what: str, **kwargs: Any) ->
     except (FileNotFoundError, NotADirectoryError, ClippyError):
         raise
     except Exception as error:
-        raise DataError(f"{what} cannot be read: {described_error(error)}") from error
+        raise DataError(f"{what} cannot be read: {error_summary(error)}") from error
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether an error of a file system may be gone the next time. Each has exceptions of its own kinds."""
-    lasting = (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError, ImportError, ClippyError)
-    return isinstance(error, Exception) and not isinstance(error, lasting)
+def _is_transient(error: BaseException) -> bool:
+    """Whether a retry may succeed. File systems raise their own classes, so only the permanent errors are listed."""
+    permanent = (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError, ImportError, ClippyError)
+    return isinstance(error, Exception) and not isinstance(error, permanent)
 
 
-def described_error(error: BaseException | None) -> str:
+def error_summary(error: BaseException | None) -> str:
+    """The type and message of an error."""
     return f"{type(error).__name__}: {error}".strip(": ")
