@@ -1,9 +1,9 @@
-"""Whether a data pipeline that runs for hours stays as small as it began: `make soak`.
+"""Whether the memory of a data pipeline grows over hours: `make soak`.
 
     python benchmarks/soak.py [MINUTES] [SOURCE]    25 minutes, this Python's standard library
 
-One rank with one loader process tokenises a corpus over and over. Every 10 s the resident memory of each is read; after
-a fifth of the time as warm-up, the slope by least squares is printed, in MB/h, as one JSON object.
+One rank with one loader process tokenises a corpus over and over. Every 10 s the resident memory of both is read. The
+least-squares slopes, without the first fifth of the time, are printed in MB/h, as one JSON object.
 """
 
 import json
@@ -13,6 +13,7 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -26,11 +27,11 @@ from clippy_train.train.callbacks.progress import fresh_cursors
 from clippy_train.train.data import DataModule
 
 PERIOD = 10.0  # seconds between two readings
-WARM_UP = 0.2  # of the time
+WARM_UP = 0.2  # share of the time
 STREAMS = 16
 
 
-def soak(work: Path, minutes: float, source: str) -> dict:
+def soak(work: Path, minutes: float, source: str) -> dict[str, Any]:
     corpus = work / "corpus"
     build_corpus(CorpusConfig(src=[source], out=str(corpus), shard_bytes=500_000))
     config = compose(
