@@ -1,4 +1,4 @@
-"""A recorded run of the original Flax training script: its settings, weights, micro-batches and what it computed."""
+"""A recorded run of the original Flax training script: its settings, weights, batches and results."""
 
 import json
 from pathlib import Path
@@ -13,16 +13,16 @@ from clippy_train.config import OptimConfig
 
 
 class FlaxTrace:
-    """One folder of recordings; see `data/flax_micro/README.md` for its files.
+    """One folder of a recording; `data/flax_micro/README.md` describes its files.
 
     Attributes:
         args: every setting of the recorded run, by the original's names.
         lr_table: learning rate of each update.
         losses: mean loss of each micro-batch.
         grad_norms: global norm of each update's mean gradient before clipping.
-        evals: for each validation, after how many updates it ran, and the loss of each of its batches.
+        evals: the loss of each validation batch, by the number of updates made before the validation.
         train_ids: `[micro_step, batch, seq]` int64.
-        eval_ids: `[batch_index, batch, seq]` int64.
+        eval_ids: `[batch_index, eval_batch, seq]` int64; the batch size may differ from that of `train_ids`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +46,7 @@ class FlaxTrace:
         return self.train_ids[update * self.accumulation : (update + 1) * self.accumulation]
 
     def optim_config(self) -> OptimConfig:
-        """The recorded settings as the project's."""
+        """The recorded settings under the project's names."""
         args = self.args
         return OptimConfig(
             lr=args["learning_rate"],
@@ -60,7 +60,7 @@ class FlaxTrace:
         )
 
     def initial_model(self) -> GPTNeoForCausalLM:
-        """The model in fp32 with the recorded initial weights, which are exact in bf16 and stored so."""
+        """The model in fp32 with the recorded initial weights, which are stored as bf16 without loss."""
         model = GPTNeoForCausalLM(GPTNeoConfig.from_pretrained(self.folder))
         with np.load(self.folder / "init_bf16bits.npz") as stored:
             weights = {name: (stored[name].astype(np.uint32) << 16).view(np.float32) for name in stored}
@@ -70,10 +70,10 @@ class FlaxTrace:
         return model
 
     def final_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """By parameter name, the rows that are recorded and their values after the last update."""
+        """The recorded rows of each parameter and their values after the last update, by name."""
         with np.load(self.folder / "final_fp32.npz") as stored:
             recorded = {name: torch.from_numpy(stored[name]) for name in stored}
-        if "wte_rows" in recorded:  # of a large embedding, only the rows of tokens that occur
+        if "wte_rows" in recorded:  # a large embedding is recorded only in the rows of tokens that occur
             some = {"transformer.wte.weight": (recorded["wte_rows_index"].long(), recorded["wte_rows"])}
         else:
             some = {}

@@ -1,9 +1,8 @@
-"""Feed a recorded run of the original to the framework's own training step: Lightning, strategy, optimizer, schedule.
+"""Feed a recorded run of the original to the framework's training step: Lightning, strategy, optimizer, schedule.
 
     python -m support.replay TRACE OUT KEY=VALUE,KEY=VALUE...
 
-runs one rank of it (RANK, WORLD_SIZE, ... in the environment), once for each list of settings, and writes what it
-computed to OUT.
+runs one rank (RANK, WORLD_SIZE, ... are in the environment), once per list of settings, and writes the results to OUT.
 """
 
 import json
@@ -12,22 +11,23 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
+from clippy_train.data.batches import Batch
 from clippy_train.launch.agent import (
     here,
     rank_environment,
 )
 from clippy_train.model.score import new_sums
-from clippy_train.train.module import CodeLM
+from clippy_train.train.module import CodeLM, code_lm
 from clippy_train.train.strategy import build_trainer
 from support import processes
 from support.flax_trace import FlaxTrace
@@ -37,7 +37,7 @@ TIMEOUT = 900
 
 @dataclass
 class Replay:
-    """What was computed on the recorded micro-batches; losses are those of whole micro-batches, over all ranks."""
+    """Results on the recorded batches; losses are means over a whole batch, whatever rank computed its parts."""
 
     losses: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
@@ -47,46 +47,56 @@ class Replay:
 
 
 class Recorder(pl.Callback):
+    """Collects a `Replay` during training."""
+
     def __init__(self) -> None:
         self.seen = Replay()
         self._sums = new_sums(1)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = pl_module.step
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = code_lm(pl_module).step
         if step.ended:
             self.seen.losses += [loss.item() for loss in step.losses]
             self.seen.learning_rates.append(step.lr)
-            self.seen.grad_norms.append(step.grad_norm)
+            self.seen.grad_norms.append(float(step.grad_norm))
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._sums = new_sums(1)
         self.seen.evals[trainer.global_step] = []
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        assert isinstance(pl_module, CodeLM)
         nats, targets, _ = (pl_module.val_sums - self._sums)[1].tolist()
         self._sums = pl_module.val_sums.clone()
         self.seen.evals[trainer.global_step].append(nats / targets)
 
 
 class RecordedData(pl.LightningDataModule):
-    """The recorded batches; a rank takes its share of the rows of each."""
+    """The recorded batches. Each rank trains on its share of every micro-batch, and validates on whole batches, whose
+    size need not be that of a micro-batch nor divisible by the number of ranks."""
 
     def __init__(self, trace: FlaxTrace, rank: int, world_size: int) -> None:
         super().__init__()
         self.languages = ["any"]
         self.train = [ids.chunk(world_size)[rank] for ids in trace.train_ids]
-        self.eval = [ids.chunk(world_size)[rank] for ids in trace.eval_ids]
+        self.eval = list(trace.eval_ids)
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader([{"input_ids": ids} for ids in self.train], batch_size=None)
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return loader([{"input_ids": ids} for ids in self.train])
 
-    def val_dataloader(self) -> DataLoader:
-        batches = [{"input_ids": ids, "group": torch.ones_like(ids)} for ids in self.eval]
-        return DataLoader(batches, batch_size=None)
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return loader([{"input_ids": ids, "group": torch.ones_like(ids)} for ids in self.eval])
+
+
+def loader(batches: list[Batch]) -> DataLoader[Batch]:
+    """A loader of ready batches; torch accepts any sequence as a dataset."""
+    return DataLoader(cast("Dataset[Batch]", batches), batch_size=None)
 
 
 def configuration(trace: FlaxTrace, *overrides: str) -> TrainConfig:
-    """The trace's settings as a configuration of ours."""
+    """The trace's settings as a configuration of the project."""
     args, optim = trace.args, trace.optim_config()
     batch, world_size = args["per_device_train_batch_size"], 2 if "trainer.devices=2" in overrides else 1
     return compose(
@@ -100,6 +110,7 @@ def configuration(trace: FlaxTrace, *overrides: str) -> TrainConfig:
             f"trainer.max_steps={args['max_steps']}",
             f"trainer.global_batch_size={batch * trace.accumulation}",
             f"trainer.micro_batch_size={batch // world_size}",
+            f"trainer.eval_micro_batch_size={args['per_device_eval_batch_size']}",
             f"trainer.val_every_steps={args['eval_steps']}",
             "trainer.devices=1",
             *overrides,
@@ -121,7 +132,7 @@ def train(trace: FlaxTrace, config: TrainConfig, rank: int = 0) -> Replay:
 
 
 def train_on_two_ranks(folder: Path, out: Path, *layouts: list[str]) -> list[Replay]:
-    """Train once in each layout, one after another on the same two real processes; losses are averaged over them."""
+    """Train once per list of overrides on the same two real processes; losses are averaged over the ranks."""
     trace = FlaxTrace(folder)
     config, place = configuration(trace, "trainer.devices=2"), here()
     ranks = [
@@ -135,20 +146,21 @@ def train_on_two_ranks(folder: Path, out: Path, *layouts: list[str]) -> list[Rep
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=TIMEOUT)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], json.dumps(said)
+    output = [process.communicate(timeout=TIMEOUT)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], json.dumps(output)
     seen = [[Replay(**each) for each in torch.load(out / f"{rank}.pt", weights_only=True)] for rank in range(2)]
-    return [joined(first, second) for first, second in zip(*seen, strict=True)]
+    return [merge_ranks(first, second) for first, second in zip(*seen, strict=True)]
 
 
-def joined(first: Replay, second: Replay) -> Replay:
-    """What two ranks computed together."""
+def merge_ranks(first: Replay, second: Replay) -> Replay:
+    """The results of two ranks together. Gradient norms and validation losses must be equal on both."""
     assert first.grad_norms == second.grad_norms
+    assert first.evals == second.evals
     return Replay(
         losses=mean(first.losses, second.losses),
         learning_rates=first.learning_rates,
         grad_norms=first.grad_norms,
-        evals={update: mean(losses, second.evals[update]) for update, losses in first.evals.items()},
+        evals=first.evals,
         weights=first.weights,
     )
 
