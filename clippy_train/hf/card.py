@@ -1,7 +1,7 @@
-"""The model card of an exported run, filled from the run's own files and from evaluations of its very weights only.
+"""The model card of an exported run, filled only from the run's own files and from evaluations of the same weights.
 
-Its head is the hub's metadata, with the results as a model index. What the card says of risks holds for any model of
-its kind; no number in it is typed by hand.
+Its head is the hub's metadata, with the results as a model index. The text on risks holds for any model of this kind;
+no number in the card is typed by hand.
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
 from clippy_train.config import OptimConfig, TrainConfig
+from clippy_train.run.checkpoint import Manifest
 
 CURVES = "curves.png"
 
@@ -70,22 +71,22 @@ print(tokenizer.decode(out[0], skip_special_tokens=True))
 
 ## Intended use
 
-Research on language models of code, and completing code for somebody who reads and tests what it suggests. It follows
-no instructions and answers no questions. It should not run unattended, nor write code that safety or security depends
+Research on language models of code, and code completion for people who read and test its suggestions. It does not
+follow instructions or answer questions. It should not run unattended, nor write code that safety or security depends
 on.
 
 ## Limitations
 
-- **Trust.** A completion that reads well can still be wrong. Whoever accepts suggestions without checking them,
-  beginners most of all, takes over the mistakes as well.
-- **Security.** Public code holds vulnerable and malicious examples, and nothing here looked for them. The model can
-  repeat them, and can be asked to.
-- **Licences.** Documents keep their authors' licences, whatever this model's own is. A completion may repeat one of
-  them closely enough to be bound by its terms; courts have hardly decided on this.
-- **Personal and offensive content.** What public repositories hold of either was not removed, and can come back.
-- **Uneven skill.** It does best on what it saw most; in the corpus of the original model these were JavaScript and
-  Python. The validation by language above shows how far this one differs.
-- **Work.** Tools that write code change the work of people who write code, and not to the good of all of them.
+- **Trust.** A completion that reads well can still be wrong. People who accept suggestions without checking them,
+  beginners above all, accept the mistakes as well.
+- **Security.** Public code contains vulnerable and malicious examples, and they were not filtered out. The model can
+  repeat them, and can be prompted to.
+- **Licences.** Documents keep their authors' licences, whatever the licence of this model. A completion may repeat a
+  document closely enough to fall under its terms; courts have decided little on this so far.
+- **Personal and offensive content.** Such content in public repositories was not removed, and the model can repeat it.
+- **Uneven skill.** It does best on the languages it saw most; in the original model's corpus these were JavaScript and
+  Python. The validation by language above shows how this model differs.
+- **Work.** Tools that write code change the work of people who write code, and not always for the better.
 - **Inherited limits.** {inherited}
 """
 
@@ -93,22 +94,22 @@ on.
 def model_card(
     config: TrainConfig,
     environment: dict[str, Any],
-    manifest: Any,
+    manifest: Manifest,
     rows: list[dict[str, Any]],
     evaluations: list[dict[str, Any]],
     place: str,
 ) -> str:
-    """The card as Markdown.
+    """Return the card as Markdown.
 
     Args:
-        rows: of the run's metrics, up to the step of `manifest`.
-        evaluations: files of results, with this model's name as `model` in their `about`.
-        place: what `from_pretrained` takes to load the model.
+        rows: the run's metrics up to the step of `manifest`.
+        evaluations: contents of results files, with this model's name as `model` in their `about`.
+        place: the argument of `from_pretrained` that loads the model.
     """
     optim, trainer, base = config.optim, config.trainer, config.model.base
     validations = [row for row in rows if "val/loss" in row]
     return TEMPLATE.format(
-        metadata=metadata(config, validations[-1:], evaluations),
+        metadata=card_metadata(config, validations[-1:], evaluations),
         name=config.run.name,
         version=environment["clippy_train"],
         started=base or "random weights",
@@ -116,14 +117,14 @@ def model_card(
         max_steps=trainer.max_steps,
         tokens=manifest.tokens,
         documents=manifest.counts["documents"],
-        languages=", ".join(by_language(validations[-1]) if validations else ()) or "not known",
+        languages=", ".join(bits_per_byte_by_language(validations[-1]) if validations else ()) or "not known",
         seq_len=config.data.seq_len,
         batch=trainer.global_batch_size,
         lr=optim.lr,
         warmup=optim.warmup_steps,
         decay=optim.decay_steps,
         floor=optim.min_lr_ratio,
-        optimizer=optimizer(optim),
+        optimizer=describe_optimizer(optim),
         clip=optim.grad_clip,
         precision=trainer.precision,
         strategy=f"{config.strategy.name}{config.strategy.stage or ''}",
@@ -131,7 +132,7 @@ def model_card(
         fingerprint=manifest.data["corpus fingerprint"],
         versions=", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
         settings=OmegaConf.to_yaml(OmegaConf.structured(config)),
-        evaluation="\n\n".join(map(evaluation, evaluations)) or "None beyond the validation below.",
+        evaluation="\n\n".join(map(evaluation_section, evaluations)) or "None beyond the validation below.",
         validation=validation_tables(validations),
         curves=CURVES,
         place=place,
@@ -141,12 +142,12 @@ def model_card(
     )
 
 
-def metadata(config: TrainConfig, validations: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:
-    """The YAML head: what the hub sorts models by, and the results as a model index."""
+def card_metadata(config: TrainConfig, validations: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:
+    """The YAML head: the fields that the hub filters models by, and the results as a model index."""
     split = f"{config.data.hub or 'corpus'} ({config.data.validation_split})"
     results = [_result("validation", split, "bits_per_byte", row["val/bits_per_byte"]) for row in validations]
     for each in evaluations:
-        for name, value in headline(each).items():
+        for name, value in headline_metrics(each).items():
             results.append(_result(each["about"]["task"], each["about"]["command"], name, value))
     data = ModelCardData(
         model_name=config.run.name,
@@ -169,18 +170,18 @@ def _result(dataset_type: str, dataset_name: str, metric: str, value: float) -> 
     )
 
 
-def headline(results: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation that stand for it."""
+def headline_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers that summarise an evaluation: pass@k, or bits per byte."""
     if results["about"]["task"] == "humaneval":
         return {name: value for name, value in results.items() if name.startswith("pass@")}
     return {"bits_per_byte": results["results"][results["about"]["model"]]["total"]["bits_per_byte"]}
 
 
-def evaluation(results: dict[str, Any]) -> str:
-    """An evaluation as a table, under the command that gives it."""
+def evaluation_section(results: dict[str, Any]) -> str:
+    """An evaluation as a table, below the command that reproduces it."""
     about = results["about"]
     if about["task"] == "humaneval":
-        table = [["metric", "value"], *([name, f"{value:.4f}"] for name, value in headline(results).items())]
+        table = [["metric", "value"], *([name, f"{value:.4f}"] for name, value in headline_metrics(results).items())]
     else:
         found = results["results"][about["model"]]
         parts = {"total": found["total"], **found["languages"]}
@@ -189,11 +190,11 @@ def evaluation(results: dict[str, Any]) -> str:
             [name, f"{each['bits_per_byte']:.4f}", f"{each['loss']:.4f}", f"{each['perplexity']:.2f}"]
             for name, each in parts.items()
         ]
-    return f"`{about['command']}`\n\n{markdown(table)}"
+    return f"`{about['command']}`\n\n{markdown_table(table)}"
 
 
 def validation_tables(validations: list[dict[str, Any]]) -> str:
-    """Each validation in total, and the last one by language."""
+    """A table of all validations, and one of the last validation by language."""
     if not validations:
         return "None was run."
     total = [["step", "loss", "perplexity", "bits per byte"]] + [
@@ -205,30 +206,31 @@ def validation_tables(validations: list[dict[str, Any]]) -> str:
         ]
         for row in validations
     ]
-    found = sorted(by_language(validations[-1]).items())
+    found = sorted(bits_per_byte_by_language(validations[-1]).items())
     languages = [["language", "bits per byte at the end"], *([name, f"{value:.4f}"] for name, value in found)]
-    return f"{markdown(total)}\n\n{markdown(languages)}"
+    return f"{markdown_table(total)}\n\n{markdown_table(languages)}"
 
 
-def by_language(row: dict[str, Any]) -> dict[str, float]:
-    """Bits per byte of each language in a row of a validation."""
+def bits_per_byte_by_language(row: dict[str, Any]) -> dict[str, float]:
+    """Bits per byte of each language in a validation's metrics row."""
     prefix = "val/bits_per_byte/"
     return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
 
 
-def markdown(table: list[list[str]]) -> str:
+def markdown_table(table: list[list[str]]) -> str:
+    """Format rows of cells, the header first."""
     header, *rows = ("| " + " | ".join(cells) + " |" for cells in table)
     return "\n".join([header, "|---" * len(table[0]) + "|", *rows])
 
 
-def optimizer(optim: OptimConfig) -> str:
-    """Its name and the settings that only it has."""
+def describe_optimizer(optim: OptimConfig) -> str:
+    """The optimizer's name and the settings that apply to it."""
     own = {"betas": optim.betas, "eps": optim.eps, "weight decay": optim.weight_decay}
     return ", ".join([optim.name, *(f"{name} {value}" for name, value in own.items() if value is not None)])
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss in training and validation, and the learning rate, over the optimizer steps, as a PNG."""
+    """Plot training and validation loss and the learning rate over the optimizer steps, as a PNG."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     figure = Figure(figsize=(8, 4), layout="constrained")
