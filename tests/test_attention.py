@@ -1,19 +1,22 @@
-"""Our attention is Hugging Face's eager attention, in value and gradient, for every length around the window.
+"""Our attention equals Hugging Face's eager attention, in value and gradient, for every length around the window.
 
-FlashAttention needs CUDA: here a stand-in does by its documentation what it would do with what we hand to it.
+FlashAttention needs CUDA: here a stand-in computes what its documentation specifies for the arguments we pass.
 FlexAttention has no backward on CPU, so only its values are compared.
 """
 
 import copy
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from support.models import gpt_neo, token_ids
 from torch import Tensor
+from torch.nn.attention import varlen
+from transformers import GPTNeoForCausalLM
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoBlock
 
+from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError
-from clippy_train.model import attention
 from clippy_train.model.attention import hidden_states, local_attention
 
 LOGITS = 1e-5  # largest absolute difference allowed in fp32
@@ -26,7 +29,7 @@ LENGTHS = [(256, seq) for seq in (1, 255, 256, 257, 300, 1024, 2048)] + [
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention.varlen, "varlen_attn", flash_attention)
+    monkeypatch.setattr(varlen, "varlen_attn", flash_attention)
 
 
 def flash_attention(
@@ -41,7 +44,7 @@ def flash_attention(
     scale: float,
     window_size: tuple[int, int],
 ) -> Tensor:
-    """`torch.nn.attention.varlen.varlen_attn` of `[tokens, heads, head_dim]`, sequence by sequence in plain torch."""
+    """`torch.nn.attention.varlen.varlen_attn` of `[tokens, heads, head_dim]` in plain torch, one sequence at a time."""
     left, right = window_size
     assert right == 0
     assert bounds.dtype == torch.int32
@@ -56,11 +59,12 @@ def flash_attention(
     return out
 
 
-def logits(model: Any, ids: Tensor, kernel: str = "sdpa", eos: int | None = None) -> Tensor:
-    return model.lm_head(hidden_states(model.transformer, ids, kernel, eos))
+def logits(model: GPTNeoForCausalLM, ids: Tensor, kernel: str = "sdpa", eos: int | None = None) -> Tensor:
+    found: Tensor = model.lm_head(hidden_states(model.transformer, ids, kernel, eos))
+    return found
 
 
-def gradients(model: Any, scores: Tensor) -> dict[str, Tensor]:
+def gradients(model: GPTNeoForCausalLM, scores: Tensor) -> dict[str, Tensor]:
     """Gradients of a fixed random projection of the logits, so that every position counts."""
     weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
     parameters = dict(model.named_parameters())
@@ -77,7 +81,7 @@ def test_logits_and_gradients_are_those_of_hugging_face(kinds: tuple[str, ...], 
 
     expected = gradients(model, theirs)
     largest = {name: gradient.abs().max().item() for name, gradient in expected.items()}
-    for name, gradient in gradients(model, ours).items():  # for a single token, those of query and key are exactly 0
+    for name, gradient in gradients(model, ours).items():  # of a single token, query and key gradients are exactly 0
         assert (gradient - expected[name]).abs().max() <= GRADIENT * (largest[name] or max(largest.values())), name
 
 
@@ -89,16 +93,16 @@ def test_flex_attention_has_the_values_of_hugging_face(seq: int) -> None:
 
 
 @pytest.mark.parametrize("seq", [1, 16, 17, 57])
-def test_flash_attention_is_called_for_what_hugging_face_computes(flash: None, seq: int) -> None:
+def test_flash_attention_with_our_arguments_computes_hugging_faces_logits(flash: None, seq: int) -> None:
     model, ids = gpt_neo(("global", "local"), window=16), token_ids(2, seq)
     torch.testing.assert_close(logits(model, ids, "varlen"), model(ids, use_cache=False).logits, atol=LOGITS, rtol=0)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
-def test_with_a_document_mask_a_document_is_all_there_is(flash: None, kernel: str) -> None:
-    """Hugging Face's eager attention under a mask that we write out here."""
+def test_with_a_document_mask_attention_stays_within_a_document(flash: None, kernel: str) -> None:
+    """Compared with Hugging Face's eager attention under a mask that is written out here."""
     model, eos = gpt_neo(("global", "local"), window=16), 3
-    ids = token_ids(4, 57, vocab_size=8)  # documents of some 8 tokens, of single tokens, and longer than the window
+    ids = token_ids(4, 57, vocab_size=8)  # documents of about 8 tokens, of single tokens, and longer than the window
     ids[0, 10:40], ids[1] = 5, 4
     document = [[(row[:i] == eos).sum().item() for i in range(57)] for row in ids]
     same = torch.tensor([[[a == b for b in row] for a in row] for row in document]).tril()
@@ -123,8 +127,8 @@ def test_a_global_layer_sees_everything_before(position: int) -> None:
 
 
 @torch.no_grad()
-def changed_by(model: Any, position: int) -> list[int]:
-    """The positions of a 57-token row whose hidden state changes by a bit when the token at `position` changes."""
+def changed_by(model: GPTNeoForCausalLM, position: int) -> list[int]:
+    """Positions of a 57-token sequence whose hidden state changes in any bit when the token at `position` changes."""
     ids = token_ids(1, 57)
     other = ids.clone()
     other[0, position] = (other[0, position] + 1) % 97
@@ -149,7 +153,7 @@ def test_local_attention_is_a_softmax_over_the_window(window: int, seq: int) -> 
 
 @pytest.mark.parametrize("seq", [16, 57])
 @torch.no_grad()
-def test_in_bf16_the_error_is_that_of_its_rounding(seq: int) -> None:
+def test_in_bf16_the_error_is_no_larger_than_hugging_faces(seq: int) -> None:
     model, ids = gpt_neo(("global", "local"), window=16), token_ids(2, seq)
     exact = model(ids, use_cache=False).logits
     low = copy.deepcopy(model).bfloat16()
@@ -166,6 +170,7 @@ def rms(error: Tensor) -> float:
 def test_dropout_acts_in_training_only() -> None:
     model, ids = gpt_neo(("global", "local"), window=16), token_ids(1, 57)
     for block in model.transformer.h:
+        assert isinstance(block, GPTNeoBlock)
         block.attn.attention.attn_dropout.p = 0.5
     expected = model.eval()(ids, use_cache=False).logits
     torch.testing.assert_close(logits(model, ids), expected, atol=LOGITS, rtol=0)
@@ -184,7 +189,7 @@ def test_dropout_acts_in_training_only() -> None:
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused_before_anything_starts(
-    train_config, overrides: list[str], message: str
+    train_config: Callable[..., TrainConfig], overrides: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         train_config(*overrides)
@@ -194,6 +199,8 @@ def test_a_kernel_that_cannot_run_is_refused_before_anything_starts(
     ("accelerator", "precision", "kernel"),
     [("cpu", "bf16", "sdpa"), ("cuda", "fp32", "sdpa"), ("cuda", "bf16", "varlen")],
 )
-def test_auto_takes_what_the_device_and_the_precision_allow(train_config, accelerator, precision, kernel) -> None:
+def test_auto_chooses_by_device_and_precision(
+    train_config: Callable[..., TrainConfig], accelerator: str, precision: str, kernel: str
+) -> None:
     config = train_config(f"trainer.accelerator={accelerator}", f"trainer.precision={precision}")
     assert config.attention == kernel

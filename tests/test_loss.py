@@ -1,11 +1,11 @@
-"""The loss is Hugging Face's, in fp32, with the shift inside a row and each micro-batch weighing the same.
+"""The loss equals Hugging Face's in fp32; targets are shifted within a sequence, and micro-batches weigh the same.
 
-Chunks are made small here, so that a loss and its gradient come from several of them, the last one not full.
+Chunks are small here, so that a loss and its gradient come from several chunks, the last one partly filled.
 """
 
 import copy
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from support.models import gpt_neo, token_ids
 from torch import Tensor
+from transformers import GPTNeoForCausalLM
 
+from clippy_train.config import TrainConfig
 from clippy_train.model import loss
 from clippy_train.model.attention import hidden_states
 from clippy_train.model.loss import mean_loss, token_losses
@@ -29,7 +31,7 @@ BOTH = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 
 
 @BOTH
-def test_the_mean_is_hugging_faces_own_loss(attention: str) -> None:
+def test_the_mean_is_hugging_faces_loss(attention: str) -> None:
     model, ids = gpt_neo(), token_ids(3, 57)
     expected = model(ids, labels=ids, use_cache=False).loss
     assert mean_loss(model, ids, attention).item() == pytest.approx(expected.item(), abs=2e-6)
@@ -47,8 +49,8 @@ def test_the_gradient_is_that_of_hugging_faces_loss(attention: str, scale: float
 
 @BOTH
 @pytest.mark.parametrize("autocast", [False, True])
-def test_in_bf16_the_error_is_that_of_its_rounding(attention: str, autocast: bool) -> None:
-    """Not larger than Hugging Face's, against gradients in fp32."""
+def test_in_bf16_the_error_is_no_larger_than_hugging_faces(attention: str, autocast: bool) -> None:
+    """Both errors are taken against gradients in fp32."""
     model, ids = gpt_neo(), token_ids(3, 57)
     exact = gradients(model, model(ids, labels=ids, use_cache=False).loss)
     low = model if autocast else copy.deepcopy(model).bfloat16()
@@ -63,7 +65,7 @@ def test_in_bf16_the_error_is_that_of_its_rounding(attention: str, autocast: boo
 
 
 def test_no_logits_outlive_their_chunk() -> None:
-    """Nothing is kept for backward that grows with tokens x vocabulary."""
+    """No tensor saved for backward grows with tokens x vocabulary."""
     model, ids, kept = gpt_neo(vocab_size=997), token_ids(3, 57), []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ def test_the_first_token_of_a_row_is_never_a_target(attention: str) -> None:
 
 
 @BOTH
-def test_rows_do_not_touch_each_other(attention: str) -> None:
+def test_sequences_do_not_affect_each_other(attention: str) -> None:
     model, ids = gpt_neo(), token_ids(3, 57)
     alone = torch.cat([token_losses(model, row[None], attention) for row in ids])
     torch.testing.assert_close(token_losses(model, ids, attention), alone, atol=1e-5, rtol=0)
@@ -122,13 +124,15 @@ def test_a_bf16_model_has_an_fp32_loss(attention: str) -> None:
     logits = model.lm_head(hidden[:, :-1])
     in_fp32, in_bf16 = (F.cross_entropy(each.mT, ids[:, 1:], reduction="none") for each in (logits.float(), logits))
     assert (losses - in_fp32).abs().max() <= 1e-6
-    assert (in_bf16 - in_fp32).abs().max() > 1e-3  # what a loss in bf16 would lose
+    assert (in_bf16 - in_fp32).abs().max() > 1e-3  # the error of a loss in bf16
 
 
 @BOTH
 @pytest.mark.parametrize("autocast", [False, True])
 @torch.no_grad()
-def test_a_bf16_loss_is_rounded_also_under_autocast_and_the_default_is_not(attention: str, autocast: bool) -> None:
+def test_a_bf16_loss_is_rounded_with_and_without_autocast_and_the_default_is_not(
+    attention: str, autocast: bool
+) -> None:
     model, ids = gpt_neo(), token_ids(3, 57)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         rounded, default = token_losses(model, ids, attention, "bf16"), token_losses(model, ids, attention)
@@ -146,22 +150,24 @@ def test_a_bf16_loss_has_gradients_near_those_of_fp32() -> None:
 
 
 @BOTH
-def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(attention: str) -> None:
+def test_accumulated_micro_batches_give_the_gradient_of_the_full_batch(attention: str) -> None:
     model, ids = gpt_neo(), token_ids(8, 57)
-    whole = gradients(model, mean_loss(model, ids, attention))
+    full = gradients(model, mean_loss(model, ids, attention))
     parts = [gradients(model, mean_loss(model, part, attention) / 4) for part in ids.split(2)]
-    for name, gradient in whole.items():
+    for name, gradient in full.items():
         accumulated = sum(part[name] for part in parts)
         assert (accumulated - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
-def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+def gradients(model: GPTNeoForCausalLM, loss: Tensor) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
-def test_compiled_training_steps_are_the_same_and_compile_once(train_config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced and differentiated as `model.compile=true` does it, but without the minutes of code generation."""
+def test_compiled_training_steps_are_the_same_and_compile_once(
+    train_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated as with `model.compile=true`, but without minutes of code generation."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -181,5 +187,5 @@ def test_compiled_training_steps_are_the_same_and_compile_once(train_config, mon
                 module.validation_step(batch, 0)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     torch.testing.assert_close(compiled.val_sums, plain.val_sums)
-    assert counts == [2] * 4  # training and validation, each in one piece
+    assert counts == [2] * 4  # one graph for training and one for validation
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -1,60 +1,65 @@
-"""The training loss of a causal LM: the shift from tokens to targets happens here, and nowhere else.
+"""The training loss of a causal LM. Tokens are shifted to targets here, and nowhere else.
 
-The logits of a batch never exist at once: the head takes `CHUNK` tokens at a time, in the precision of the model,
-reduces them in fp32, and in training turns them into gradients on the spot, so that backward has only to scale them. It
-holds, beside the gradient of its weight, one chunk of logits in that precision and one in fp32 (1024 x 50304: 0.1 and
-0.2 GB), where Hugging Face holds all logits several times over.
+The logits of a batch never exist at once. The head computes `CHUNK` tokens at a time in the model's precision, reduces
+them in fp32, and in training turns them into gradients at once, which backward only scales. Besides the gradient of its
+weight it holds one chunk of logits in the model's precision and one in fp32 (1024 x 50304: 0.1 and 0.2 GB); Hugging
+Face holds all logits several times over.
 
-All of it happens inside the head's own forward pass: under ZeRO-3 its weight exists nowhere else.
+All of this runs inside the head's own forward pass: under ZeRO-3 its weight is gathered only there.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import GPTNeoForCausalLM
 
 from clippy_train.model.attention import hidden_states
 
-CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens: large enough that adding a chunk's share to the fp32 gradient is cheap
-VOCAB_MULTIPLE = 128  # the head works on so many times so many rows: tensor cores take odd widths at half their speed
+CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens: enough that accumulating into the fp32 gradient is cheap
+VOCAB_MULTIPLE = 128  # the head's rows are padded to a multiple: on odd widths tensor cores run at half speed
 
 
 def mean_loss(
-    model: Any, input_ids: Tensor, attention: str, loss_dtype: str = "fp32", eos: int | None = None
+    model: GPTNeoForCausalLM, input_ids: Tensor, attention: str, loss_dtype: str = "fp32", eos: int | None = None
 ) -> Tensor:
     """Mean negative log-likelihood of the targets in nats, for training: an fp32 scalar to call `backward` on once.
 
     Args:
-        model: a `GPTNeoForCausalLM`; under ZeRO-3 its `lm_head` must be its `loss_head`.
-        input_ids: `[batch, seq]`; the targets are `input_ids[:, 1:]`, so a row's first token is never one
-            (as in the original, which shifts inside the block).
-        attention: `eager` runs Hugging Face's forward pass; the others are those of `model.attention`.
+        model: under ZeRO-3 its `lm_head` must be its `loss_head`.
+        input_ids: `[batch, seq]`; the targets are `input_ids[:, 1:]`, so the first token of a sequence is never a
+            target (as in the original, which shifts inside the block).
+        attention: `eager` runs Hugging Face's forward pass; the others are the kernels of `model.attention`.
         loss_dtype: `bf16` rounds as the original did: log-softmax in bf16, its mean in fp32; all logits at once.
-        eos: the token that ends a document, where attention must not leave documents.
+        eos: the end-of-text token; if given, attention stays within each document.
     """
     hidden = _hidden(model, input_ids, attention, eos)
-    return loss_head(model)(hidden, input_ids[:, 1:], loss_dtype=loss_dtype).mean()
+    losses: Tensor = loss_head(model)(hidden, input_ids[:, 1:], loss_dtype=loss_dtype)
+    return losses.mean()
 
 
 @torch.no_grad()
 def token_losses(
-    model: Any, input_ids: Tensor, attention: str, loss_dtype: str = "fp32", eos: int | None = None
+    model: GPTNeoForCausalLM, input_ids: Tensor, attention: str, loss_dtype: str = "fp32", eos: int | None = None
 ) -> Tensor:
-    """Negative log-likelihood of every target, `[batch, seq - 1]` fp32, without gradients; otherwise as `mean_loss`."""
+    """Negative log-likelihood of every target, `[batch, seq - 1]` fp32, without gradients; arguments of `mean_loss`."""
     hidden = _hidden(model, input_ids, attention, eos)
-    return loss_head(model)(hidden, input_ids[:, 1:], reduce=False, loss_dtype=loss_dtype)
+    losses: Tensor = loss_head(model)(hidden, input_ids[:, 1:], reduce=False, loss_dtype=loss_dtype)
+    return losses
 
 
-def _hidden(model: Any, input_ids: Tensor, attention: str, eos: int | None) -> Tensor:
-    """The hidden state before each target, `[batch, seq - 1, hidden]`."""
+def _hidden(model: GPTNeoForCausalLM, input_ids: Tensor, attention: str, eos: int | None) -> Tensor:
+    """The hidden state that predicts each target, `[batch, seq - 1, hidden]`."""
     if attention == "eager":
-        return model.transformer(input_ids, use_cache=False).last_hidden_state[:, :-1]
-    return hidden_states(model.transformer, input_ids, attention, eos)[:, :-1]
+        hidden: Tensor = model.transformer(input_ids, use_cache=False).last_hidden_state
+    else:
+        hidden = hidden_states(model.transformer, input_ids, attention, eos)
+    return hidden[:, :-1]
 
 
 class LossHead(torch.nn.Linear):
-    """GPT-Neo's head, with the same weight under the same name; given targets, it returns losses instead of logits."""
+    """GPT-Neo's head, with the same weight under the same name; with targets it returns losses instead of logits."""
 
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, *, reduce: bool = True, loss_dtype: str = "fp32"
@@ -68,12 +73,13 @@ class LossHead(torch.nn.Linear):
         rows, ids = hidden.flatten(0, 1), targets.flatten()
         with torch.autocast(kind, enabled=False):
             if reduce:
-                return _MeanLoss.apply(rows, self.weight, ids, dtype)
+                mean = _MeanLoss.apply(rows, self.weight, ids, dtype)  # type: ignore[no-untyped-call]  # untyped in torch
+                return cast(Tensor, mean)
             return _losses(rows.to(dtype), self.weight.to(dtype), ids).view_as(targets)
 
 
-def loss_head(model: Any) -> LossHead:
-    """A model's head as one that computes losses, on the same (tied) parameter."""
+def loss_head(model: GPTNeoForCausalLM) -> LossHead:
+    """A head that computes losses with the model's own (tied) parameter."""
     if isinstance(model.lm_head, LossHead):
         return model.lm_head
     weight = model.lm_head.weight
@@ -83,14 +89,14 @@ def loss_head(model: Any) -> LossHead:
 
 
 class _MeanLoss(torch.autograd.Function):
-    """Mean loss of `[tokens, hidden]` hidden states; the gradients are made in forward, chunk by chunk."""
+    """Mean loss of `[tokens, hidden]` hidden states; forward computes the gradients, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         tokens, vocab_size = len(hidden), len(weight)
         chunk = min(tokens, CHUNK[hidden.device.type])
         inputs, head = hidden.to(dtype), F.pad(weight.to(dtype), (0, 0, 0, -vocab_size % VOCAB_MULTIPLE))
-        logits = head.new_empty(chunk, len(head))  # buffers: on CPU, new memory costs more than the arithmetic on it
+        logits = head.new_empty(chunk, len(head))  # reused buffers: on CPU, new memory costs more than the arithmetic
         scores = head.new_empty(chunk, len(head), dtype=torch.float32)
         grad_inputs, grad_head = torch.empty_like(inputs), torch.zeros_like(head, dtype=torch.float32)
         losses = scores.new_empty(tokens)
@@ -108,7 +114,7 @@ class _MeanLoss(torch.autograd.Function):
         return losses.mean()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None
 
@@ -120,7 +126,7 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _exponentials_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn `[tokens, vocab]` logits into exponentials, in place; the losses `[tokens]` and the sums `[tokens, 1]`."""
+    """Turn `[tokens, vocab]` logits into exponentials in place; return losses `[tokens]` and sums `[tokens, 1]`."""
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     target = logits.gather(1, targets[:, None])
     sums = logits.exp_().sum(dim=-1, keepdim=True)
@@ -128,14 +134,14 @@ def _exponentials_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax_gradient_(exponentials: Tensor, sums: Tensor, targets: Tensor) -> Tensor:
-    """The gradient of the summed losses by the logits, in place of their exponentials."""
+    """Overwrite the exponentials of logits with the gradient of the summed losses with respect to the logits."""
     probabilities, index = exponentials.div_(sums), targets[:, None]
     return probabilities.scatter_(1, index, probabilities.gather(1, index) - 1)
 
 
 def _bf16_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Losses of the original's bf16 log-softmax, whose every intermediate value is rounded to bf16."""
-    with torch.autocast(logits.device.type, enabled=False):  # which on CUDA would compute it in fp32
+    """Losses of the original's bf16 log-softmax, which rounds every intermediate value to bf16."""
+    with torch.autocast(logits.device.type, enabled=False):  # autocast on CUDA would compute exp and log in fp32
         logits = logits.bfloat16()
         shifted = logits - logits.amax(dim=-1, keepdim=True).detach()
         normaliser = shifted.exp().sum(dim=-1).log()

@@ -1,7 +1,7 @@
 """How well a model predicts text: nats, targets and bytes of the targets, summed by group of text.
 
-The one home of loss, perplexity and bits per byte, for validation during training and for `clippy evaluate`. A group is
-a language, or whatever else is reported apart. Costs: a scatter of three float64 numbers for each target.
+Validation during training and `clippy evaluate` both take loss, perplexity and bits per byte from here. A group is a
+language or any other label that is reported separately. Costs a scatter of three float64 numbers per target.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def new_sums(groups: int, device: torch.device | str = "cpu") -> Tensor:
-    """Sums for groups 1 to `groups`: `[1 + groups, 3]` float64 of nats, targets and bytes. Group 0 is not scored."""
+    """Zeros for groups 1 to `groups`: `[1 + groups, 3]` float64 of nats, targets and bytes. Group 0 is not scored."""
     return torch.zeros(1 + groups, 3, dtype=torch.float64, device=device)
 
 
@@ -20,10 +20,10 @@ def add_scores(sums: Tensor, losses: Tensor, input_ids: Tensor, group: Tensor, t
     """Add the targets of a batch to `sums` in place.
 
     Args:
-        losses: `[batch, seq - 1]` nats, as `model.loss.token_losses` gives them.
+        losses: `[batch, seq - 1]` nats, from `model.loss.token_losses`.
         input_ids: `[batch, seq]`.
-        group: `[batch, seq]`, of each token; 0 where it only fills up a row or is context.
-        token_bytes: `[vocab]`, as `tokenizer.token_bytes` gives them.
+        group: `[batch, seq]`, the group of each token; 0 for padding and for context that is not scored.
+        token_bytes: `[vocab]`, from `tokenizer.token_bytes`.
     """
     num_bytes = token_bytes[input_ids[:, 1:]]
     values = torch.stack([each.double().flatten() for each in (losses, torch.ones_like(losses), num_bytes)], dim=1)
@@ -31,7 +31,7 @@ def add_scores(sums: Tensor, losses: Tensor, input_ids: Tensor, group: Tensor, t
 
 
 def measures(sums: np.ndarray) -> dict[str, float]:
-    """Loss in nats per target, perplexity per target, and bits per byte, of `[3]` nats, targets and bytes."""
+    """Loss in nats per target, perplexity, and bits per byte, from `[3]` nats, targets and bytes."""
     nats, targets, num_bytes = sums.tolist()
     loss = nats / targets
     return {
