@@ -11,10 +11,10 @@ from transformers.optimization import Adafactor
 
 from clippy_train.config import OptimConfig
 
-# The defaults of `optax.adafactor` (0.0.9 to 0.2.8 agree), which the original's --adafactor took, in the words of
-# transformers' class: beta2 of update t (from 1) is 1 - t**-0.8, 1e-30 is added to squared gradients, a tensor's update
-# is clipped to a root mean square of 1, then scaled by that of the tensor, at least 1e-3. No momentum, no decay.
-# optax factors a matrix only if both sides are at least 128, transformers always: the same for GPT-Neo's own matrices.
+# The defaults of `optax.adafactor` (the same from 0.0.9 to 0.2.8), which the original's --adafactor used, by the names
+# of transformers' class: beta2 of update t (from 1) is 1 - t**-0.8, 1e-30 is added to squared gradients, a tensor's
+# update is clipped to a root mean square of 1, then scaled by that of the tensor, at least 1e-3. No momentum, no decay.
+# optax factors a matrix only if both sides are at least 128, transformers always; all of GPT-Neo's matrices are.
 ADAFACTOR: dict[str, Any] = {
     "decay_rate": -0.8,
     "eps": (1e-30, 1e-3),
@@ -28,10 +28,10 @@ ADAFACTOR: dict[str, Any] = {
 
 
 def lr_at(step: int, settings: OptimConfig) -> float:
-    """Learning rate of update `step` (the first is 0): linear warm-up from 0, cosine decay, then constant.
+    """Learning rate of update `step`, counted from 0: linear warm-up from 0, cosine decay, then constant.
 
     `lr(k) = peak * min(k, w)/w - (peak - end) * (1 - cos(pi * clip(k - w, 0, d)/d))/2`, `end = min_lr_ratio * peak`.
-    The original's schedule, except that no warm-up or no decay is allowed (there, both gave NaN or an error).
+    The original's schedule, except that zero warm-up or decay steps are allowed (there they gave NaN or an error).
     """
     warm = min(step, settings.warmup_steps) / settings.warmup_steps if settings.warmup_steps else 1.0
     after = step - settings.warmup_steps
@@ -51,25 +51,25 @@ class Schedule(LRScheduler):
         return [lr_at(self.last_epoch, self.settings) for _ in self.optimizer.param_groups]
 
     def start_at(self, step: int) -> None:
-        """Go on as if `step` updates had been made."""
+        """Continue as if `step` updates had been made."""
         self.last_epoch = step
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = lr
 
-    def state_dict(self) -> dict:
-        return {"last_epoch": self.last_epoch}  # the settings come from the configuration, not from a checkpoint
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch}  # settings come from the configuration, never from a checkpoint
 
 
 def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer `settings.name` over all parameters of the model."""
+    """Build the optimizer that `settings.name` names, over all parameters of the model."""
     if settings.name == "adafactor":
         return Adafactor(model.parameters(), lr=settings.lr, **ADAFACTOR)
-    return adamw(model, settings)
+    return build_adamw(model, settings)
 
 
-def adamw(model: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with the original's mask: everything decays (embeddings too) but biases and LayerNorm scales."""
-    assert settings.betas is not None  # as are eps and weight_decay: `config.problems`
+def build_adamw(model: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with the original's decay mask: everything decays, embeddings included, but biases and LayerNorm scales."""
+    assert settings.betas is not None  # `config.problems` requires betas, eps and weight_decay for AdamW
     assert settings.eps is not None
     decayed, plain = parameter_groups(model)
     groups: list[dict[str, Any]] = [
@@ -81,7 +81,7 @@ def adamw(model: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with and without weight decay: disjoint, complete, a tied weight once."""
+    """Split the parameters into those with and without weight decay: disjoint, complete, a tied weight once."""
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -92,9 +92,9 @@ def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients in place to a global norm of at most `max_norm` (0: never), and return the norm before.
+    """Scale gradients in place to a global norm of at most `max_norm` (0 disables it); return the norm before.
 
-    The sum runs in float64: on CPU, torch's fp32 norm of a large embedding is off by up to 2.7e-3.
+    The norm is computed in float64: on CPU, torch's fp32 norm of a large embedding is off by up to 2.7e-3.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     total = torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()

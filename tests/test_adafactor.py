@@ -1,4 +1,4 @@
-"""Adafactor is the original's: optax's rule, on one process and with its state partitioned over two."""
+"""Adafactor follows the original's, optax's rule, in one process and with its state partitioned over two."""
 
 import signal
 from pathlib import Path
@@ -10,6 +10,8 @@ import torch.distributed as dist
 from support.models import gpt_neo
 from support.runs import Runs, end, losses_and_norms, trained, weights, weights_hash
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.multiprocessing.spawn import start_processes
 from transformers import AutoModelForCausalLM, GPTNeoForCausalLM
 
 from clippy_train.compose import compose
@@ -24,7 +26,7 @@ FACTORED_FROM = 128  # optax factors a matrix only if both sides are at least th
 
 
 class Trace:
-    """Ten updates recorded from optax, by `make_adafactor_trace.py`, which describes the file."""
+    """Ten updates of optax, recorded by `make_adafactor_trace.py`, which describes the file."""
 
     def __init__(self) -> None:
         self.file = np.load(Path(__file__).parent / "data" / "adafactor_trace.npz")
@@ -45,25 +47,25 @@ class Trace:
         return torch.from_numpy(self.file[f"{name}/gradients"][update] * self.file["gradient_scale"][update])
 
     def weights(self, name: str) -> Tensor:
-        """After each of the last updates; of matrices after the very last only."""
+        """Weights after each update, `[updates, *shape]`; of matrices only after the last, `[1, *shape]`."""
         return torch.from_numpy(self.file[f"{name}/weights"])
 
     def sizes(self, name: str) -> list[float]:
-        """Root mean square of what each update changed."""
-        return self.file[f"{name}/size"].tolist()
+        """Root mean square of each update's change."""
+        return list(map(float, self.file[f"{name}/size"]))
 
 
 TRACE = Trace()
 
 
 class Replay:
-    """Our optimizer, schedule and clipping on the recorded gradients. `flipped`: with every matrix transposed."""
+    """Our optimizer, schedule and clipping on the recorded gradients, optionally with every matrix transposed."""
 
-    def __init__(self, flipped: bool) -> None:
-        def turn(tensor: Tensor) -> Tensor:
-            return tensor.mT.contiguous() if flipped and tensor.ndim == 2 else tensor
+    def __init__(self, transposed: bool) -> None:
+        def orient(tensor: Tensor) -> Tensor:
+            return tensor.mT.contiguous() if transposed and tensor.ndim == 2 else tensor
 
-        model = nn.ParameterDict({name: turn(TRACE.start(name)) for name in NAMES})
+        model = nn.ParameterDict({name: orient(TRACE.start(name)) for name in NAMES})
         optimizer = build_optimizer(model, TRACE.settings)
         schedule = Schedule(optimizer, TRACE.settings)
         self.grad_norms: list[float] = []
@@ -73,23 +75,23 @@ class Replay:
         for update in range(len(TRACE.lr)):
             before = {name: model[name].detach().clone() for name in NAMES}
             for name in NAMES:
-                model[name].grad = turn(TRACE.gradient(name, update))
+                model[name].grad = orient(TRACE.gradient(name, update))
             self.grad_norms.append(clip_grad_norm(model.parameters(), TRACE.settings.grad_clip).item())
             self.lr.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             schedule.step()
             for name in NAMES:
-                self.weights[name].append(turn(model[name].detach().clone()))
+                self.weights[name].append(orient(model[name].detach().clone()))
                 self.sizes[name].append((model[name].detach() - before[name]).double().square().mean().sqrt().item())
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["as recorded", "transposed"])
 def replay(request: pytest.FixtureRequest) -> Replay:
-    """Also transposed: the original's kernels are [in, out], ours [out, in]."""
-    return Replay(flipped=request.param)
+    """Both orientations, because the original's kernels are [in, out] and ours [out, in]."""
+    return Replay(transposed=request.param)
 
 
-def test_the_recording_holds_what_matters() -> None:
+def test_the_recording_covers_clipping_and_factoring() -> None:
     assert TRACE.lr[0] == 0
     assert len(set(TRACE.lr)) > 5
     assert max(TRACE.grad_norms) > TRACE.settings.grad_clip > min(TRACE.grad_norms)
@@ -99,19 +101,19 @@ def test_the_recording_holds_what_matters() -> None:
     assert min(per_lr) < 0.6 < 0.95 < max(per_lr)
 
 
-def test_norms_and_learning_rates_are_optaxs(replay: Replay) -> None:
+def test_norms_and_learning_rates_match_optax(replay: Replay) -> None:
     assert replay.grad_norms == pytest.approx(TRACE.grad_norms, rel=1e-6)
     assert replay.lr == pytest.approx(TRACE.lr, abs=2**-23 * TRACE.settings.lr)  # optax's schedule is fp32
 
 
 @pytest.mark.parametrize("name", ["matrix", "bias", "scale"])
-def test_every_update_has_the_size_of_optaxs(replay: Replay, name: str) -> None:
-    assert replay.sizes[name] == pytest.approx(TRACE.sizes(name), rel=2e-6, abs=0)  # seen: 4e-7
+def test_the_size_of_every_update_matches_optax(replay: Replay, name: str) -> None:
+    assert replay.sizes[name] == pytest.approx(TRACE.sizes(name), rel=2e-6, abs=0)  # measured: 4e-7
 
 
 @pytest.mark.parametrize("name", ["matrix", "bias", "scale"])
-def test_weights_are_optaxs(replay: Replay, name: str) -> None:
-    """Within one fp32 rounding of the largest weight for each update (seen: a third of that)."""
+def test_weights_match_optax(replay: Replay, name: str) -> None:
+    """Within one fp32 rounding of the largest weight per update (measured: a third of that)."""
     expected = TRACE.weights(name)
     ours = torch.stack(replay.weights[name][-len(expected) :])
     assert (ours - expected).abs().max() <= len(TRACE.lr) * 2**-24 * expected.abs().max()
@@ -119,7 +121,7 @@ def test_weights_are_optaxs(replay: Replay, name: str) -> None:
 
 
 def test_a_matrix_with_a_side_below_128_is_factored_here_and_not_in_optax(replay: Replay) -> None:
-    """The known difference: such a matrix, which GPT-Neo-125M does not have, takes updates of another direction."""
+    """A known difference: the updates of such a matrix have another direction. GPT-Neo-125M has none."""
     ours, expected = (
         each - TRACE.start("narrow") for each in (replay.weights["narrow"][-1], TRACE.weights("narrow")[-1])
     )
@@ -147,14 +149,14 @@ def test_every_matrix_of_the_recipes_models_is_factored_in_optax_too(experiment:
         (["optim=adafactor", "strategy=zero3"], "choose strategy=zero1 or ddp"),
     ],
 )
-def test_what_adafactor_does_not_have_is_refused(overrides: list[str], expected: str) -> None:
+def test_settings_that_adafactor_lacks_are_refused(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         compose(TrainConfig, ["experiment=demo", *overrides])
     assert expected in str(error.value)
 
 
 def updated(strategy: str) -> tuple[GPTNeoForCausalLM, torch.optim.Optimizer]:
-    """A model after two updates by the optimizer that a run with this strategy builds, and that optimizer."""
+    """A model after two updates by the optimizer that a run with this strategy builds, and the optimizer."""
     config = compose(
         TrainConfig,
         ["experiment=demo", "trainer.devices=1", "optim=adafactor", "optim.warmup_steps=0", f"strategy={strategy}"],
@@ -172,16 +174,17 @@ def updated(strategy: str) -> tuple[GPTNeoForCausalLM, torch.optim.Optimizer]:
 
 
 def update_on_rank(rank: int, out: Path) -> None:
-    """Write the names of the tensors whose state one of two ranks holds, and all weights."""
+    """Write all weights, and the names of the tensors whose optimizer state this rank of two holds."""
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
     model, optimizer = updated("zero1")
+    assert isinstance(optimizer, ZeroRedundancyOptimizer)
     held = [name for name, parameter in model.named_parameters() if parameter in optimizer.optim.state]
     torch.save({"held": held, "weights": model.state_dict()}, out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_each_tensors_state_is_on_one_of_two_ranks_and_its_update_on_both(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(update_on_rank, (tmp_path,), nprocs=2, start_method="spawn")
+    start_processes(update_on_rank, (tmp_path,), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     model, _ = updated("single")
     assert sorted(first["held"] + second["held"]) == sorted(name for name, _ in model.named_parameters())
@@ -204,7 +207,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 
 @pytest.fixture(scope="module")
 def zero1(runs: Runs) -> str:
-    """An uninterrupted run on two ranks with partitioned state."""
+    """The name of an uninterrupted run on two ranks with partitioned state."""
     runs.train("zero1", *ADAFACTOR, "strategy=zero1")
     return "zero1"
 
@@ -215,7 +218,7 @@ def single(runs: Runs) -> str:
     return "single"
 
 
-def test_two_ranks_train_as_one_process_does(runs: Runs, single: str, zero1: str) -> None:
+def test_two_ranks_train_like_one_process(runs: Runs, single: str, zero1: str) -> None:
     runs.train("ddp", *ADAFACTOR, "strategy=ddp")
     alone = weights(runs.folder(single))
     for name in ("ddp", zero1):
@@ -244,6 +247,6 @@ def test_a_run_with_partitioned_state_is_exported_with_its_weights_and_its_optim
     assert "| optimizer | adafactor, clipping 1.0 |" in (out / "README.md").read_text()
 
 
-def test_a_run_refuses_to_continue_with_another_optimizer(runs: Runs, zero1: str) -> None:
+def test_a_run_refuses_to_resume_with_another_optimizer(runs: Runs, zero1: str) -> None:
     message = runs.train(zero1, "trainer.max_steps=8", "trainer.precision=fp32", "strategy=zero1", code=4).stderr
     assert "optim.name was adafactor, is adamw" in message
