@@ -1,11 +1,11 @@
-"""The training step in figures: attention, whole steps, memory, and what the framework adds to them.
+"""Measure the training step: attention, full steps, memory, and the overhead of the framework.
 
     python benchmarks/model.py cpu      part of `make bench`: minutes, 12 GB of memory
     python benchmarks/model.py cuda     `make bench-gpu`: on one GPU; also tokens/s and MFU by micro-batch and strategy
 
-Prints one JSON object a row and writes the table, with date and versions, to `benchmarks/model-speed.md` (`-gpu.md`).
-Every variant trains in a process of its own, one step at a time in turn with its rivals; figures are medians of the
-steps after the first, so ratios hold on a machine that is not quite idle. `cpu` counts CPU seconds of all threads.
+Prints one JSON object per row and writes the table, with date and versions, to `benchmarks/model-speed.md` (`-gpu.md`).
+Every variant trains in a separate process, one step at a time in turn with the others; figures are medians of the steps
+after the first, so ratios hold on a machine that is not quite idle. `cpu` counts CPU seconds of all threads.
 """
 
 import json
@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
@@ -24,14 +24,15 @@ from itertools import repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPTNeoForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoBlock, GPTNeoSelfAttention
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
@@ -49,11 +50,11 @@ from clippy_train.train.module import CodeLM
 from clippy_train.train.strategy import build_trainer
 
 VOCAB_SIZE = 50261
-# A small shape, at which the original script can be timed as well: 4 x 512 tokens.
+# A small shape, with which the original script can be timed as well: 4 x 512 tokens.
 SMALL = ("model.hidden_size=256", "model.num_layers=6", "model.num_heads=8")
 NO_LIMIT = 10**6
-# glibc gives large buffers back to the system at once. Fetching them anew takes up to half of a short step on CPU, more
-# in one run than in the next, and hides a difference of 3 %.
+# glibc returns large buffers to the system at once. Allocating them again takes up to half of a short step on CPU,
+# varies between runs, and hides a difference of 3 %.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 
 Row = dict[str, Any]
@@ -62,7 +63,7 @@ Turn = Callable[[], None]  # waits for this variant's turn to make a step
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train: `how` is a function below; `low` computes in bf16: `weights`, `autocast`, or not at all."""
+    """One way to train: `how` names a function below; `low` is bf16 by `weights` or `autocast`, or empty for fp32."""
 
     how: str
     low: str = ""
@@ -92,24 +93,25 @@ class Variant:
             ],
         )
 
-    def model(self) -> Any:
+    def model(self) -> GPTNeoForCausalLM:
         torch.manual_seed(0)
-        model = GPTNeoForCausalLM(gpt_neo_config(self.config.model, vocab_size=VOCAB_SIZE)).to(self.device)
+        model = GPTNeoForCausalLM(gpt_neo_config(self.config.model, vocab_size=VOCAB_SIZE))
+        nn.Module.to(model, self.device)
         return model.bfloat16() if self.low == "weights" else model
 
     def ids(self) -> Tensor:
         return torch.randint(VOCAB_SIZE, (self.batch, self.seq), generator=torch.Generator().manual_seed(1))
 
 
-def loop(variant: Variant, turn: Turn, loss: Callable[[Any, Tensor], Tensor]) -> None:
-    """A bare PyTorch loop; `loss` of a model and ids."""
+def loop(variant: Variant, turn: Turn, loss: Callable[[GPTNeoForCausalLM, Tensor], Tensor]) -> None:
+    """A bare PyTorch loop; `loss` takes a model and ids."""
     settings, model, ids = variant.config.optim, variant.model(), variant.ids().to(variant.device)
     optimizer = build_optimizer(model, settings)
     while True:
         turn()
         with torch.autocast(variant.device, torch.bfloat16, enabled=variant.low == "autocast"):
             value = loss(model, ids)
-        optimizer.zero_grad()  # where Lightning has it: on CPU it matters when memory is given back
+        optimizer.zero_grad()  # at the same place as in Lightning: on CPU the time at which memory is freed matters
         value.backward()
         clip_grad_norm(model.parameters(), settings.grad_clip)
         optimizer.step()
@@ -122,7 +124,7 @@ def hugging_face(variant: Variant, turn: Turn) -> None:
 def ours(variant: Variant, turn: Turn) -> None:
     kernel = variant.config.attention
 
-    def loss(model: Any, ids: Tensor) -> Tensor:
+    def loss(model: GPTNeoForCausalLM, ids: Tensor) -> Tensor:
         model.lm_head = loss_head(model)
         return mean_loss(model, ids, kernel)
 
@@ -130,7 +132,7 @@ def ours(variant: Variant, turn: Turn) -> None:
 
 
 def framework(variant: Variant, turn: Turn) -> None:
-    """What a rank of `clippy train` runs, fed with ready batches."""
+    """The code of a rank of `clippy train`, with ready-made batches."""
 
     class Start(pl.Callback):
         def on_train_batch_start(self, *_: Any) -> None:
@@ -147,7 +149,7 @@ def framework(variant: Variant, turn: Turn) -> None:
 
 
 class Batches(pl.LightningDataModule):
-    """The same batch for ever, with what a rank's batches carry."""
+    """The same batch forever, with all fields of a rank's batch."""
 
     def __init__(self, ids: Tensor) -> None:
         super().__init__()
@@ -190,7 +192,7 @@ def hugging_face_trainer(variant: Variant, turn: Turn) -> None:
 
 
 def work(variant: Variant, pipe: Connection) -> None:
-    """A process that trains when it is told to, and answers with the seconds that each step took."""
+    """Body of a process that makes a step on request and replies with the seconds that it took."""
     quiet_transformers()
     torch.set_num_threads(os.cpu_count() or 1)
     cuda, started = variant.device == "cuda", (0.0, 0.0)
@@ -209,21 +211,22 @@ def work(variant: Variant, pipe: Connection) -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process ever held."""
+    """Peak resident memory of this process in bytes."""
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
 
 
 def compare(variants: dict[str, Variant], rounds: int, warmup: int = 1) -> dict[str, Row]:
-    """Let variants make `warmup + rounds` steps each, in turn: `wall` and `cpu` seconds of a step, `peak` bytes."""
-    context, seconds = multiprocessing.get_context("spawn"), {name: [] for name in variants}  # type: ignore[var-annotated]
+    """Run `warmup + rounds` steps of each variant in turn; return `wall` and `cpu` seconds a step and `peak` bytes."""
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     pipes = {}
     for name, variant in variants.items():
         pipes[name], other = context.Pipe()
         context.Process(target=work, args=(variant, other), daemon=True).start()
         other.close()
-        pipes[name].recv()  # it is ready for its first step; what this took is no step
+        pipes[name].recv()  # ready for the first step; the time until here is start-up
     for _ in range(warmup + rounds):
         for name, pipe in pipes.items():
             pipe.send(True)
@@ -239,8 +242,9 @@ def compare(variants: dict[str, Variant], rounds: int, warmup: int = 1) -> dict[
 def cores(device: str, rounds: int) -> Iterator[Row]:
     """Attention alone, 12 heads of 64, 2048 tokens, forward and backward."""
     config = Variant("ours").config.model
-    layers = GPTNeoForCausalLM(gpt_neo_config(config, vocab_size=64)).to(device).transformer.h
-    kernels = {
+    blocks = GPTNeoForCausalLM(gpt_neo_config(config, vocab_size=64)).transformer.h.to(device)
+    layers = cast("Sequence[GPTNeoBlock]", blocks)
+    kernels: dict[str, tuple[GPTNeoSelfAttention, Callable[..., Tensor]]] = {
         "global": (layers[0].attn.attention, attention.global_attention),
         "local": (layers[1].attn.attention, lambda q, k, v: attention.local_attention(q, k, v, config.window_size)),
     }
@@ -261,14 +265,14 @@ def cores(device: str, rounds: int) -> Iterator[Row]:
 
 
 def ratios(what: str, found: dict[str, Row], slow: str, fast: str, bar: float | None) -> Row:
-    """How many times longer `slow` takes."""
+    """A row with the time of `slow` over that of `fast`."""
     wall, cpu = (found[slow][clock] / found[fast][clock] for clock in ("wall", "cpu"))
     seconds = {f"{name}_s": round(found[each]["wall"], 3) for name, each in (("first", slow), ("second", fast))}
     return {"what": what, "ratio": round(wall, 3), "ratio_cpu": round(cpu, 3), "bar": bar, **seconds}
 
 
 def steps(device: str, rounds: int) -> Iterator[Row]:
-    """Full steps of GPT-Neo-125M, 1 x 2048 tokens, against Hugging Face's."""
+    """Full steps of GPT-Neo-125M, 1 x 2048 tokens, compared with Hugging Face."""
     for low, name, bar, memory_bar in (("", "fp32", 1.6, None), ("weights", "bf16", 1.9, 0.5)):
         found = compare({how: Variant(how, low, device=device) for how in ("hugging_face", "ours")}, rounds)
         yield ratios(f"step of 125M, {name}: eager / ours", found, "hugging_face", "ours", bar)
@@ -283,7 +287,7 @@ def steps(device: str, rounds: int) -> Iterator[Row]:
 
 
 def overhead(device: str, rounds: int) -> Iterator[Row]:
-    """Short rows, so that what the framework adds to a step shows; and what compiling takes away."""
+    """Overhead of the framework, and gain of compiling, on sequences short enough to show them."""
     variants = {how: Variant(how, seq=512, device=device) for how in ("framework", "ours")}
     variants["compiled"] = Variant("framework", seq=512, device=device, overrides=("model.compile=true",))
     with mock.patch.dict(os.environ, KEEP_MEMORY):
@@ -293,7 +297,7 @@ def overhead(device: str, rounds: int) -> Iterator[Row]:
 
 
 def original(device: str, rounds: int) -> Iterator[Row]:
-    """A small model, `clippy train` against a plain Hugging Face loop."""
+    """A small model: `clippy train` compared with a plain Hugging Face loop."""
     for low, name in (("", "fp32"), ("autocast", "bf16")):
         pair = {how: Variant(how, low, 512, 4, device, SMALL) for how in ("hugging_face", "framework")}
         found = compare(pair, rounds)
@@ -301,7 +305,7 @@ def original(device: str, rounds: int) -> Iterator[Row]:
 
 
 def throughput(rounds: int) -> Iterator[Row]:
-    """One GPU: tokens/s and MFU by micro-batch and strategy; each alone on the device."""
+    """One GPU: tokens/s and MFU by micro-batch and strategy, each measured alone on the device."""
     compiled = ("model.compile=true",)
     sweep: dict[str, tuple[int, tuple[str, ...]]] = {
         f"zero1, compiled, micro-batch {batch}": (batch, ("strategy=zero1", *compiled)) for batch in (4, 8, 16, 32, 64)
@@ -325,7 +329,7 @@ def throughput(rounds: int) -> Iterator[Row]:
 
 
 def report(device: str, rows: Iterator[Row]) -> None:
-    """Print the rows as they come, and write them as a table with the circumstances."""
+    """Print each row as it is measured, and write them as a table with date, machine and versions."""
     done = []
     for row in rows:
         print(json.dumps({"bench": "model", **row}), flush=True)

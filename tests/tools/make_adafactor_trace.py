@@ -1,21 +1,22 @@
-"""Record `tests/data/adafactor_trace.npz`: ten updates by the original's Adafactor, from optax itself. Run by hand:
+"""Record `tests/data/adafactor_trace.npz`: ten updates of the original's Adafactor, computed by optax. Run by hand:
 
     python -m venv /tmp/optax && /tmp/optax/bin/pip install jax optax numpy
     /tmp/optax/bin/python tests/tools/make_adafactor_trace.py
 
-The optimizer is the original's: `clip_by_global_norm(1)`, then `adafactor(schedule)` with every other argument at its
-default. Written with jax 0.10.2 and optax 0.2.8 on CPU; the rule and the defaults are those of optax 0.0.9, 0.1.2 and
-0.1.9, compared line by line.
+The optimizer is the original's: `clip_by_global_norm(1)`, then `adafactor(schedule)` with its default arguments.
+Recorded with jax 0.10.2 and optax 0.2.8 on CPU; a line-by-line comparison showed the same rule and defaults in optax
+0.0.9, 0.1.2 and 0.1.9.
 
 Arrays of the file, fp32 unless said otherwise:
     NAME/start              int8 codes of the first weights; weights = codes * `weight_scale`[NAME]
     NAME/gradients          [updates, *shape] int8 codes; gradient of update k = codes[k] * `gradient_scale`[k]
     NAME/weights            [updates, *shape] after each update; of matrices only the last, [1, *shape]
-    NAME/size               [updates] root mean square of what each update changed
+    NAME/size               [updates] root mean square of each update's change
     lr, peak, warmup_steps, decay_steps, min_lr_ratio, grad_norm (before clipping)
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,8 @@ def main() -> None:
     start = {name: codes(random, shape) for name, (shape, _) in TENSORS.items()}
     gradients = {name: codes(random, (UPDATES, *shape)) for name, (shape, _) in TENSORS.items()}
     gradients["matrix"] = (gradients["matrix"] * 2.0 ** (-np.arange(128) % 4)[:, None]).astype(np.int8)  # uneven rows
-    gradients["matrix"][:, 5] = 0  # a position that no block reaches: only epsilon keeps its update finite
-    gradients["matrix"][:4, :, 7] = 0  # a column that is first used late
+    gradients["matrix"][:, 5] = 0  # a row without gradients: only epsilon keeps its update finite
+    gradients["matrix"][:4, :, 7] = 0  # a column without gradients in the first updates
 
     parameters = {name: jnp.float32(start[name] * scale) for name, (_, scale) in TENSORS.items()}
     schedule = optax.join_schedules(
@@ -47,33 +48,33 @@ def main() -> None:
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1), optax.adafactor(schedule))
     state = optimizer.init(parameters)
-    weights: dict[str, list] = {name: [] for name in TENSORS}
-    sizes: dict[str, list] = {name: [] for name in TENSORS}
+    weights: dict[str, list[Any]] = {name: [] for name in TENSORS}
+    sizes: dict[str, list[Any]] = {name: [] for name in TENSORS}
     norms = []
     for update in range(UPDATES):
-        given = {name: jnp.float32(gradients[name][update] * GRADIENT_SCALES[update]) for name in TENSORS}
-        norms.append(optax.global_norm(given))
-        changes, state = optimizer.update(given, state, parameters)
+        scaled = {name: jnp.float32(gradients[name][update] * GRADIENT_SCALES[update]) for name in TENSORS}
+        norms.append(optax.global_norm(scaled))
+        changes, state = optimizer.update(scaled, state, parameters)
         parameters = optax.apply_updates(parameters, changes)
         for name in TENSORS:
             weights[name].append(parameters[name])
             sizes[name].append(jnp.sqrt(jnp.mean(changes[name] ** 2)))
     for name in ("matrix", "narrow"):
-        weights[name] = weights[name][-1:]  # the file stays small; `size` follows every update
+        weights[name] = weights[name][-1:]  # keeps the file small; `size` covers every update
 
     out = Path(__file__).parents[1] / "data" / "adafactor_trace.npz"
-    np.savez_compressed(
-        out,
+    arrays: dict[str, Any] = {
         **{f"{name}/start": start[name] for name in TENSORS},
         **{f"{name}/gradients": gradients[name] for name in TENSORS},
-        **{f"{name}/weights": np.float32(weights[name]) for name in TENSORS},
-        **{f"{name}/size": np.float32(sizes[name]) for name in TENSORS},
-        weight_scale=np.float32([scale for _, scale in TENSORS.values()]),
-        gradient_scale=np.float32(GRADIENT_SCALES),
-        lr=np.float32([schedule(update) for update in range(UPDATES)]),
-        grad_norm=np.float32(norms),
-        peak=PEAK, warmup_steps=WARMUP, decay_steps=DECAY, min_lr_ratio=MIN_LR_RATIO,
-    )  # fmt: skip
+        **{f"{name}/weights": np.asarray(weights[name], np.float32) for name in TENSORS},
+        **{f"{name}/size": np.asarray(sizes[name], np.float32) for name in TENSORS},
+        "weight_scale": np.asarray([scale for _, scale in TENSORS.values()], np.float32),
+        "gradient_scale": np.asarray(GRADIENT_SCALES, np.float32),
+        "lr": np.asarray([schedule(update) for update in range(UPDATES)], np.float32),
+        "grad_norm": np.asarray(norms, np.float32),
+        "peak": PEAK, "warmup_steps": WARMUP, "decay_steps": DECAY, "min_lr_ratio": MIN_LR_RATIO,
+    }  # fmt: skip
+    np.savez_compressed(out, **arrays)
     print(f"{out}: {out.stat().st_size} bytes, jax {jax.__version__}, optax {optax.__version__}")
 
 

@@ -1,12 +1,12 @@
-"""Write `data/flax_checkpoint`: a checkpoint of the original project by the libraries that wrote it. Run by hand:
+"""Write `data/flax_checkpoint`: a checkpoint in the original project's format, by its own libraries. Run by hand:
 
-    pip install --group parity                                  # an environment of its own: it needs transformers 4
+    pip install --group parity                                  # in a separate environment: it needs transformers 4
     pip install --no-deps --target OLD flax==0.3.4
     python tests/tools/make_flax_checkpoint.py OLD/flax/serialization.py
 
-A small FlaxGPTNeoForCausalLM takes `UPDATES` updates of the original's optimizer on made-up gradients (`gradient`), and
-one micro-step of the next. The optimizer state is written twice in small chunks: by a current Flax, and by Flax 0.3.4,
-the release of the summer of 2021, which wrote named tuples as name, fields and values.
+A small FlaxGPTNeoForCausalLM takes `UPDATES` updates of the original's optimizer on synthetic gradients (`gradient`),
+and one micro-step of the next update. The optimizer state is written twice in small chunks: by a current Flax, and by
+Flax 0.3.4 of summer 2021, which wrote named tuples as name, fields and values.
 """
 
 import importlib.util
@@ -23,12 +23,12 @@ ACCUMULATION, UPDATES = 2, 3
 MICRO_STEPS = ACCUMULATION * UPDATES + 1
 BETAS, EPS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0
 LEARNING_RATE = 1e-2
-CHUNK_BYTES = 1200  # Flax splits arrays of more than 1 GiB; here the embedding must be one
+CHUNK_BYTES = 1200  # Flax splits arrays above 1 GiB; this limit splits the embedding
 RECORDED = slice(-3, None)  # positions whose logits are kept
 
 
 def gradient(micro_step: int, index: int, size: int) -> np.ndarray:
-    """The gradient of tensor `index` (in the order of sorted Flax names), flat. Clipping acts on every other update."""
+    """The flat gradient of tensor `index`, in order of sorted Flax names. Every other update is clipped."""
     scale = 0.1 if micro_step // ACCUMULATION % 2 else 0.001
     values = np.sin(np.arange(size, dtype=np.float64) * 0.37 + 7 * index + 0.5 * micro_step)
     return (scale * values).astype(np.float32)
@@ -38,7 +38,7 @@ def main(old_serialization: str) -> None:
     import flax
     import jax.numpy as jnp
     import optax
-    from transformers import FlaxGPTNeoForCausalLM, GPTNeoConfig
+    from transformers import FlaxGPTNeoForCausalLM, GPTNeoConfig  # type: ignore[attr-defined]  # in transformers 4 only
 
     config = GPTNeoConfig(
         vocab_size=520, max_position_embeddings=64, hidden_size=8, num_layers=2, num_heads=2, window_size=8,
@@ -61,7 +61,8 @@ def main(old_serialization: str) -> None:
     model.save_pretrained(OUT, params=params)  # config.json, generation_config.json, flax_model.msgpack
     (OUT / "training_state.json").write_text(json.dumps({"step": MICRO_STEPS}))
     old = load_old(old_serialization)
-    for name, serialization in (("opt_state.msgpack", flax.serialization), ("opt_state_0_3_4.msgpack", old)):
+    writers: dict[str, Any] = {"opt_state.msgpack": flax.serialization, "opt_state_0_3_4.msgpack": old}
+    for name, serialization in writers.items():
         serialization.MAX_CHUNK_SIZE = CHUNK_BYTES
         (OUT / name).write_bytes(serialization.to_bytes(state))
     kinds = {
@@ -77,7 +78,7 @@ def main(old_serialization: str) -> None:
 
 
 def optimizer(optax: Any) -> Any:
-    """The original's: clip, AdamW with its decay mask, several micro-steps in an update."""
+    """The original's optimizer: clipping, AdamW with its decay mask, several micro-steps per update."""
     import flax
 
     def mask(params: Any) -> Any:
@@ -94,7 +95,7 @@ def optimizer(optax: Any) -> Any:
 
 
 def load_old(path: str) -> ModuleType:
-    """Flax 0.3.4's serialization as it is; all it lacks in today's JAX is the name of an array's class."""
+    """Load Flax 0.3.4's serialization unchanged; the only name that today's JAX lacks is an array's class."""
     import jax
 
     jax.xla = SimpleNamespace(DeviceArray=jax.Array)
