@@ -1,10 +1,10 @@
-"""What each deviation from the original recipe is worth: tokens per byte, and bits per byte after short trainings.
+"""Measure each deviation from the original recipe: tokens per byte, and bits per byte after short training runs.
 
     python benchmarks/recipe.py tokens [CORPUS] [TOKENIZER] [GPT2]   GPT2: a folder with encoder.json and vocab.bpe
-    python benchmarks/recipe.py train STEPS                          in a folder where `clippy demo` made its corpus
+    python benchmarks/recipe.py train STEPS                          in a folder with the corpus of `clippy demo`
 
-`docs/recipe.md` holds the numbers. Bits per byte are taken over the whole validation split: at equal steps, and where
-each variant has read as many bytes of text as the one that reads the least (interpolated between validations).
+`docs/recipe.md` has the results. Bits per byte are measured over the full validation split, at equal steps and at equal
+bytes: where each variant has read as much text as the one that reads the least (interpolated between validations).
 """
 
 import json
@@ -13,17 +13,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import GPT2Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from clippy_train.config import WHITESPACE_TOKENS, DataConfig
 from clippy_train.run.rows import read_rows
 from clippy_train.shards.sources import open_corpus
-from clippy_train.tokenizer import add_whitespace_tokens, encoder, load_tokenizer, take_out
+from clippy_train.tokenizer import add_whitespace_tokens, encoder, gpt2_tokenizer, load_tokenizer, remove_added_tokens
 
-PLAIN = "./demo/tokenizer-plain"  # the demo's tokenizer without white-space tokens
+PLAIN = "./demo/tokenizer-plain"  # the demo's tokenizer without whitespace tokens
 WARMUP = 50  # the demo's
 VAL_EVERY = 30
 SETTINGS = [
@@ -46,12 +45,12 @@ VARIANTS = {
 
 @dataclass
 class Counts:
-    """A split in tokens, end-of-text after each document not among them."""
+    """A split in tokens, without end-of-text between documents."""
 
     documents: int
     num_bytes: int
     tokens: int
-    produced: dict[str, int]  # how often each white-space token occurs
+    produced: dict[str, int]  # occurrences of each whitespace token
 
     def row(self) -> str:
         spaces = ", ".join(f"{json.dumps(token)} {count / self.tokens:.1%}" for token, count in self.produced.items())
@@ -61,7 +60,7 @@ class Counts:
         )
 
 
-def count(tokenizer: Any, texts: list[str]) -> Counts:
+def count(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Counts:
     ids = np.concatenate([np.array(each, dtype=np.int32) for each in encoder(tokenizer)(texts)])
     vocabulary = tokenizer.get_vocab()
     produced = {token: int((ids == vocabulary[token]).sum()) for token in WHITESPACE_TOKENS if token in vocabulary}
@@ -72,25 +71,25 @@ def read(corpus: str, split: str) -> list[str]:
     return list(open_corpus(DataConfig(path=corpus), split).texts())
 
 
-def plain_demo_tokenizer(folder: str) -> Any:
+def plain_demo_tokenizer(folder: str) -> PreTrainedTokenizerFast:
     tokenizer = load_tokenizer(folder)
-    take_out(tokenizer, set(WHITESPACE_TOKENS))
+    remove_added_tokens(tokenizer, set(WHITESPACE_TOKENS))
     return tokenizer
 
 
-def gpt2_tokenizer(folder: str) -> Any:
+def read_gpt2(folder: str) -> PreTrainedTokenizerFast:
     merges = (Path(folder) / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     vocabulary = json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8"))
-    return GPT2Tokenizer(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges if merge])
+    return gpt2_tokenizer(vocabulary, [merge.split(" ") for merge in merges if merge])
 
 
 def tokens(corpus: str = "demo/corpus", tokenizer: str = "demo/tokenizer", gpt2: str = "") -> None:
     """Print the counts of the validation split for each tokenizer and matching."""
     texts = read(corpus, "validation")
     print(f"validation split: {len(texts)} documents, {sum(len(text.encode()) for text in texts):,} bytes")
-    makers = {"demo": lambda: plain_demo_tokenizer(tokenizer)}
+    makers: dict[str, Callable[[], PreTrainedTokenizerFast]] = {"demo": lambda: plain_demo_tokenizer(tokenizer)}
     if gpt2:
-        makers["GPT-2"] = lambda: gpt2_tokenizer(gpt2)
+        makers["GPT-2"] = lambda: read_gpt2(gpt2)
     for name, make in makers.items():
         print(f"{name:8}{'no tokens':14}{count(make(), texts).row()}")
         for matching in ("first_listed", "longest"):
@@ -100,7 +99,7 @@ def tokens(corpus: str = "demo/corpus", tokenizer: str = "demo/tokenizer", gpt2:
 
 
 def train(steps: str) -> None:
-    """Train every variant for `steps` steps (those that are not there yet) and print their bits per byte."""
+    """Train every variant for `steps` steps, unless it is finished, and print their bits per byte."""
     if not Path(PLAIN).exists():
         plain_demo_tokenizer("demo/tokenizer").save_pretrained(PLAIN)
     for name, overrides in VARIANTS.items():

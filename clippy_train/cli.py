@@ -78,18 +78,18 @@ def run_plan(settings: config.TrainConfig) -> int:
 
 
 def run_export(settings: config.ExportConfig) -> int:
-    from clippy_train.hf.export import export
+    from clippy_train.hf.export import export_run
 
     quiet_transformers()
-    print(export(settings))
+    print(export_run(settings))
     return 0
 
 
 def run_generate(settings: config.GenerateConfig) -> int:
-    from clippy_train.generate import generate, prompt_of
+    from clippy_train.generate import generate, read_prompt
 
     quiet_transformers()
-    generate(settings, prompt_of(settings), sys.stdout)
+    generate(settings, read_prompt(settings), sys.stdout)
     return 0
 
 

@@ -20,9 +20,9 @@ from clippy_train.config import (
 from clippy_train.corpus.build import build_corpus
 from clippy_train.files import new_folder
 from clippy_train.generate import generate
-from clippy_train.hf.export import export
+from clippy_train.hf.export import export_run
 from clippy_train.launch.start import train
-from clippy_train.plan import parameters
+from clippy_train.model.flops import count_parameters
 from clippy_train.report import print_table
 from clippy_train.run.folder import (
     HF_FOLDER,
@@ -59,7 +59,7 @@ def demo(config: DemoConfig) -> int:
     model = run.run_dir / "model"
     if not model.exists():
         _announce("export", model)
-        export(compose(ExportConfig, [f"run={run.run_dir}", f"out={model}"]))
+        export_run(compose(ExportConfig, [f"run={run.run_dir}", f"out={model}"]))
     prompt = config.prompt
     completion = generate(GenerateConfig(model=str(model), prompt=prompt, max_new_tokens=64, temperature=0.7), prompt)[
         0
@@ -89,7 +89,7 @@ def results(run: TrainConfig, corpus: Path) -> list[tuple[str, str]]:
     fall = 1 - last["val/bits_per_byte"] / first["val/bits_per_byte"]
     return [
         ("corpus", f"{manifest['documents']:,} files, {manifest['text_bytes'] / 1e6:.1f} MB"),
-        ("parameters", f"{parameters(run, len(load_tokenizer(run.run_dir / HF_FOLDER))):,}"),
+        ("parameters", f"{count_parameters(run, len(load_tokenizer(run.run_dir / HF_FOLDER))):,}"),
         ("steps", f"{last['step']}, {training[-1]['tokens']:,} tokens"),
         ("train loss", f"{training[0]['train/loss']:.3f} -> {training[-1]['train/loss']:.3f}"),
         ("validation loss", f"{first['val/loss']:.3f} -> {last['val/loss']:.3f}"),

@@ -1,24 +1,26 @@
-"""`clippy generate`: complete a prompt with any causal LM of a Hugging Face folder."""
+"""`clippy generate`: complete a prompt with any causal LM in a Hugging Face folder or on the hub."""
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from clippy_train.config import GenerateConfig
 from clippy_train.errors import ConfigError
-from clippy_train.model.load import load_both
-from clippy_train.model.sample import Sampling, at_function_end, complete, never
+from clippy_train.model.load import load_model_and_tokenizer
+from clippy_train.model.sample import Sampling, complete_prompts, never_stop, stop_at_function_end
 
 
-def prompt_of(config: GenerateConfig) -> str:
-    """The prompt: `prompt`, the content of `file`, or standard input for `prompt=-`.
+def read_prompt(config: GenerateConfig) -> str:
+    """Return `prompt`, the content of `file`, or standard input for `prompt=-`.
 
     Raises:
-        ConfigError: none or two of them are set, or what they name cannot be read.
+        ConfigError: neither or both keys are set, or the source cannot be read.
     """
     if (config.prompt is None) == (config.file is None):
-        raise ConfigError("set one of prompt=TEXT (- reads standard input) and file=PATH, or use --interactive")
+        raise ConfigError("set either prompt=TEXT (- reads standard input) or file=PATH, or use --interactive")
     if config.prompt not in (None, "-"):
         return str(config.prompt)
     try:
@@ -29,35 +31,37 @@ def prompt_of(config: GenerateConfig) -> str:
 
 
 def generate(config: GenerateConfig, prompt: str, out: TextIO | None = None) -> list[str]:
-    """Completions of `prompt`, without it: greedy at temperature 0, else sampled.
+    """Return completions of `prompt`, without the prompt: greedy at temperature 0, otherwise sampled.
 
-    With `out`, prompt and completion are written there as they are made (a single one while it grows).
+    If `out` is given, prompt and completion are also written there; a single completion is streamed.
 
     Raises:
-        ConfigError: no model there, or prompt and completion do not fit its positions.
+        ConfigError: the model cannot be loaded, or prompt and completion exceed its positions.
     """
-    return completions(*load_both(config.model), config, prompt, out)
+    return generate_with(*load_model_and_tokenizer(config.model), config, prompt, out)
 
 
 def interact(config: GenerateConfig, source: TextIO, out: TextIO) -> None:
-    """Complete one prompt after another; an empty line ends a prompt, the end of `source` ends it all."""
-    model, tokenizer = load_both(config.model)
-    print("A prompt, then an empty line. Ctrl-D ends.", file=out, flush=True)
+    """Complete one prompt after another until `source` ends; an empty line ends a prompt."""
+    model, tokenizer = load_model_and_tokenizer(config.model)
+    print("Enter a prompt, then an empty line. Ctrl-D quits.", file=out, flush=True)
     for prompt in _prompts(source):
         try:
-            completions(model, tokenizer, config, prompt, out)
+            generate_with(model, tokenizer, config, prompt, out)
         except ConfigError as error:
             print(error, file=out)
         print(file=out, flush=True)
 
 
-def completions(model: Any, tokenizer: Any, config: GenerateConfig, prompt: str, out: TextIO | None) -> list[str]:
-    """As `generate`, with a loaded model."""
-    fit(model, tokenizer, prompt, config.max_new_tokens)
+def generate_with(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: GenerateConfig, prompt: str, out: TextIO | None
+) -> list[str]:
+    """`generate` with a loaded model."""
+    require_room(model, tokenizer, prompt, config.max_new_tokens)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
-    stop = at_function_end if config.stop == "function" else never
+    stop = stop_at_function_end if config.stop == "function" else never_stop
     if out is None or config.num_samples > 1:
-        texts = complete(model, tokenizer, [prompt] * config.num_samples, sampling, stop)
+        texts = complete_prompts(model, tokenizer, [prompt] * config.num_samples, sampling, stop)
         for number, text in enumerate(texts if out else [], 1):
             print(f"# {number} of {config.num_samples}\n{prompt}{text}", file=out, flush=True)
         return texts
@@ -66,14 +70,18 @@ def completions(model: Any, tokenizer: Any, config: GenerateConfig, prompt: str,
         print(text, end="", file=out, flush=True)
 
     show(prompt)
-    texts = complete(model, tokenizer, [prompt], sampling, stop, show)
+    texts = complete_prompts(model, tokenizer, [prompt], sampling, stop, show)
     show("" if texts[0].endswith("\n") else "\n")
     return texts
 
 
-def fit(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> None:
-    """Raises ConfigError if the prompt is empty, no text, or too long for a completion of that length."""
-    if not is_text(prompt):
+def require_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, max_new_tokens: int) -> None:
+    """Require a prompt that leaves room for `max_new_tokens`.
+
+    Raises:
+        ConfigError: the prompt is empty, not valid Unicode, or too long.
+    """
+    if not is_valid_text(prompt):
         raise ConfigError("prompt is not UTF-8")
     length = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     room = getattr(model.config, "max_position_embeddings", None)
@@ -81,13 +89,13 @@ def fit(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> None:
         raise ConfigError("prompt is empty")
     if room is not None and length + max_new_tokens > room:
         raise ConfigError(
-            f"max_new_tokens={max_new_tokens}: with a prompt of {length} tokens it exceeds the model's "
+            f"max_new_tokens={max_new_tokens}: with a prompt of {length} tokens, this exceeds the model's "
             f"{room} positions; at most {max(0, room - length)} fit"
         )
 
 
-def is_text(prompt: str) -> bool:
-    """Whether every character is one; Python carries bytes that are none as lone surrogates."""
+def is_valid_text(prompt: str) -> bool:
+    """Whether the prompt has no lone surrogates, which Python puts in place of bytes that are not UTF-8."""
     return prompt.encode(errors="ignore").decode() == prompt
 
 

@@ -5,7 +5,7 @@ them was measured on a GPU by this project.
 """
 
 from clippy_train.config import TrainConfig
-from clippy_train.model.flops import parameters
+from clippy_train.model.flops import count_parameters
 from clippy_train.optim import lr_at
 from clippy_train.shards.format import READ_BYTES
 
@@ -47,7 +47,7 @@ def plan(config: TrainConfig) -> list[tuple[str, str]]:
     """Rows of the plan: what will be trained, on how much, with what."""
     trainer, optim, model = config.trainer, config.optim, config.model
     vocab_size = model.vocab_size + len(config.tokenizer.whitespace_tokens)
-    count = parameters(config, vocab_size)
+    count = count_parameters(config, vocab_size)
     sizes = state_bytes(count, config)
     kept, size = checkpoints_kept(config), f"{sizes['checkpoint'] / 1e9:,.3g} GB"
     return [

@@ -1,7 +1,7 @@
-"""The GPT-2 style tokenizer with tokens for runs of white space.
+"""The GPT-2 style tokenizer with tokens for runs of whitespace.
 
 Promise: decode(encode(x)) == x byte for byte on any text, with and without `skip_special_tokens`. The original
-registered the white-space tokens as *special*, so decoding deleted all indentation; here they are plain added tokens.
+registered the whitespace tokens as *special*, so decoding deleted all indentation; here they are plain added tokens.
 """
 
 import hashlib
@@ -13,30 +13,30 @@ from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2Tokenizer
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from clippy_train.errors import ConfigError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 
 
-def load_tokenizer(name: str | Path) -> Any:
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer from a folder or from the hub.
 
     Raises:
-        ConfigError: there is none, or it has no end-of-text token.
+        ConfigError: it cannot be loaded, is not a fast tokenizer, or has no end-of-text token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
         raise ConfigError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {name} is not a fast tokenizer with an end-of-text token")
     return tokenizer
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, model_max_length: int) -> Any:
-    """Train a byte-level BPE as GPT-2's: no normaliser, its splitting rule, end-of-text as the last id."""
+def train_bpe(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE like GPT-2's: no normaliser, its splitting rule, end-of-text as the last id."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -44,33 +44,39 @@ def train_bpe(texts: Iterable[str], vocab_size: int, model_max_length: int) -> A
     )
     core.train_from_iterator(texts, trainer)
     trained = json.loads(core.to_str())["model"]
-    # GPT-2's own class, and not the general one of today, which transformers 4 cannot load
-    tokenizer = GPT2Tokenizer(trained["vocab"], [tuple(merge) for merge in trained["merges"]])
+    # GPT-2's own class, because transformers 4 cannot load today's general one
+    tokenizer = gpt2_tokenizer(trained["vocab"], trained["merges"])
     tokenizer.model_max_length = model_max_length
     return tokenizer
 
 
-def fingerprint(tokenizer: Any) -> str:
-    """A hash of what decides the ids of a text, whatever file format and version of the library it came from."""
+def gpt2_tokenizer(vocabulary: dict[str, int], merges: Iterable[Iterable[str]]) -> PreTrainedTokenizerFast:
+    """GPT-2's tokenizer class with a given vocabulary and pairs to merge."""
+    pairs: Any = [tuple(pair) for pair in merges]  # transformers declares list[str], but needs pairs
+    return GPT2Tokenizer(vocabulary, pairs)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A hash of everything that decides a text's ids, independent of file format and library version."""
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     decisive = [core[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def add_whitespace_tokens(tokenizer: Any, tokens: list[str], matching: str) -> dict[str, list[int]]:
-    """Add plain tokens to `tokenizer` in place, in the order given, those that it lacks.
+def add_whitespace_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str], matching: str) -> dict[str, list[int]]:
+    """Add the tokens that the tokenizer lacks as plain tokens, in place and in the order given.
 
     Args:
-        matching: `longest` is how today's tokenizers library matches. In `first_listed`, as the library matched in
-            2021, a token behind one of its own prefixes could never be produced; such tokens are left out (and taken
-            out, where the tokenizer has them), and only their ids stay reserved.
+        matching: `longest` is how today's tokenizers library matches. `first_listed` reproduces the library of 2021,
+            which never produced a token listed after one of its own prefixes; such tokens are skipped (and removed if
+            the tokenizer has them), and only their ids stay reserved.
 
     Returns:
-        For each token that is new, the ids that its text had before.
+        For each new token, the ids that its text had before.
 
     Raises:
-        ConfigError: a token is empty, a left-out token is followed by one that is not, or it cannot be taken out; or
-            the tokenizer has one as a *special* token, as the released tokenizers do.
+        ConfigError: a token is empty, a skipped token is followed by one that is not, or cannot be removed; or the
+            tokenizer has one of them as a *special* token, like the released tokenizers.
     """
     if not all(tokens):
         raise ConfigError("tokenizer.whitespace_tokens: an empty token cannot be added")
@@ -85,12 +91,12 @@ def add_whitespace_tokens(tokenizer: Any, tokens: list[str], matching: str) -> d
     special = [each.content for each in tokenizer.added_tokens_decoder.values() if each.special]
     if set(special) & set(tokens):
         raise ConfigError(
-            "the tokenizer registers white-space tokens as special, so decoding would delete all indentation: take one "
+            "the tokenizer registers whitespace tokens as special, so decoding would delete all indentation; use one "
             "without them (tokenizer.base=EleutherAI/gpt-neo-125m); the model keeps its rows for them"
         )
-    take_out(tokenizer, {token for token, left_out in zip(tokens, shadowed, strict=True) if left_out})
+    remove_added_tokens(tokenizer, {token for token, skipped in zip(tokens, shadowed, strict=True) if skipped})
     vocabulary = tokenizer.get_vocab()
-    new = [token for token, left_out in zip(tokens, shadowed, strict=True) if not left_out and token not in vocabulary]
+    new = [token for token, skipped in zip(tokens, shadowed, strict=True) if not skipped and token not in vocabulary]
     pieces = {token: tokenizer(token, add_special_tokens=False)["input_ids"] for token in new}
     tokenizer.add_tokens(
         [AddedToken(t, special=False, normalized=False, lstrip=False, rstrip=False, single_word=False) for t in new]
@@ -98,11 +104,11 @@ def add_whitespace_tokens(tokenizer: Any, tokens: list[str], matching: str) -> d
     return pieces
 
 
-def take_out(tokenizer: Any, tokens: set[str]) -> None:
-    """Remove added tokens from a fast tokenizer in place; every other token keeps its id.
+def remove_added_tokens(tokenizer: PreTrainedTokenizerFast, tokens: set[str]) -> None:
+    """Remove added tokens in place; every other token keeps its id.
 
     Raises:
-        ConfigError: a token that stays would get another id.
+        ConfigError: a remaining token would get another id.
     """
     before = tokenizer.get_vocab()
     if not tokens & before.keys():
@@ -112,28 +118,28 @@ def take_out(tokenizer: Any, tokens: set[str]) -> None:
     without = Tokenizer.from_str(json.dumps(core))
     if without.get_vocab() != {token: index for token, index in before.items() if token not in tokens}:
         raise ConfigError(
-            "tokenizer.matching=first_listed: the tokenizer has tokens behind the white-space tokens that are never "
-            "produced; start from the tokenizer without them (tokenizer.base)"
+            "tokenizer.matching=first_listed: removing the whitespace tokens that are never produced would change the "
+            "ids of tokens added after them; start from a tokenizer without whitespace tokens (tokenizer.base)"
         )
-    tokenizer._tokenizer = without  # the library can add tokens to a tokenizer, but not remove one
+    tokenizer._tokenizer = without  # the library has no public way to remove a token
 
 
-def without_whitespace_tokens(tokenizer: Any) -> Tokenizer:
-    """The core of a tokenizer without its plain added tokens of white space; ids behind them may differ."""
+def without_whitespace_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The tokenizer's Rust core without its plain added whitespace tokens; ids after theirs may change."""
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     core["added_tokens"] = [t for t in core["added_tokens"] if t["special"] or not t["content"].isspace()]
     return Tokenizer.from_str(json.dumps(core))
 
 
-def is_byte_level(tokenizer: Any) -> bool:
-    """Whether its tokens are made of bytes, as `token_bytes` needs."""
+def is_byte_level(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokens stand for bytes, as `token_bytes` requires."""
     return (json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}).get("type") == "ByteLevel"
 
 
-def token_bytes(tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """How many bytes of text each id stands for, `[vocab_size]` int32; 0 for special tokens and unused ids.
+def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarray:
+    """Bytes of text that each id stands for, `[vocab_size]` int32; 0 for special tokens and unused ids.
 
-    The bytes of a block's targets make the loss comparable between tokenizers (bits per byte).
+    They make losses comparable between tokenizers (bits per byte).
     """
     lengths = np.zeros(vocab_size, dtype=np.int32)
     added = tokenizer.added_tokens_decoder
@@ -145,10 +151,11 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> np.ndarray:
     return lengths
 
 
-def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> ids through the tokenizer's Rust core, without special tokens."""
+def encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]], list[list[int]]]:
+    """A picklable function that maps texts to ids through the Rust core, without adding special tokens."""
     return partial(encode_texts, tokenizer.backend_tokenizer)
 
 
-def encode_texts(core: Any, texts: list[str]) -> list[list[int]]:
+def encode_texts(core: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of each text, without adding special tokens."""
     return [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=False)]

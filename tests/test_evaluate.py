@@ -1,10 +1,10 @@
-"""Scores of text: in training's validation and in `clippy evaluate`, against sums taken token by token."""
+"""Scores of text, in training's validation and in `clippy evaluate`, against sums over single tokens."""
 
 import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import gpt_neo, small_bpe
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from clippy_train.cli import main
 from clippy_train.config import DataConfig, TrainConfig
@@ -31,7 +37,7 @@ LANGUAGES = ["Python", "C", None, "C++"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer: Path) -> Any:
+def tokenizer(tiny_tokenizer: Path) -> PreTrainedTokenizerFast:
     return load_tokenizer(tiny_tokenizer)
 
 
@@ -54,7 +60,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def documents(corpus: Path) -> list[dict]:
+def documents(corpus: Path) -> list[dict[str, Any]]:
     paths = sorted((corpus / "validation").iterdir())
     lines = [line for path in paths for line in zstandard.decompress(path.read_bytes()).decode().split("\n")]
     return [json.loads(line) for line in lines if line.startswith("{")]
@@ -64,7 +70,9 @@ def documents(corpus: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("seq_len", [2, 7, 32])
-def test_every_token_of_a_block_has_the_language_of_its_document(corpus: Path, tokenizer: Any, seq_len: int) -> None:
+def test_every_token_of_a_block_has_the_language_of_its_document(
+    corpus: Path, tokenizer: PreTrainedTokenizerFast, seq_len: int
+) -> None:
     data = DataConfig(path=str(corpus))
     stream = Stream(
         open_corpus(data, "validation"), encoder(tokenizer), seq_len, eos=tokenizer.eos_token_id, shuffle=False
@@ -85,7 +93,7 @@ def test_every_token_of_a_block_has_the_language_of_its_document(corpus: Path, t
 @settings(max_examples=50)
 @given(seq_len=st.integers(2, 40), data=st.data())
 def test_windows_score_every_token_of_every_document_once_and_in_its_context(
-    corpus: Path, tokenizer: Any, seq_len: int, data: st.DataObject
+    corpus: Path, tokenizer: PreTrainedTokenizerFast, seq_len: int, data: st.DataObject
 ) -> None:
     stride = data.draw(st.integers(1, seq_len - 1))
     described = open_corpus(DataConfig(path=str(corpus)), "validation", with_meta=True)
@@ -98,7 +106,7 @@ def test_windows_score_every_token_of_every_document_once_and_in_its_context(
         for each in documents(corpus)
         for token in tokenizer(each["text"])["input_ids"]
     ]
-    assert not any(row.group[0] for row in rows)  # a row's first token is never a target
+    assert not any(row.group[0] for row in rows)  # the first token of a row is never a target
     for row in rows:
         first = int(np.flatnonzero(row.group)[0])
         assert first == 1 or first >= seq_len - stride  # the first window, or enough context
@@ -107,7 +115,7 @@ def test_windows_score_every_token_of_every_document_once_and_in_its_context(
 # Sums
 
 
-def test_sums_by_group_are_those_taken_one_target_at_a_time() -> None:
+def test_sums_by_group_match_a_sum_over_single_targets() -> None:
     generator = torch.Generator().manual_seed(0)
     losses = torch.rand(5, 11, generator=generator)
     ids, group = (torch.randint(top, (5, 12), generator=generator) for top in (30, 4))
@@ -130,9 +138,9 @@ def test_sums_by_group_are_those_taken_one_target_at_a_time() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_validation_knows_the_languages_of_its_rows_on_every_rank(
-    train_config: Any, tokenizer: Any, corpus: Path, world_size: int
+    train_config: Callable[..., TrainConfig], tokenizer: PreTrainedTokenizerFast, corpus: Path, world_size: int
 ) -> None:
-    config: TrainConfig = train_config(
+    config = train_config(
         f"data.path={corpus}", "data.seq_len=16", "data.streams=6", f"trainer.devices={world_size}",
         "trainer.global_batch_size=6", "trainer.micro_batch_size=1", "trainer.eval_micro_batch_size=4",
         "trainer.val_samples=9",
@@ -155,8 +163,8 @@ def test_validation_knows_the_languages_of_its_rows_on_every_rank(
 
 
 @pytest.fixture(scope="module")
-def models(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A GPT-Neo with the tiny tokenizer, and a GPT-2 with another tokenizer, without white-space tokens."""
+def models(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A GPT-Neo with the tiny tokenizer, and a GPT-2 with another tokenizer, without whitespace tokens."""
     root = tmp_path_factory.mktemp("models")
     gpt_neo(vocab_size=len(tokenizer), seed=1).save_pretrained(root / "neo")
     tokenizer.save_pretrained(root / "neo")
@@ -172,21 +180,23 @@ def models(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def evaluated(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     out = tmp_path / "results.json"
     assert main(["evaluate", "task=perplexity", f"out={out}", *arguments]) == 0
-    return json.loads(out.read_text())
+    results: dict[str, Any] = json.loads(out.read_text())
+    return results
 
 
 @pytest.mark.parametrize("stride", [None, 5])
-def test_scores_are_those_of_plain_transformers_one_row_at_a_time(
+def test_scores_match_plain_transformers_one_row_at_a_time(
     stride: int | None, models: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    """The oracle walks through the documents itself and asks for the logits of one row at a time, without batches."""
+    """The oracle reads the documents itself and computes the logits of one row at a time, without batches."""
     both = f"model=[{models['neo']},{models['gpt2']}]"
-    ways = [] if stride is None else [f"stride={stride}"]
+    windows = [] if stride is None else [f"stride={stride}"]
     found = evaluated(
-        tmp_path, both, f"data.path={corpus}", "seq_len=24", "batch_size=3", *ways
+        tmp_path, both, f"data.path={corpus}", "seq_len=24", "batch_size=3", *windows
     )["results"]  # fmt: skip
     for folder in models.values():
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert isinstance(tokenizer, PreTrainedTokenizerFast)
         sums: dict[str, np.ndarray] = {}
         for ids, labels, first in oracle_rows(corpus, tokenizer, 24, stride):
             with torch.no_grad():
@@ -209,16 +219,22 @@ def test_scores_are_those_of_plain_transformers_one_row_at_a_time(
         assert {each["total"]["bytes"] for each in found.values()} == {size}
 
 
-def oracle_rows(corpus: Path, tokenizer: Any, seq_len: int, stride: int | None) -> Iterator[tuple[list, list, int]]:
-    """(ids, labels of each token, first scored position) of each row."""
+Label = tuple[str, str]  # language, repository
+
+
+def oracle_rows(
+    corpus: Path, tokenizer: PreTrainedTokenizerFast, seq_len: int, stride: int | None
+) -> Iterator[tuple[list[int], list[Label], int]]:
+    """The ids, the label of each token and the first scored position of each row."""
     end = tokenizer.eos_token_id
-    packed: list[tuple[int, tuple[str, str]]] = []
+    packed: list[tuple[int, Label]] = []
     for each in documents(corpus):
         label = (each["meta"]["repo_language"] or "unknown", each["meta"]["repo_name"])
         ids = tokenizer(each["text"])["input_ids"]
         packed += [(token, label) for token in [*ids, end]]
         for position, token in enumerate(ids if stride else []):
-            # the window that scores this token: the first that reaches it
+            assert stride
+            # a token is scored in the first window that reaches it
             begin = max(0, -(-(position + 2 - seq_len) // stride) * stride)
             context = [end, *ids][begin : position + 1]
             yield [*context, token], [label] * (len(context) + 1), len(context)
@@ -227,7 +243,7 @@ def oracle_rows(corpus: Path, tokenizer: Any, seq_len: int, stride: int | None) 
         yield list(ids), list(labels), 1
 
 
-def test_tokens_per_byte_are_told_with_and_without_the_whitespace_tokens(
+def test_tokens_per_byte_are_reported_with_and_without_the_whitespace_tokens(
     models: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
     names = [str(models["neo"]), str(models["gpt2"])]
@@ -267,7 +283,12 @@ def test_the_results_name_their_command_and_their_models(models: dict[str, Path]
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(
-    arguments: list[str], code: int, expected: str, models: dict[str, Path], corpus: Path, capsys
+    arguments: list[str],
+    code: int,
+    expected: str,
+    models: dict[str, Path],
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     filled = [argument.format(neo=models["neo"], corpus=corpus) for argument in arguments]
     assert main(["evaluate", "task=perplexity", *filled]) == code

@@ -1,7 +1,8 @@
-"""A run is exported, evaluated, described and published; what is published is what was verified, and of this run."""
+"""A run is exported, evaluated, described and published; only a verified folder of this run is published."""
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ TOKEN = "hf_good"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
-    """One finished run in fp32 on one process, whose first validation is its best."""
+    """One finished run in fp32 in one process, whose first validation is its best."""
     runs = Runs(tmp_path_factory.mktemp("export"), tiny_corpus, tiny_tokenizer)
     settings = [
         "strategy=single",
@@ -54,7 +55,7 @@ def exported(runs: Runs) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluation(runs: Runs, exported: Path) -> Path:
-    """The file of results of the blocks that the run validated on."""
+    """The results file of an evaluation on the run's validation blocks."""
     config, out = load(runs.folder("run") / "config.yaml"), runs.root / "results.json"
     assert main([
         "evaluate", "task=perplexity", f"model={exported}", f"data.path={config.data.path}", f"out={out}",
@@ -79,7 +80,7 @@ def test_an_evaluation_equals_the_validation_of_the_same_weights_on_the_same_blo
     assert found["languages"]["Python"]["bits_per_byte"] == pytest.approx(last["val/bits_per_byte/Python"], rel=1e-6)
 
 
-def test_the_files_are_those_that_transformers_4_reads_too(exported: Path) -> None:
+def test_the_files_can_be_read_by_transformers_4(exported: Path) -> None:
     described = json.loads((exported / "tokenizer_config.json").read_text())
     assert described["tokenizer_class"] in ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
     assert {path.suffix for path in exported.iterdir()} == {".md", ".json", ".safetensors", ".png"}
@@ -89,7 +90,9 @@ def test_the_files_are_those_that_transformers_4_reads_too(exported: Path) -> No
     assert (generation.eos_token_id, generation.bos_token_id, generation.pad_token_id) == (end, end, end)
 
 
-def test_the_best_step_and_a_half_precision_are_exported(runs: Runs, tmp_path: Path, capsys) -> None:
+def test_the_best_step_and_bf16_weights_are_exported(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = runs.folder("run")
     assert main(["export", f"run={folder}", f"out={tmp_path / 'best'}", "step=best", "dtype=bf16"]) == 0
     best = find_best(folder)
@@ -102,7 +105,7 @@ def test_the_best_step_and_a_half_precision_are_exported(runs: Runs, tmp_path: P
     assert "step=first" in capsys.readouterr().err
 
 
-def test_the_card_tells_the_facts_of_the_run_and_of_the_evaluation(
+def test_the_card_states_the_facts_of_the_run_and_of_the_evaluation(
     runs: Runs, evaluation: Path, tmp_path: Path
 ) -> None:
     out, folder = tmp_path / "out", runs.folder("run")
@@ -127,16 +130,20 @@ def test_the_card_tells_the_facts_of_the_run_and_of_the_evaluation(
         assert str(fact) in text
     with Image.open(out / "curves.png") as image:
         assert image.format == "PNG"
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 4  # something was drawn
+        colours = image.convert("RGB").getcolors(1 << 24)
+    assert colours
+    assert len(colours) > 4  # something was drawn
 
 
-def test_the_snippet_of_the_card_runs_as_it_stands(exported: Path, capsys) -> None:
+def test_the_snippet_of_the_card_runs_unchanged(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, text = card(exported)
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})  # type: ignore[index]
     assert capsys.readouterr().out.startswith("def greet(name):\n")
 
 
-def test_results_of_other_weights_are_refused(runs: Runs, evaluation: Path, tmp_path: Path, capsys) -> None:
+def test_results_of_other_weights_are_refused(
+    runs: Runs, evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = runs.folder("run")
     for arguments in (["step=2"], ["dtype=bf16"]):
         assert main(["export", f"run={folder}", f"out={tmp_path / 'x'}", f"evaluations={evaluation}", *arguments]) == 2
@@ -150,7 +157,7 @@ def test_results_of_other_weights_are_refused(runs: Runs, evaluation: Path, tmp_
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
     with hub_server.serve() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -158,7 +165,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield hub
 
 
-def test_a_verified_folder_is_published_privately(hub: hub_server.Hub, runs: Runs, tmp_path: Path, capsys) -> None:
+def test_a_verified_folder_is_published_privately(
+    hub: hub_server.Hub, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert main(["export", f"run={runs.folder('run')}", f"out={out}", "push_to=me/model"]) == 0
     repository = hub.repositories["me/model"]
@@ -168,7 +177,9 @@ def test_a_verified_folder_is_published_privately(hub: hub_server.Hub, runs: Run
     assert TOKEN not in "".join(capsys.readouterr()) + "".join(path.read_text() for path in out.glob("*.*[nd]"))
 
 
-def test_what_is_public_must_be_meant_to_be(hub: hub_server.Hub, runs: Runs, tmp_path: Path, capsys) -> None:
+def test_publishing_to_a_public_repository_requires_public_true(
+    hub: hub_server.Hub, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.repositories["me/open"] = {"private": False, "files": {}}
     push = ["export", f"run={runs.folder('run')}", f"out={tmp_path / 'out'}", "push_to=me/open"]
     assert main(push) == 2
@@ -182,8 +193,15 @@ def test_what_is_public_must_be_meant_to_be(hub: hub_server.Hub, runs: Runs, tmp
     ("token", "name", "expected"),
     [(None, "me/model", "HF_TOKEN"), ("hf_bad", "me/model", "refuses"), (TOKEN, "not a name", "refuses")],
 )
-def test_nothing_is_published_without_leave(
-    token: str | None, name: str, expected: str, hub: hub_server.Hub, runs: Runs, tmp_path: Path, capsys, monkeypatch
+def test_nothing_is_published_without_permission(
+    token: str | None,
+    name: str,
+    expected: str,
+    hub: hub_server.Hub,
+    runs: Runs,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if token is None:
         monkeypatch.delenv("HF_TOKEN")
@@ -197,10 +215,11 @@ def test_nothing_is_published_without_leave(
     assert hub.repositories == {}
 
 
-def test_what_fails_its_check_is_not_published(hub: hub_server.Hub, runs: Runs, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(
-        "clippy_train.hf.export.PROBE", "<|endoftext|>"
-    )  # which no decoding without special tokens gives
+def test_a_folder_that_fails_verification_is_not_published(
+    hub: hub_server.Hub, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a text that decoding without special tokens never gives
+    monkeypatch.setattr("clippy_train.hf.export.PROBE", "<|endoftext|>")
     assert main(["export", f"run={runs.folder('run')}", f"out={tmp_path / 'out'}", "push_to=me/model"]) == 4
     assert hub.repositories["me/model"]["files"] == {}
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Extending a model adds rows for the new tokens and leaves everything else as it was, to the bit."""
+"""Extending a model adds rows for the new tokens and keeps everything else bit-equal."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,20 @@ import torch
 from support.models import WHITESPACE_TOKENS, base_folder, gpt2_bpe, gpt_neo, small_bpe
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from clippy_train.config import ExtendConfig, TokenizerConfig
 from clippy_train.errors import ConfigError
 from clippy_train.hf.extend import extend_folder
-from clippy_train.model.build import extend
+from clippy_train.model.build import extend_model
+from clippy_train.model.embeddings import embedding_weight
+from clippy_train.model.load import generation_config
 from clippy_train.tokenizer import END_OF_TEXT, add_whitespace_tokens
 
 
@@ -29,25 +37,26 @@ def settings(matching: str = "longest", new_row_init: str = "tab", tokens: list[
     )
 
 
-def extended(**choices: Any) -> tuple[Any, Any, Tensor]:
-    """An extended model, its tokenizer and the embedding before."""
+def extended(**choices: Any) -> tuple[GPTNeoForCausalLM, PreTrainedTokenizerFast, Tensor]:
+    """An extended model, its tokenizer and its embedding before the extension."""
     tokenizer = small_bpe()
     model = gpt_neo(vocab_size=len(tokenizer))
     before = embedding(model).clone()
-    extend(model, tokenizer, settings(**choices))
+    extend_model(model, tokenizer, settings(**choices))
     return model, tokenizer, before
 
 
-def embedding(model: Any) -> Tensor:
-    return model.get_input_embeddings().weight.detach()
+def embedding(model: PreTrainedModel) -> Tensor:
+    return embedding_weight(model).detach()
 
 
-def is_tied(model: Any) -> bool:
-    return model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+def is_tied(model: PreTrainedModel) -> bool:
+    assert isinstance(model, GPTNeoForCausalLM)
+    return model.lm_head.weight is model.transformer.wte.weight
 
 
 def first_pieces() -> dict[str, list[int]]:
-    """The ids of the white-space texts while no token stands for them."""
+    """The ids of each whitespace text in a tokenizer without whitespace tokens."""
     return add_whitespace_tokens(small_bpe(), WHITESPACE_TOKENS, "longest")
 
 
@@ -62,7 +71,7 @@ def test_every_old_row_stays_bit_equal(matching: str, new_row_init: str) -> None
 def test_nothing_but_the_embedding_changes() -> None:
     model, tokenizer = gpt_neo(vocab_size=330), small_bpe()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    extend(model, tokenizer, settings())
+    extend_model(model, tokenizer, settings())
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"transformer.wte.weight", "lm_head.weight"}
 
@@ -81,7 +90,8 @@ def test_new_rows_are_the_mean_of_the_former_pieces() -> None:
 
 def test_the_mean_is_over_several_different_pieces() -> None:
     model, _, before = extended(new_row_init="mean_of_pieces", tokens=["\t\n", " \t"])
-    newline, tab, space = small_bpe().convert_tokens_to_ids(["Ċ", "ĉ", "Ġ"])
+    vocabulary = small_bpe().get_vocab()
+    newline, tab, space = (vocabulary[token] for token in ["Ċ", "ĉ", "Ġ"])
     torch.testing.assert_close(embedding(model)[330], (before[tab] + before[newline]) / 2)
     torch.testing.assert_close(embedding(model)[331], (before[tab] + before[space]) / 2)
 
@@ -98,7 +108,7 @@ def test_extending_twice_changes_nothing() -> None:
         with torch.no_grad():
             embedding(model).add_(1)  # as if trained since
         before, vocabulary = embedding(model).clone(), tokenizer.get_vocab()
-        extend(model, tokenizer, settings(matching=matching))
+        extend_model(model, tokenizer, settings(matching=matching))
         assert torch.equal(embedding(model), before)
         assert tokenizer.get_vocab() == vocabulary
 
@@ -110,28 +120,28 @@ def test_ids_of_tokens_that_are_never_produced_stay_reserved() -> None:
     assert model.config.vocab_size == 334
 
 
-def test_first_listed_on_an_extended_model_leaves_its_rows_alone() -> None:
+def test_first_listed_on_an_extended_model_keeps_its_rows() -> None:
     model, tokenizer, _ = extended(matching="longest")
     with torch.no_grad():
         embedding(model).add_(1)  # as if trained since
     before = embedding(model).clone()
-    extend(model, tokenizer, settings(matching="first_listed"))
+    extend_model(model, tokenizer, settings(matching="first_listed"))
     assert torch.equal(embedding(model), before)
     assert model.config.vocab_size == 334
 
 
 @pytest.mark.parametrize("rows", [334, 340], ids=["extended", "padded"])
-def test_rows_that_a_model_has_are_kept_when_its_tokenizer_lacks_their_tokens(rows: int) -> None:
+def test_existing_rows_are_kept_when_the_tokenizer_lacks_their_tokens(rows: int) -> None:
     model, tokenizer = gpt_neo(vocab_size=rows), small_bpe()
     before = embedding(model).clone()
-    extend(model, tokenizer, settings())
+    extend_model(model, tokenizer, settings())
     assert len(tokenizer) == 334
     assert torch.equal(embedding(model), before)
 
 
 def test_end_of_text_is_named_in_both_configurations() -> None:
     model, tokenizer, _ = extended()
-    for each in (model.config, model.generation_config):
+    for each in (model.config, generation_config(model)):
         assert each.eos_token_id == each.bos_token_id == tokenizer.eos_token_id == 329
 
 
@@ -139,19 +149,20 @@ def test_without_a_token_for_one_tab_its_row_cannot_be_copied() -> None:
     letters = Tokenizer(models.BPE(vocab={"a": 0, END_OF_TEXT: 1}, merges=[]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token=END_OF_TEXT)
     with pytest.raises(ConfigError, match="mean_of_pieces"):
-        extend(gpt_neo(vocab_size=2), tokenizer, settings(tokens=["aa"], new_row_init="tab"))
+        extend_model(gpt_neo(vocab_size=2), tokenizer, settings(tokens=["aa"], new_row_init="tab"))
 
 
 def test_the_extended_folder_loads_in_plain_transformers(base: Path, tmp_path: Path) -> None:
     old = embedding(AutoModelForCausalLM.from_pretrained(base))
-    told = extend_folder(ExtendConfig(base=str(base), out=str(tmp_path / "out")))
-    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # none is its owner's alone
-    model, tokenizer = (each.from_pretrained(tmp_path / "out") for each in (AutoModelForCausalLM, AutoTokenizer))
-    assert told.endswith("330 tokens and 4 new ones")
+    summary = extend_folder(ExtendConfig(base=str(base), out=str(tmp_path / "out")))
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # all can be read by the same users
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert summary.endswith("330 tokens plus 4 new ones")
     assert is_tied(model)
     assert embedding(model).shape == (334, 32)
     assert torch.equal(embedding(model)[:330], old)
-    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id == 329
+    assert model.config.eos_token_id == generation_config(model).eos_token_id == tokenizer.eos_token_id == 329
     assert tokenizer.decode(tokenizer("\tif x:\r\n        y")["input_ids"]) == "\tif x:\r\n        y"
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".json"] * 4 + [".safetensors"]
 
@@ -163,7 +174,7 @@ def test_extending_an_extended_folder_gives_the_same_weights(base: Path, tmp_pat
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
 
 
-def test_a_folder_that_holds_something_is_never_written_to(base: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_never_written_to(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
@@ -188,7 +199,7 @@ def test_the_snippet_of_the_model_card_runs_on_the_real_vocabulary(tmp_path: Pat
     source = base_folder(tmp_path / "gpt-neo", gpt2_bpe(), hidden=8, heads=2)
     extend_folder(ExtendConfig(base=str(source), out=str(tmp_path / "code-clippy")))
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "code-clippy")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "code-clippy")  # generate's types reject it
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "code-clippy")
     prompt = """def greet(name):
   '''A function to greet user. Given a user name it should say hello'''

@@ -20,7 +20,7 @@ from support.runs import Runs, environment, rank_pids
 from clippy_train.config import DataConfig, TrainConfig, save
 from clippy_train.errors import Diverged, NonFinite
 from clippy_train.files import STAGING
-from clippy_train.model.build import build
+from clippy_train.model.build import build_model
 from clippy_train.run.checkpoint import open_checkpoint
 from clippy_train.run.folder import (
     CONFIG,
@@ -124,7 +124,7 @@ def test_the_one_rank_of_many_whose_weights_differ_is_named(
     train_config: Callable[..., TrainConfig], world_size: int, odd: int
 ) -> None:
     config = train_config("strategy=ddp", "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2")
-    module = CodeLM(config, build(config)[0], np.zeros(1))
+    module = CodeLM(config, build_model(config)[0], np.zeros(1))
 
     def check() -> str:
         require_equal_replicas(module, step=6)
@@ -140,7 +140,7 @@ def test_the_one_rank_of_many_whose_weights_differ_is_named(
 
 def test_a_weight_that_is_not_finite_is_never_saved(train_config: Callable[..., TrainConfig]) -> None:
     config = train_config("strategy=ddp", "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2")
-    module = CodeLM(config, build(config)[0], np.zeros(1))
+    module = CodeLM(config, build_model(config)[0], np.zeros(1))
     module.model.transformer.ln_f.weight.data[3] = np.inf
     with pytest.raises(NonFinite, match="step 7"):
         require_equal_replicas(module, step=7)

@@ -1,49 +1,60 @@
-"""Completions: batched as one by one, cut where they must be, streamed as they are returned."""
+"""Completions: batching does not change them, they end at the stop, and streaming gives the returned text."""
 
 import io
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import CODE, base_folder, gpt_neo, small_bpe
+from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
 
 from clippy_train.cli import main
 from clippy_train.config import GenerateConfig
 from clippy_train.generate import generate, interact
-from clippy_train.model.sample import Sampling, at_function_end, at_sequence, complete, never
+from clippy_train.model.sample import (
+    Sampling,
+    complete_prompts,
+    generate_tokens,
+    never_stop,
+    stop_at_function_end,
+    stop_at_sequences,
+)
 
 PROMPTS = ["def greet(name):\n", "x", "class Stack:\n\tdef __init__(self):\n"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def tokenizer() -> PreTrainedTokenizerFast:
     return small_bpe()
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: Any) -> Any:
-    return gpt_neo(vocab_size=len(tokenizer)).eval()
+def model(tokenizer: PreTrainedTokenizerFast) -> GPTNeoForCausalLM:
+    model = gpt_neo(vocab_size=len(tokenizer))
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
-def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base_folder(tmp_path_factory.mktemp("model"), tokenizer)
 
 
-def test_a_batch_of_prompts_is_completed_as_each_alone_without_a_cache(model: Any, tokenizer: Any) -> None:
-    together = complete(model, tokenizer, PROMPTS, Sampling(max_new_tokens=12))
+def test_a_batch_is_completed_like_each_prompt_alone_without_a_cache(
+    model: GPTNeoForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    together = complete_prompts(model, tokenizer, PROMPTS, Sampling(max_new_tokens=12))
     for prompt, completion in zip(PROMPTS, together, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        out = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False, pad_token_id=0)
+        out = generate_tokens(model, ids, max_new_tokens=12, do_sample=False, use_cache=False, pad_token_id=0)
         assert completion == tokenizer.decode(out[0][ids.size(1) :], skip_special_tokens=True)
 
 
-def test_a_seed_decides_the_samples(model: Any, tokenizer: Any) -> None:
+def test_the_seed_determines_the_samples(model: GPTNeoForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     def sampled(seed: int) -> list[str]:
-        return complete(model, tokenizer, ["x"] * 4, Sampling(8, temperature=1.0, seed=seed))
+        return complete_prompts(model, tokenizer, ["x"] * 4, Sampling(8, temperature=1.0, seed=seed))
 
     assert sampled(1) == sampled(1) != sampled(2)
     assert len(set(sampled(1))) > 1
@@ -61,43 +72,55 @@ def test_a_seed_decides_the_samples(model: Any, tokenizer: Any) -> None:
         (" + 1\n\t\treturn\r\n\tx\nclass", " + 1\n\t\treturn\r\n\tx\n"),
     ],
 )
-def test_a_function_ends_where_column_0_is_used_again(text: str, kept: str | None) -> None:
-    end = at_function_end(text)
+def test_a_function_ends_at_the_next_text_in_column_0(text: str, kept: str | None) -> None:
+    end = stop_at_function_end(text)
     assert (None if end is None else text[:end]) == kept
 
 
 @given(st.text("ab\n}x "))
-def test_text_behind_the_end_of_a_function_does_not_move_it(text: str) -> None:
-    ends = [at_function_end(text[:length]) for length in range(len(text) + 1)]
+def test_text_after_the_end_of_a_function_does_not_move_the_end(text: str) -> None:
+    ends = [stop_at_function_end(text[:length]) for length in range(len(text) + 1)]
     found = [end for end in ends if end is not None]
     assert len(set(found)) <= 1
-    assert all(end >= ends.index(end) - 1 for end in found)  # nothing is taken back that was there before
+    assert all(end >= ends.index(end) - 1 for end in found)  # text that has been let pass is never cut
     assert ends == [None] * (len(ends) - len(found)) + found
 
 
-def test_a_completion_ends_at_the_first_stop_sequence_and_no_tokens_are_wasted(model: Any, tokenizer: Any) -> None:
-    free = complete(model, tokenizer, ["x"], Sampling(40))[0]
+def test_a_completion_ends_at_the_first_stop_sequence_and_no_tokens_are_wasted(
+    model: GPTNeoForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    free = complete_prompts(model, tokenizer, ["x"], Sampling(40))[0]
     stop = free[10:12]
     assert (
-        complete(model, tokenizer, ["x"], Sampling(40), at_sequence([stop, "nowhere"]))[0] == free[: free.index(stop)]
+        complete_prompts(model, tokenizer, ["x"], Sampling(40), stop_at_sequences([stop, "nowhere"]))[0]
+        == free[: free.index(stop)]
     )
-    assert at_sequence([])(free) is None
-    steps = []
-    complete(model, tokenizer, ["x"], Sampling(40), lambda text: steps.append(text) or at_sequence([stop])(text))
+    assert stop_at_sequences([])(free) is None
+    steps: list[str] = []
+
+    def counted(text: str) -> int | None:
+        steps.append(text)
+        return stop_at_sequences([stop])(text)
+
+    complete_prompts(model, tokenizer, ["x"], Sampling(40), counted)
     assert len(steps) < 40
 
 
 @settings(max_examples=20)
 @given(st.integers(0, 10**6))
-def test_what_is_streamed_is_what_is_returned(model: Any, tokenizer: Any, seed: int) -> None:
+def test_the_streamed_text_is_the_returned_text(
+    model: GPTNeoForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> None:
     pieces: list[str] = []
     sampling = Sampling(24, temperature=2.0, seed=seed)
-    stop = at_function_end if seed % 2 else never
-    texts = complete(model, tokenizer, [CODE[0]], sampling, stop, pieces.append)
+    stop = stop_at_function_end if seed % 2 else never_stop
+    texts = complete_prompts(model, tokenizer, [CODE[0]], sampling, stop, pieces.append)
     assert "".join(pieces) == texts[0]
 
 
-def test_prompts_come_from_a_text_a_file_or_standard_input(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_prompts_come_from_a_text_a_file_or_standard_input(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "prompt").write_text(PROMPTS[0])
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPTS[0]))
     shown = []
@@ -108,24 +131,26 @@ def test_prompts_come_from_a_text_a_file_or_standard_input(folder: Path, tmp_pat
     assert shown[0] == shown[1] == shown[2]
 
 
-def test_several_samples_are_numbered(folder: Path, capsys) -> None:
+def test_several_samples_are_numbered(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", f"model={folder}", "prompt=x", "num_samples=2", "temperature=1", "max_new_tokens=4"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("# 1 of 2\nx") == shown.count("# 2 of 2\nx") == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["prompt=x", "file=y"], ["file=none"], ["prompt=x", "--interactive"]])
-def test_a_missing_or_a_second_prompt_is_refused(arguments: list[str], folder: Path, capsys) -> None:
+def test_a_missing_or_a_second_prompt_is_refused(
+    arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["generate", f"model={folder}", *arguments]) == 2
     assert "prompt" in capsys.readouterr().err or arguments == ["file=none"]
 
 
-def test_bytes_that_are_no_text_are_refused(folder: Path, capsys) -> None:
+def test_bytes_that_are_not_text_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", f"model={folder}", "prompt=a\udcff"]) == 2
     assert "prompt is not UTF-8" in capsys.readouterr().err
 
 
-def test_weights_that_were_cut_short_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
+def test_truncated_weights_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(folder, tmp_path / "cut")
     with (tmp_path / "cut/model.safetensors").open("r+b") as file:
         file.truncate(1000)
@@ -140,4 +165,4 @@ def test_interactive_prompts_are_completed_one_after_another(folder: Path) -> No
     interact(config, io.StringIO(f"{PROMPTS[0]}\n\n{long}\n\nx\n"), out)
     for prompt in (PROMPTS[0], "x\n"):
         assert prompt + generate(config, prompt)[0] in out.getvalue()
-    assert "max_new_tokens=6" in out.getvalue()  # the long one does not fit, and does not end the conversation
+    assert "max_new_tokens=6" in out.getvalue()  # the long prompt is refused, and the loop continues

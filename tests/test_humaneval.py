@@ -1,8 +1,9 @@
-"""HumanEval: samples that are generated, resumed and scored; canned solutions score exactly what they must."""
+"""HumanEval: samples are generated, resumed and scored, and canned solutions get their exact scores."""
 
 import gzip
 import json
 import re
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base_folder(tmp_path_factory.mktemp("model"), small_bpe())
 
 
-def write(path: Path, rows: list[dict]) -> Path:
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def canned(right: list[int], n: int) -> list[dict]:
-    """`n` samples of each problem, mixed, of which so many of each are right."""
+def canned(right: list[int], n: int) -> list[dict[str, Any]]:
+    """`n` samples of each problem, interleaved, of which `right` are correct."""
     return [
         {"task_id": each["task_id"], "completion": each["canonical_solution"] if turn < count else WRONG, "mine": turn}
         for turn in range(n)
@@ -59,7 +60,7 @@ def evaluate(problems: Path, samples: Path, *arguments: str, code: int = 0) -> N
     assert main(["evaluate", "task=humaneval", f"problems={problems}", f"samples={samples}", *arguments]) == code
 
 
-def test_canned_solutions_score_exactly_what_they_must(problems: Path, tmp_path: Path) -> None:
+def test_canned_solutions_get_their_exact_scores(problems: Path, tmp_path: Path) -> None:
     n, right = 5, [5, 2, 0]
     samples = write(tmp_path / "samples.jsonl", canned(right, n))
     evaluate(problems, samples, "allow_code_execution=true", "ks=[1,3,10]", f"out={tmp_path / 'out.json'}")
@@ -79,32 +80,34 @@ def test_canned_solutions_score_exactly_what_they_must(problems: Path, tmp_path:
 
 @settings(max_examples=60)
 @given(n=st.integers(1, 9), data=st.data())
-def test_the_estimate_is_the_share_of_draws_that_hold_a_right_sample(n: int, data: st.DataObject) -> None:
+def test_the_estimate_is_the_share_of_draws_with_a_correct_sample(n: int, data: st.DataObject) -> None:
     right, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
     draws = list(combinations([True] * right + [False] * (n - right), k))
     assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_an_interrupted_generation_ends_with_the_same_file(model: Path, problems: Path, tmp_path: Path) -> None:
-    ways = [f"model={model}", "n=3", "temperature=1", "max_new_tokens=6", "batch_size=2"]
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    evaluate(problems, whole, *ways)
-    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    settings = [f"model={model}", "n=3", "temperature=1", "max_new_tokens=6", "batch_size=2"]
+    full, cut = tmp_path / "full.jsonl", tmp_path / "cut.jsonl"
+    evaluate(problems, full, *settings)
+    rows = [json.loads(line) for line in full.read_text().splitlines()]
     assert [row["task_id"] for row in rows] == [each["task_id"] for each in PROBLEMS] * 3
     assert {frozenset(row) for row in rows} == {frozenset(["task_id", "completion"])}
     assert rows[0]["completion"] != rows[6]["completion"]  # the same place in another batch
-    evaluate(problems, cut, *ways)
-    assert cut.read_bytes() == whole.read_bytes()
-    for length in (0, 5, whole.stat().st_size // 2, whole.stat().st_size - 1):
-        cut.write_bytes(whole.read_bytes()[:length])
-        evaluate(problems, cut, *ways)
-        assert cut.read_bytes() == whole.read_bytes()
+    evaluate(problems, cut, *settings)
+    assert cut.read_bytes() == full.read_bytes()
+    for length in (0, 5, full.stat().st_size // 2, full.stat().st_size - 1):
+        cut.write_bytes(full.read_bytes()[:length])
+        evaluate(problems, cut, *settings)
+        assert cut.read_bytes() == full.read_bytes()
     before = cut.stat().st_mtime_ns
-    evaluate(problems, cut, *ways)
+    evaluate(problems, cut, *settings)
     assert cut.stat().st_mtime_ns == before  # nothing was missing
 
 
-def test_samples_of_other_settings_are_not_mixed(model: Path, problems: Path, tmp_path: Path, capsys) -> None:
+def test_samples_of_other_settings_are_not_mixed(
+    model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     samples = tmp_path / "samples.jsonl"
     evaluate(problems, samples, f"model={model}", "max_new_tokens=2")
     content = samples.read_bytes()
@@ -115,7 +118,9 @@ def test_samples_of_other_settings_are_not_mixed(model: Path, problems: Path, tm
     assert samples.read_bytes() == content
 
 
-def test_nothing_runs_unless_it_is_allowed(model: Path, problems: Path, tmp_path: Path, capsys) -> None:
+def test_nothing_runs_unless_it_is_allowed(
+    model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     witness = tmp_path / "ran"
     rows = [{**row, "completion": f"    open({str(witness)!r}, 'w')\n"} for row in canned([1, 1, 1], 1)]
     samples = write(tmp_path / "samples.jsonl", rows)
@@ -128,8 +133,8 @@ def test_nothing_runs_unless_it_is_allowed(model: Path, problems: Path, tmp_path
 
 
 def test_completions_end_at_the_stop_sequences(model: Path, problems: Path, tmp_path: Path) -> None:
-    def completions(name: str, *ways: str) -> list[str]:
-        evaluate(problems, tmp_path / name, f"model={model}", "max_new_tokens=30", "batch_size=3", *ways)
+    def completions(name: str, *settings: str) -> list[str]:
+        evaluate(problems, tmp_path / name, f"model={model}", "max_new_tokens=30", "batch_size=3", *settings)
         return [json.loads(line)["completion"] for line in (tmp_path / name).read_text().splitlines()]
 
     free = completions("free.jsonl", "stop=[]")
@@ -147,21 +152,26 @@ def test_completions_end_at_the_stop_sequences(model: Path, problems: Path, tmp_
         ([{"task_id": "Test/0", "completion": None}], 3, "line 1 has no task_id"),
     ],
 )
-def test_samples_that_do_not_belong_to_the_problems_are_refused(
-    rows: list[dict[str, Any]], code: int, expected: str, problems: Path, tmp_path: Path, capsys
+def test_samples_that_do_not_match_the_problems_are_refused(
+    rows: list[dict[str, Any]],
+    code: int,
+    expected: str,
+    problems: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     evaluate(problems, write(tmp_path / "samples.jsonl", rows), "allow_code_execution=true", code=code)
     assert expected in capsys.readouterr().err
 
 
-def test_problems_must_be_a_file_in_the_format(tmp_path: Path, capsys) -> None:
+def test_problems_must_be_a_file_in_the_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(tmp_path / "none.jsonl", tmp_path / "x", "allow_code_execution=true", code=2)
     assert "no such file" in capsys.readouterr().err
     other = write(tmp_path / "other.jsonl", [{"task_id": "a", "prompt": ""}])
     evaluate(other, tmp_path / "x", "allow_code_execution=true", code=3)
     assert "task_id, prompt, test, entry_point" in capsys.readouterr().err
     evaluate(write(tmp_path / "empty.jsonl", []), tmp_path / "x", "allow_code_execution=true", code=3)
-    assert "holds none" in capsys.readouterr().err
+    assert "has no problems" in capsys.readouterr().err
     short = tmp_path / "short.jsonl.gz"
     short.write_bytes(gzip.compress(other.read_bytes())[:-9])
     evaluate(short, tmp_path / "x", "allow_code_execution=true", code=2)

@@ -1,12 +1,13 @@
-"""A checkpoint that Flax wrote becomes a Hugging Face folder, and training goes on from it as if it had never stopped.
+"""A Flax checkpoint becomes a Hugging Face folder, and training continues from it as if uninterrupted.
 
-`data/flax_checkpoint` was written by the original's libraries (`make_flax_checkpoint.py`).
+The original's libraries wrote `data/flax_checkpoint` (`make_flax_checkpoint.py`).
 """
 
 import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from clippy_train.config import ImportConfig, OptimConfig, TrainConfig
 from clippy_train.errors import ConfigError
 from clippy_train.hf.export import load_checkpoint_model
 from clippy_train.hf.import_flax import import_flax, read_tree
+from clippy_train.model.load import generation_config
 from clippy_train.optim import build_optimizer, lr_at
 from clippy_train.run.checkpoint import open_checkpoint
 from clippy_train.run.folder import STATE, checkpoint_folder
@@ -66,7 +68,7 @@ def flax_leaves() -> dict[tuple[str, ...], np.ndarray]:
 
 
 def in_torch(leaves: dict[tuple[str, ...], np.ndarray]) -> dict[str, Tensor]:
-    """Flax's leaves by PyTorch's names: a Dense kernel is `[in, out]` there and `[out, in]` here."""
+    """Flax's leaves by PyTorch's names; a Dense kernel is `[in, out]` in Flax and `[out, in]` in PyTorch."""
     named = {}
     for (*modules, leaf), value in leaves.items():
         kind = "bias" if leaf == "bias" else "weight"
@@ -75,7 +77,7 @@ def in_torch(leaves: dict[tuple[str, ...], np.ndarray]) -> dict[str, Tensor]:
 
 
 def recomputed_moments() -> dict[str, dict[str, Tensor]]:
-    """Adam's moments after the recorded updates, in float64 from the gradients that were made up for them."""
+    """Adam's moments after the recorded updates, in float64 from their synthetic gradients."""
     leaves = flax_leaves()
     first = {name: np.zeros(leaf.shape) for name, leaf in leaves.items()}
     second = {name: np.zeros(leaf.shape) for name, leaf in leaves.items()}
@@ -96,7 +98,7 @@ def recomputed_moments() -> dict[str, dict[str, Tensor]]:
     return {"exp_avg": in_torch(first), "exp_avg_sq": in_torch(second)}
 
 
-# What an imported folder holds
+# The contents of an imported folder
 
 
 def test_every_weight_is_the_flax_leaf_of_its_name_with_kernels_transposed(imported: Path) -> None:
@@ -104,7 +106,7 @@ def test_every_weight_is_the_flax_leaf_of_its_name_with_kernels_transposed(impor
     stored = load_file(imported / "model.safetensors")
     assert stored.keys() == expected.keys()
     assert all(torch.equal(stored[name], expected[name]) for name in expected)
-    assert len({path.stat().st_mode for path in imported.iterdir()}) == 1  # none is its owner's alone
+    assert len({path.stat().st_mode for path in imported.iterdir()}) == 1  # all can be read by the same users
 
 
 @torch.no_grad()
@@ -114,18 +116,18 @@ def test_plain_transformers_computes_the_logits_that_flax_recorded(imported: Pat
     with np.load(OUT / "logits.npz") as recorded:
         logits = model(torch.from_numpy(recorded["input_ids"])).logits[:, -recorded["logits"].shape[1] :]
         np.testing.assert_allclose(logits, recorded["logits"], atol=2e-5, rtol=0)
-        assert np.abs(recorded["logits"]).max() > 1  # of 2e-5, that is
-    assert model.generation_config.eos_token_id == GenerationConfig.from_pretrained(OUT).eos_token_id == 511
+        assert np.abs(recorded["logits"]).max() > 1  # the scale to which 2e-5 compares
+    assert generation_config(model).eos_token_id == GenerationConfig.from_pretrained(OUT).eos_token_id == 511
 
 
 @pytest.mark.parametrize("written", ["opt_state.msgpack", "opt_state_0_3_4.msgpack"])
 def test_step_and_moments_are_those_of_the_updates_made(written: str, source: Path, tmp_path: Path) -> None:
-    """By a current Flax and by that of 2021, both with the embedding in chunks."""
+    """Written by a current Flax and by that of 2021, both with the embedding in chunks."""
     assert b"__msgpack_chunked_array__" in (source / written).read_bytes()
     (source / written).rename(source / "opt_state.msgpack")
-    said = import_flax(ImportConfig(flax=str(source), out=str(tmp_path / "hf")))
-    assert f"step {UPDATES} " in said
-    assert f"{MICRO_STEPS - ACCUMULATION * UPDATES} further micro-steps are dropped" in said
+    summary = import_flax(ImportConfig(flax=str(source), out=str(tmp_path / "hf")))
+    assert f"step {UPDATES} " in summary
+    assert f"{MICRO_STEPS - ACCUMULATION * UPDATES} further micro-steps are dropped" in summary
 
     assert open_base_state(tmp_path / "hf").step == UPDATES
     stored = load_file(tmp_path / "hf" / OPTIMIZER)
@@ -145,7 +147,7 @@ def test_every_type_that_flax_writes_is_read() -> None:
     assert kinds["empty"].shape == (0, 3)
 
 
-def test_without_an_optimizer_state_the_weights_come_alone(source: Path, tmp_path: Path) -> None:
+def test_without_an_optimizer_state_only_the_weights_are_imported(source: Path, tmp_path: Path) -> None:
     (source / "opt_state.msgpack").unlink()
     (source / "training_state.json").unlink()
     (source / "generation_config.json").unlink()
@@ -156,7 +158,7 @@ def test_without_an_optimizer_state_the_weights_come_alone(source: Path, tmp_pat
         open_base_state(tmp_path / "hf")
 
 
-def test_the_tokenizer_comes_along(source: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_is_imported_too(source: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(source)
     assert main(["import", f"flax={source}", f"out={tmp_path / 'hf'}"]) == 0
     text = "def f():\n        return '  '\n"
@@ -166,8 +168,12 @@ def test_the_tokenizer_comes_along(source: Path, tiny_tokenizer: Path, tmp_path:
 # What is refused
 
 
-def edited(path: Path, change: Callable[[dict], Any]) -> None:
-    """Change the tree in a file; its arrays stay as they are encoded."""
+Tree = dict[str, Any]
+Damage = Callable[[Path], object]  # of a checkpoint folder
+
+
+def edited(path: Path, change: Callable[[Tree], object]) -> None:
+    """Change the tree in a file without decoding its arrays."""
     tree = msgpack.unpackb(path.read_bytes())
     change(tree)
     path.write_bytes(msgpack.packb(tree))
@@ -177,22 +183,22 @@ def array(values: np.ndarray) -> msgpack.ExtType:
     return msgpack.ExtType(ARRAY, msgpack.packb((values.shape, values.dtype.name, values.tobytes())))
 
 
-def weights(change: Callable[[dict], Any]) -> Callable[[Path], None]:
+def weights(change: Callable[[Tree], object]) -> Damage:
     return lambda folder: edited(folder / "flax_model.msgpack", lambda tree: change(tree["transformer"]))
 
 
-def adam(change: Callable[[dict], Any]) -> Callable[[Path], None]:
-    state = ["inner_opt_state", "1", "0"]  # of MultiSteps, of the chain, of AdamW
+def adam(change: Callable[[Tree], object]) -> Damage:
+    state = ["inner_opt_state", "1", "0"]  # of MultiSteps, the chain and AdamW
     return lambda folder: edited(folder / "opt_state.msgpack", lambda tree: change(inside(tree, state)))
 
 
-def inside(tree: dict, path: list[str]) -> dict:
+def inside(tree: Tree, path: list[str]) -> Tree:
     for key in path:
         tree = tree[key]
     return tree
 
 
-def cut(name: str, share: float) -> Callable[[Path], None]:
+def cut(name: str, share: float) -> Damage:
     def change(folder: Path) -> None:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: int(len(content) * share)])
@@ -200,7 +206,7 @@ def cut(name: str, share: float) -> Callable[[Path], None]:
     return change
 
 
-def described(**changes: Any) -> Callable[[Path], None]:
+def with_config(**changes: Any) -> Damage:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | changes))
@@ -208,44 +214,44 @@ def described(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Damage, str]] = {
     "no such folder": (shutil.rmtree, "config.json"),
     "no weights": (lambda folder: (folder / "flax_model.msgpack").unlink(), "flax_model.msgpack"),
-    "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-    "config that contradicts itself": (described(num_layers=3), "`config.num_layers = 3`"),
-    "config of no model": (described(hidden_size=9), "no model can be built from config.json"),
+    "config that is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+    "config that contradicts itself": (with_config(num_layers=3), "`config.num_layers = 3`"),
+    "config of no model": (with_config(hidden_size=9), "no model can be built from config.json"),
     "another model": (lambda folder: GPT2Config().save_pretrained(folder), "gpt2 model, not GPT-Neo"),
-    "cut weights": (cut("flax_model.msgpack", 0.5), "flax_model.msgpack is damaged"),
+    "truncated weights": (cut("flax_model.msgpack", 0.5), "flax_model.msgpack is damaged"),
     "empty weights": (cut("flax_model.msgpack", 0), "flax_model.msgpack is damaged"),
-    "cut moments": (cut("opt_state.msgpack", 0.99), "opt_state.msgpack is damaged"),
+    "truncated moments": (cut("opt_state.msgpack", 0.99), "opt_state.msgpack is damaged"),
     "not msgpack": (lambda folder: (folder / "flax_model.msgpack").write_bytes(b"\x80\x04K\x01."), "is damaged"),
-    "a list": (lambda folder: (folder / "flax_model.msgpack").write_bytes(msgpack.packb([1])), "no dictionary"),
+    "a list": (lambda folder: (folder / "flax_model.msgpack").write_bytes(msgpack.packb([1])), "not a dictionary"),
     "a missing tensor": (weights(lambda tree: tree["ln_f"].pop("bias")), "transformer.ln_f.bias is missing"),
     "a missing layer": (weights(lambda tree: tree["h"].pop("1")), "and 8 more"),
     "a layer too many": (weights(lambda tree: tree["h"].update({"2": tree["h"]["1"]})), "h/2/attn"),
     "a tensor of another kind": (
         weights(lambda tree: tree["ln_f"].update(table=tree["ln_f"]["bias"])),
-        "transformer/ln_f/table is no tensor of a GPT-Neo",
+        "transformer/ln_f/table is not a tensor of GPT-Neo",
     ),
     "two tensors for one": (
         weights(lambda tree: tree["ln_f"].update(kernel=tree["ln_f"]["scale"])),
-        "transformer/ln_f/kernel is left over",
+        "transformer/ln_f/kernel is unused",
     ),
     "another shape": (
         weights(lambda tree: tree["wpe"].update(embedding=array(np.zeros((65, 8), np.float32)))),
-        "transformer/wpe/embedding becomes (65, 8), not (64, 8)",
+        "transformer/wpe/embedding has shape (65, 8), not (64, 8)",
     ),
-    "whole numbers": (
+    "integers": (
         weights(lambda tree: tree["wpe"].update(embedding=array(np.zeros((64, 8), np.int32)))),
         "transformer/wpe/embedding",
     ),
     "a missing moment": (adam(lambda state: state["nu"]["transformer"]["ln_f"].pop("bias")), "opt_state.msgpack"),
     "a moment of another shape": (
         adam(lambda state: state["mu"]["transformer"]["ln_f"].update(bias=array(np.zeros(9, np.float32)))),
-        "transformer/ln_f/bias becomes (9,), not (8,)",
+        "transformer/ln_f/bias has shape (9,), not (8,)",
     ),
-    "another optimizer": (adam(lambda state: state.pop("nu")), "0 states of Adam"),
-    "a counter that is no number": (adam(lambda state: state.update(count="three")), "a counter is no number"),
+    "another optimizer": (adam(lambda state: state.pop("nu")), "0 Adam states"),
+    "a counter that is not a number": (adam(lambda state: state.update(count="three")), "a counter is not a number"),
     "another checkpoint's step": (
         lambda folder: (folder / "training_state.json").write_text('{"step": 2}'),
         "micro-step 2 is before update 3",
@@ -258,7 +264,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_bad_checkpoint_is_named_and_leaves_nothing_behind(name: str, source: Path, tmp_path: Path, capsys) -> None:
+def test_a_bad_checkpoint_is_named_and_leaves_nothing_behind(
+    name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     change, expected = REFUSED[name]
     change(source)
     (tmp_path / "new").mkdir()
@@ -267,7 +275,7 @@ def test_a_bad_checkpoint_is_named_and_leaves_nothing_behind(name: str, source: 
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_flipped_bytes_are_read_or_refused_but_never_crash(source: Path) -> None:
+def test_corrupt_bytes_are_read_or_refused_but_never_crash(source: Path) -> None:
     path, content = source / "flax_model.msgpack", (OUT / "flax_model.msgpack").read_bytes()
     rng, refused = random.Random(0), 0
     for _ in range(300):
@@ -290,9 +298,9 @@ def test_nothing_in_a_file_can_run_code(source: Path) -> None:
             import_flax(ImportConfig(flax=str(source), out=str(source / "out")))
 
 
-# Training that goes on from an imported folder
+# Training from an imported folder
 
-FIRST = UPDATES  # index of the first update that is made here
+FIRST = UPDATES  # index of the first update made here
 CONTINUE = [
     "model.base_optimizer=continue", "model.hidden_size=8", "data.streams=6", "trainer.global_batch_size=12",
     "trainer.max_steps=5", "trainer.log_every_steps=1", "checkpoint.every_steps=1", "checkpoint.keep_last=5",
@@ -302,15 +310,15 @@ LAYOUTS = {
     "single": ["strategy=single", "trainer.devices=1"],
     "ddp": ["strategy=ddp"],
     "zero1": ["strategy=zero1"],
-    "zero3": ["strategy=zero3", "trainer.devices=3"],  # a bias of 8 elements in three equal parts
+    "zero3": ["strategy=zero3", "trainer.devices=3"],  # a bias of 8 elements over three ranks
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path, imported: Path) -> Runs:
-    made = Runs(tmp_path_factory.mktemp("continue"), tiny_corpus, tiny_tokenizer)
-    made.settings += [f"model.base={imported}", *CONTINUE]
-    return made
+    runs = Runs(tmp_path_factory.mktemp("continue"), tiny_corpus, tiny_tokenizer)
+    runs.settings += [f"model.base={imported}", *CONTINUE]
+    return runs
 
 
 def checkpoint_weights(runs: Runs, name: str, step: int) -> dict[str, Tensor]:
@@ -329,7 +337,7 @@ def first_rows(config: TrainConfig) -> Tensor:
 
 @pytest.fixture(scope="module")
 def expected_update(runs: Runs) -> tuple[dict[str, Tensor], OptimConfig]:
-    """The weights after one update of plain torch AdamW that was given the state, on the run's first sequences."""
+    """The weights after one update of torch's AdamW from the imported state, on the run's first sequences."""
     settings = [*runs.settings, *LAYOUTS["single"], "data.num_workers=0"]
     config = compose(TrainConfig, settings)
     model = GPTNeoForCausalLM.from_pretrained(str(config.model.base))
@@ -348,13 +356,13 @@ def expected_update(runs: Runs) -> tuple[dict[str, Tensor], OptimConfig]:
 
 
 @pytest.mark.parametrize("strategy", LAYOUTS)
-def test_the_first_update_is_that_of_an_adamw_which_never_stopped(
+def test_the_first_update_is_that_of_an_uninterrupted_adamw(
     runs: Runs, expected_update: tuple[dict[str, Tensor], OptimConfig], strategy: str
 ) -> None:
     weights, optim = expected_update
-    said = runs.train(strategy, "trainer.precision=fp32", *LAYOUTS[strategy]).stdout
-    assert f"starting runs/{strategy} at step {UPDATES} with the moments in" in said
-    assert "data start at the beginning" in said
+    output = runs.train(strategy, "trainer.precision=fp32", *LAYOUTS[strategy]).stdout
+    assert f"starting runs/{strategy} at step {UPDATES} with the moments in" in output
+    assert "data start at the beginning" in output
     rows = runs.rows(strategy)
     assert [row["step"] for row in rows] == [UPDATES + 1, UPDATES + 2]
     assert [row["train/lr"] for row in rows] == pytest.approx([lr_at(FIRST, optim), lr_at(FIRST + 1, optim)], rel=1e-12)
@@ -363,16 +371,14 @@ def test_the_first_update_is_that_of_an_adamw_which_never_stopped(
     first = checkpoint_weights(runs, strategy, UPDATES + 1)
     assert first.keys() == weights.keys()
     for name, tensor in first.items():
-        torch.testing.assert_close(
-            tensor, weights[name], rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-6, msg=partial("{}: {}".format, name))
 
 
 def test_an_interrupted_continuation_resumes_from_its_own_checkpoint(runs: Runs) -> None:
     name, settings = "twice", ["trainer.precision=fp32", *LAYOUTS["zero1"]]
     runs.train(name, *settings, "trainer.max_steps=4")
     assert "from step 4" in runs.train(name, *settings).stdout
-    runs.train("zero1", *settings)  # nothing is left to do where the test above has run
+    runs.train("zero1", *settings)  # does nothing if the test above has run
     once, twice = (checkpoint_weights(runs, each, 5) for each in ("zero1", name))
     assert all(torch.equal(once[key], twice[key]) for key in once)
     assert [row["train/loss"] for row in runs.rows(name)] == [row["train/loss"] for row in runs.rows("zero1")]
@@ -381,8 +387,8 @@ def test_an_interrupted_continuation_resumes_from_its_own_checkpoint(runs: Runs)
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
-def test_a_bf16_run_goes_on_from_the_weights_in_fp32(runs: Runs, imported: Path, strategy: str) -> None:
-    """With a learning rate of 0 they stay as they are; DeepSpeed left alone would round them to bf16."""
+def test_a_bf16_run_continues_from_the_fp32_weights(runs: Runs, imported: Path, strategy: str) -> None:
+    """With a learning rate of 0 they must not change; DeepSpeed by itself would round them to bf16."""
     name = f"bf16-{strategy}"
     runs.train(name, *LAYOUTS[strategy], "optim.lr=0", "trainer.max_steps=4")
     expected = load_file(imported / "model.safetensors")
@@ -390,7 +396,7 @@ def test_a_bf16_run_goes_on_from_the_weights_in_fp32(runs: Runs, imported: Path,
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_by_default_a_base_gives_its_weights_only(runs: Runs) -> None:
+def test_by_default_only_the_weights_of_a_base_are_used(runs: Runs) -> None:
     runs.train("ignore", "model.base_optimizer=ignore", "trainer.max_steps=1", *LAYOUTS["single"])
     assert [(row["step"], row["train/lr"]) for row in runs.rows("ignore")] == [(1, 0.0)]
 
@@ -422,7 +428,7 @@ def test_a_base_without_a_state_or_with_a_damaged_one_is_refused(runs: Runs, imp
 def test_a_state_of_another_model_is_refused(imported: Path) -> None:
     model, state = AutoModelForCausalLM.from_pretrained(imported), open_base_state(imported)
     state.require_fit(model.named_parameters())
-    model.resize_token_embeddings(524, mean_resizing=False)  # what adding four tokens does
+    model.resize_token_embeddings(524, mean_resizing=False)  # the effect of adding four tokens
     with pytest.raises(ConfigError, match=r"wte.weight is \[520, 8\] there, \[524, 8\] here"):
         state.require_fit(model.named_parameters())
 

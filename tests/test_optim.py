@@ -1,5 +1,6 @@
-"""Learning rate, weight decay and clipping are those of the recipe."""
+"""Learning rate, weight decay and clipping follow the recipe."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -19,8 +20,11 @@ MICRO = Path(__file__).parent / "data" / "flax_micro"
 
 
 def settings(warmup_steps: int = 2500, decay_steps: int = 25000, **changes: float) -> OptimConfig:
-    recipe = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.1, "min_lr_ratio": 0.1, "grad_clip": 1.0}
-    return OptimConfig(betas=[0.9, 0.95], warmup_steps=warmup_steps, decay_steps=decay_steps, **(recipe | changes))
+    recipe = OptimConfig(
+        lr=1e-4, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, min_lr_ratio=0.1, grad_clip=1.0,
+        warmup_steps=warmup_steps, decay_steps=decay_steps,
+    )  # fmt: skip
+    return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]  # mypy checks ** against every field
 
 
 def schedule_of(config: OptimConfig) -> tuple[torch.optim.Optimizer, Schedule]:
@@ -31,7 +35,7 @@ def schedule_of(config: OptimConfig) -> tuple[torch.optim.Optimizer, Schedule]:
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        (0, 0.0),  # the first update leaves the weights as they are
+        (0, 0.0),  # the first update does not change the weights
         (1, 1e-4 / 2500),
         (1250, 5e-5),
         (2500, 1e-4),
@@ -52,7 +56,7 @@ def test_learning_rate_of_the_recipe(step: int, expected: float) -> None:
     decay_steps=st.integers(1, 3000),
     min_lr_ratio=st.floats(0, 1),
 )
-def test_learning_rate_rises_in_a_line_and_falls_as_a_cosine(
+def test_learning_rate_rises_linearly_and_falls_as_a_cosine(
     step: int, warmup_steps: int, decay_steps: int, min_lr_ratio: float
 ) -> None:
     if step <= warmup_steps:
@@ -74,7 +78,7 @@ def test_learning_rate_is_the_originals_to_fp32_rounding() -> None:
     ("warmup_steps", "decay_steps", "expected"),
     [(0, 2, [1e-4, 5.5e-5, 1e-5, 1e-5]), (2, 0, [0, 5e-5, 1e-4, 1e-4]), (0, 0, [1e-4, 1e-4, 1e-4, 1e-4])],
 )
-def test_no_warm_up_and_no_decay_are_allowed(warmup_steps: int, decay_steps: int, expected: list[float]) -> None:
+def test_zero_warm_up_and_zero_decay_are_allowed(warmup_steps: int, decay_steps: int, expected: list[float]) -> None:
     config = settings(warmup_steps, decay_steps)
     assert [lr_at(step, config) for step in range(4)] == pytest.approx(expected)
 
@@ -194,15 +198,17 @@ def test_gradients_stay_bit_equal_below_the_limit_and_without_one(scale: float, 
     gradients = random_gradients(scale, (7, 5), (5,))
     parameters = with_gradients(*gradients)
     clip_grad_norm(parameters, max_norm)
-    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(parameters, gradients, strict=True))
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)
 
 
-def test_parameters_without_a_gradient_are_left_out() -> None:
+def test_parameters_without_a_gradient_are_skipped() -> None:
     parameters = [*with_gradients(torch.tensor([3.0, 4.0])), nn.Parameter(torch.zeros(2))]
     assert clip_grad_norm(parameters, max_norm=1.0).item() == 5
     assert parameters[1].grad is None
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_gradient_that_is_not_finite_shows_in_the_norm(value: float) -> None:
+def test_a_non_finite_gradient_gives_a_non_finite_norm(value: float) -> None:
     assert not clip_grad_norm(with_gradients(torch.tensor([1.0, value])), max_norm=1.0).isfinite()

@@ -1,4 +1,4 @@
-"""The recipe is the model card's, its deviations are switches, and `docs/recipe.md` tells both as they are."""
+"""The recipe is the model card's, its deviations are switches, and `docs/recipe.md` describes both correctly."""
 
 import json
 import re
@@ -28,22 +28,22 @@ from clippy_train.train.module import CodeLM
 HERE = Path(__file__).parent
 COMMAND = HERE / "data" / "card_command.txt"  # the flags of the model card's command line
 DOCUMENT = HERE.parent / "docs" / "recipe.md"
-DEVICES = "trainer.devices=8"  # the card's; a machine has what it has
+DEVICES = "trainer.devices=8"  # the card's, whatever this machine has
 CARD = ["experiment=code_clippy_125m", DEVICES]
 
-# What a flag of the card says of a configuration of ours, as text. Flags that are missing here have no such value.
+# The value in our configuration that a flag of the card sets. Flags without such a value are missing here.
 CARD_SAYS: dict[str, Callable[[TrainConfig], Any]] = {
     "text_column_name": lambda c: c.data.text_column,
     "block_size": lambda c: c.data.seq_len,
     "per_device_train_batch_size": lambda c: c.trainer.micro_batch_size,
     "per_device_eval_batch_size": lambda c: c.trainer.eval_micro_batch_size,
-    "preprocessing_num_workers": lambda c: c.data.num_workers * c.trainer.devices,
+    "preprocessing_num_workers": lambda c: c.data.num_workers * (c.trainer.devices or 0),
     "learning_rate": lambda c: c.optim.lr,
     "max_steps": lambda c: c.trainer.max_steps,
     "warmup_steps": lambda c: c.optim.warmup_steps,
     "decay_steps": lambda c: c.optim.decay_steps,
-    "adam_beta1": lambda c: c.optim.betas[0],
-    "adam_beta2": lambda c: c.optim.betas[1],
+    "adam_beta1": lambda c: c.optim.betas and c.optim.betas[0],
+    "adam_beta2": lambda c: c.optim.betas and c.optim.betas[1],
     "weight_decay": lambda c: c.optim.weight_decay,
     "logging_steps": lambda c: c.trainer.log_every_steps,
     "eval_steps": lambda c: c.trainer.val_every_steps,
@@ -57,7 +57,7 @@ CARD_SAYS: dict[str, Callable[[TrainConfig], Any]] = {
 
 
 def card_flags() -> list[tuple[str, str]]:
-    """(flag, value) of the card's command; a flag without a value has the value ''."""
+    """The flags of the card's command with their values; '' for a flag without a value."""
     words = shlex.split(COMMAND.read_text())
     found: list[tuple[str, str]] = []
     for word in words:
@@ -77,26 +77,26 @@ def number_or_text(value: Any) -> Any:
 
 
 def table(heading: str) -> list[list[str]]:
-    """The rows of the first table under a heading of the document, cells without their back-quotes."""
+    """The rows of the first table under a heading of the document, without backquotes."""
     section = DOCUMENT.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip().replace("`", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
 
 def values(overrides: list[str]) -> dict[str, Any]:
-    """Every key of a composed configuration."""
+    """Every key of a composed configuration with its value."""
     composed = OmegaConf.structured(compose(TrainConfig, overrides))
     return {name: OmegaConf.select(composed, name) for name, _ in keys(TrainConfig)}
 
 
 def differences(left: list[str], right: list[str]) -> dict[str, Any]:
-    """The keys whose values differ, with the value on the right."""
+    """The keys whose values differ, with the values on the right."""
     before = values(left)
     return {name: value for name, value in values(right).items() if value != before[name]}
 
 
-def set_in(path: Path) -> dict[str, Any]:
-    """The keys that a configuration file sets itself."""
+def keys_in_file(path: Path) -> dict[str, Any]:
+    """The keys that a configuration file sets itself, with their values."""
     content = OmegaConf.load(path)
     found = {name: OmegaConf.select(content, name) for name, _ in keys(TrainConfig)}
     return {name: value for name, value in found.items() if value is not None}
@@ -106,11 +106,11 @@ def set_in(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("flag", "value"), [each for each in card_flags() if each[0] in CARD_SAYS], ids=str)
-def test_the_experiment_holds_the_value_of_the_card(flag: str, value: str) -> None:
+def test_the_experiment_has_the_value_of_the_card(flag: str, value: str) -> None:
     assert number_or_text(CARD_SAYS[flag](compose(TrainConfig, CARD))) == number_or_text(value)
 
 
-def test_the_flags_without_a_value_of_ours_are_these() -> None:
+def test_only_these_flags_have_no_value_of_ours() -> None:
     assert {flag for flag, _ in card_flags()} - CARD_SAYS.keys() == {
         "output_dir",
         "model_name_or_path",
@@ -133,23 +133,23 @@ def test_every_flag_of_the_card_has_its_row_in_the_order_of_the_command() -> Non
 @pytest.mark.parametrize(
     "row", [*table("The card's command"), *table("What the script fixes without a flag")], ids=lambda row: row[0]
 )
-def test_a_row_that_names_a_key_tells_its_value(row: list[str]) -> None:
+def test_a_row_that_names_a_key_gives_its_value(row: list[str]) -> None:
     composed = values(CARD)
     for pair in filter(None, row[2].split(", ")):
-        name, _, told = pair.partition("=")
-        assert OmegaConf.create({"told": composed[name]}) == OmegaConf.from_dotlist([f"told={told}"]), pair
+        name, _, written = pair.partition("=")
+        assert OmegaConf.create({"value": composed[name]}) == OmegaConf.from_dotlist([f"value={written}"]), pair
     assert row[3] in ("same", "different", "none")
     assert row[3] == "same" or row[4], "a difference needs a reason"
 
 
-def test_a_row_is_the_same_where_the_card_and_our_key_are() -> None:
+def test_a_row_says_same_only_if_the_card_and_our_key_agree() -> None:
     composed = compose(TrainConfig, CARD)
     for flag, value, _, verdict, _ in table("The card's command"):
         if verdict == "same" and flag in CARD_SAYS:
             assert number_or_text(CARD_SAYS[flag](composed)) == number_or_text(value)
 
 
-def test_the_value_that_the_script_hard_codes_is_ours_too() -> None:
+def test_values_that_the_original_hard_codes_are_ours() -> None:
     optim = compose(TrainConfig, CARD).optim
     assert (optim.min_lr_ratio, optim.grad_clip, optim.eps, optim.name) == (0.1, 1.0, 1e-8, "adamw")
 
@@ -194,28 +194,29 @@ def test_the_value_that_the_script_hard_codes_is_ours_too() -> None:
         ),
     ],
 )
-def test_another_published_recipe_is_a_change_of_the_cards(experiment: str, expected: dict[str, Any]) -> None:
+def test_another_published_recipe_is_derived_from_the_cards(experiment: str, expected: dict[str, Any]) -> None:
     assert differences(CARD, [f"experiment={experiment}", DEVICES]) == expected
     composed = compose(TrainConfig, [f"experiment={experiment}", DEVICES])
     accumulated = {"code_clippy_dedup_125m": 32, "code_clippy_readme_125m": 16, "code_clippy_1_3b": 64}
     assert composed.micro_steps == accumulated[experiment]
 
 
-def test_a_changed_recipe_repeats_nothing_of_the_one_that_it_changes() -> None:
+def test_a_derived_recipe_repeats_no_value_of_its_base() -> None:
     for path in (CONF / "experiment").glob("*.yaml"):
-        if "code_clippy_125m" in OmegaConf.load(path).get("defaults", []):
-            assert set_in(path).items() <= differences(CARD, [f"experiment={path.stem}", DEVICES]).items(), path
+        defaults = OmegaConf.select(OmegaConf.load(path), "defaults") or []
+        if "code_clippy_125m" in defaults:
+            assert keys_in_file(path).items() <= differences(CARD, [f"experiment={path.stem}", DEVICES]).items(), path
 
 
 def test_the_document_names_every_recipe() -> None:
-    told = {row[0] for row in table("Recipes")}
-    assert told == {path.stem for path in (CONF / "experiment").glob("*.yaml")} - {"demo"}
+    named = {row[0] for row in table("Recipes")}
+    assert named == {path.stem for path in (CONF / "experiment").glob("*.yaml")} - {"demo"}
 
 
 # recipe=original
 
 
-def test_the_original_is_put_back_by_one_word() -> None:
+def test_one_override_restores_the_original() -> None:
     changed = differences(CARD, [*CARD, "recipe=original"])
     assert changed == {
         "model.loss_dtype": "bf16",
@@ -223,11 +224,11 @@ def test_the_original_is_put_back_by_one_word() -> None:
         "data.eos_between_documents": False,
         "trainer.val_samples": 2000 * 16 * 8,
     }
-    assert changed == set_in(CONF / "recipe" / "original.yaml")
+    assert changed == keys_in_file(CONF / "recipe" / "original.yaml")
 
 
-def test_every_key_of_the_original_has_a_row_that_tells_both_values() -> None:
-    ours, original = values(CARD), set_in(CONF / "recipe" / "original.yaml")
+def test_every_key_of_the_original_has_a_row_with_both_values() -> None:
+    ours, original = values(CARD), keys_in_file(CONF / "recipe" / "original.yaml")
     rows = {row[0]: (row[1], row[2]) for row in table("Deviations that are switches") if row[2]}
     assert rows == {name: (shown(ours[name]), shown(value)) for name, value in original.items()}
 
@@ -236,16 +237,18 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def test_the_command_line_has_the_last_word_over_recipe() -> None:
+def test_the_command_line_overrides_recipe() -> None:
     assert compose(TrainConfig, ["recipe=original", *CARD, "model.loss_dtype=fp32"]).model.loss_dtype == "fp32"
 
 
-def test_a_rounded_loss_in_an_exact_run_is_refused() -> None:
+def test_a_bf16_loss_in_an_fp32_run_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.loss_dtype=bf16.*set model\.loss_dtype=fp32"):
         compose(TrainConfig, [*CARD, "recipe=original", "trainer.precision=fp32"])
 
 
-def test_the_plan_tells_which_rules_hold(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_the_plan_shows_the_rules_of_the_recipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from clippy_train.cli import main
 
     monkeypatch.setenv("COLUMNS", "200")
@@ -256,7 +259,7 @@ def test_the_plan_tells_which_rules_hold(capsys: pytest.CaptureFixture[str], mon
 
 
 @pytest.mark.parametrize("loss_dtype", ["fp32", "bf16"])
-def test_the_choice_of_the_loss_reaches_training_and_validation(train_config, loss_dtype: str) -> None:
+def test_loss_dtype_reaches_training_and_validation(train_config: Callable[..., TrainConfig], loss_dtype: str) -> None:
     model, ids = gpt_neo(), token_ids(3, 57)
     module = CodeLM(train_config(f"model.loss_dtype={loss_dtype}"), model, np.ones(97, dtype=np.int32))
     expected = token_losses(model, ids, "sdpa", loss_dtype)
@@ -266,7 +269,7 @@ def test_the_choice_of_the_loss_reaches_training_and_validation(train_config, lo
     assert module.val_sums[1, 0].item() == pytest.approx(expected.double().sum().item(), rel=1e-12)
 
 
-def test_the_document_mask_reaches_training(train_config) -> None:
+def test_the_document_mask_reaches_training(train_config: Callable[..., TrainConfig]) -> None:
     model, ids = gpt_neo(), token_ids(3, 57, vocab_size=8)
     model.config.eos_token_id = 3
     module = CodeLM(train_config("data.document_mask=true"), model, np.ones(97, dtype=np.int32))
@@ -275,7 +278,7 @@ def test_the_document_mask_reaches_training(train_config) -> None:
 
 
 def test_a_bf16_loss_follows_the_recorded_bf16_run_closer_than_an_fp32_loss() -> None:
-    """The original's bf16 losses differ from ours mainly by their log-softmax."""
+    """The original's bf16 losses differ from ours mainly because of their log-softmax."""
     recorded = json.loads((HERE / "data" / "flax_micro" / "losses_bf16.json").read_text())
     rounded, exact = (bf16_losses(loss_dtype, updates=15) for loss_dtype in ("bf16", "fp32"))
     assert distance(rounded, recorded) < 1.5e-3
@@ -285,7 +288,8 @@ def test_a_bf16_loss_follows_the_recorded_bf16_run_closer_than_an_fp32_loss() ->
 def bf16_losses(loss_dtype: str, updates: int) -> list[float]:
     """Losses of the recording's micro-batches, trained in bf16."""
     trace = FlaxTrace(HERE / "data" / "flax_micro")
-    model, settings, losses = trace.initial_model(), trace.optim_config(), []
+    model, settings = trace.initial_model(), trace.optim_config()
+    losses: list[float] = []
     optimizer = build_optimizer(model, settings)
     schedule = Schedule(optimizer, settings)
     for update in range(updates):
@@ -305,7 +309,7 @@ def distance(losses: list[float], recorded: list[float]) -> float:
     return max(abs(ours - theirs) for ours, theirs in zip(losses, recorded, strict=False))
 
 
-# What the original did wrong
+# Bugs of the original
 
 
 def test_a_run_without_a_length_is_refused() -> None:
@@ -324,19 +328,19 @@ SINGLE = ["strategy=single", "trainer.devices=1"]
 
 
 def test_a_run_without_warm_up_learns(runs: Runs) -> None:
-    runs.train("cold", "optim.warmup_steps=0", "trainer.audit=true", *SINGLE)
-    rows = runs.rows("cold")
+    runs.train("no-warm-up", "optim.warmup_steps=0", "trainer.audit=true", *SINGLE)
+    rows = runs.rows("no-warm-up")
     assert rows[0]["train/lr"] == 1.5e-3
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
 
 
-def test_a_run_that_diverges_fails_and_saves_nothing_of_it(runs: Runs) -> None:
+def test_a_run_that_diverges_fails_and_saves_nothing_of_that_step(runs: Runs) -> None:
     result = runs.train("diverged", "optim.lr=1e30", "optim.warmup_steps=0", "trainer.audit=true", *SINGLE, code=1)
     assert "Nothing of this step is saved" in result.stderr
     assert all(row["step"] < 6 for row in runs.rows("diverged"))
 
 
-def test_a_run_as_the_original_trains_and_continues(runs: Runs) -> None:
+def test_a_run_of_the_original_recipe_trains_and_resumes(runs: Runs) -> None:
     runs.train("original", "recipe=original", "trainer.audit=true", *SINGLE)
     assert runs.rows("original", "val/loss")[-1]["step"] == 6
     resumed = runs.train("original", "recipe=original", "trainer.audit=true", "trainer.max_steps=8", *SINGLE)
@@ -346,7 +350,7 @@ def test_a_run_as_the_original_trains_and_continues(runs: Runs) -> None:
     assert "data.eos_between_documents was False, is True" in changed
 
 
-def test_time_is_all_time_but_that_of_validation_and_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reported_time_excludes_only_validation_and_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     now, cpu = 0.0, torch.device("cpu")
     monkeypatch.setattr("time.perf_counter", lambda: now)
     clock = Clock()
@@ -361,7 +365,7 @@ def test_time_is_all_time_but_that_of_validation_and_checkpoints(monkeypatch: py
     assert seconds(clock.take()) == 0.0
 
 
-def test_documents_are_tokenised_many_at_a_time(tiny_corpus: Path) -> None:
+def test_documents_are_tokenised_in_batches(tiny_corpus: Path) -> None:
     sizes = []
 
     def encode(texts: list[str]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Adversarial programs: none passes that should not, none reaches outside, none is left behind."""
+"""Adversarial programs: none passes that should not, reaches outside its folder, or leaves processes behind."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clippy_train.evaluate import sandbox
-from clippy_train.evaluate.sandbox import PASSED, TIMED_OUT, Limits, run_checked, run_wrapped, wrapper
+from clippy_train.evaluate.sandbox import PASSED, TIMED_OUT, Limits, isolation_command, run_checked, run_isolated
 
 TEST = "def check(candidate):\n    assert candidate(3) == 9\n    assert candidate(-2) == 4\n"
 RIGHT = "def square(x):\n    return x * x\n"
@@ -23,16 +23,16 @@ def outcome(program: str, limits: Limits = LIMITS, test: str = TEST) -> str:
     return run_checked(program, test, "square", limits)
 
 
-def test_a_right_program_passes_and_a_wrong_one_says_why_not() -> None:
+def test_a_correct_program_passes_and_a_wrong_one_reports_its_error() -> None:
     assert outcome(RIGHT) == PASSED
     assert outcome(WRONG) == "failed: AssertionError:"
     assert outcome("def square(x) return x").startswith("failed: SyntaxError")
     assert outcome("def cube(x):\n    return x\n") == "failed: KeyError: 'square'"
 
 
-def test_a_program_works_without_any_namespaces_too() -> None:
-    assert run_wrapped((), RIGHT, TEST, "square", LIMITS) == PASSED
-    assert run_wrapped((), WRONG, TEST, "square", LIMITS) != PASSED
+def test_a_program_also_runs_without_namespaces() -> None:
+    assert run_isolated((), RIGHT, TEST, "square", LIMITS) == PASSED
+    assert run_isolated((), WRONG, TEST, "square", LIMITS) != PASSED
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_a_program_works_without_any_namespaces_too() -> None:
         "import atexit, os\natexit.register(os._exit, 0)\nquit = exit",
     ],
 )
-def test_an_early_exit_is_no_pass(attack: str) -> None:
+def test_an_early_exit_is_not_a_pass(attack: str) -> None:
     assert outcome(WRONG + attack).startswith("failed:")
-    if "exit" in attack.lower() and "atexit" not in attack:  # a program cannot kill the first process of its namespace
+    if "exit" in attack.lower() and "atexit" not in attack:  # a program cannot kill its namespace's first process
         assert outcome(f"{attack}\n{RIGHT}").startswith("failed:")
 
 
@@ -55,7 +55,7 @@ def test_an_early_exit_is_no_pass(attack: str) -> None:
     "attack",
     [
         "print('passed')\nimport os\nos._exit(0)",
-        # everything that a program can see of itself, on everything that it can write to
+        # write everything that a program can see of itself to every descriptor
         """
 import gc, os, sys
 seen = []
@@ -73,7 +73,7 @@ for descriptor in range(64):
         pass
 os._exit(0)
 """,
-        # whatever can still be read
+        # copy everything that can still be read
         """
 import os
 found = b""
@@ -92,7 +92,7 @@ os._exit(0)
     ],
     ids=["guess", "frames", "descriptors"],
 )
-def test_a_forged_token_is_no_pass(attack: str) -> None:
+def test_a_forged_token_is_not_a_pass(attack: str) -> None:
     assert outcome(WRONG + attack).startswith("failed:")
 
 
@@ -103,7 +103,7 @@ def test_a_forged_token_is_no_pass(attack: str) -> None:
         "import builtins\nbuiltins.exec = builtins.compile = lambda *a: None",
         "import os\nos.write = os.dup = lambda *a: 0",
         "import builtins\nbuiltins.AssertionError = builtins.BaseException = OSError",
-        "import sys\nsys.modules['__main__'].run = lambda *a: None",
+        "import sys\nsys.modules['__main__'].run_sample = lambda *a: None",
         "import sys\nsys.modules['__main__'].__dict__.clear()",
         "import json\njson.load = lambda *a: {}",
         'x = """',
@@ -115,7 +115,7 @@ def test_a_patched_or_swallowed_checker_still_checks(attack: str) -> None:
     assert outcome(f"{attack}\n{WRONG}") != PASSED
 
 
-def test_catching_everything_does_not_outlive_the_time() -> None:
+def test_catching_every_exception_does_not_escape_the_time_limit() -> None:
     program = "import signal\nfor n in (2, 14, 15): signal.signal(n, signal.SIG_IGN)\n"
     program += "def square(x):\n    while True:\n        try:\n            while True: pass\n"
     program += "        except BaseException:\n            pass\n"
@@ -124,7 +124,7 @@ def test_catching_everything_does_not_outlive_the_time() -> None:
     assert time.monotonic() - started < 3 * HURRIED.seconds
 
 
-def test_a_sleeping_program_and_a_busy_thread_do_not_outlive_the_time() -> None:
+def test_a_sleeping_program_and_busy_threads_do_not_escape_the_time_limit() -> None:
     assert outcome("import time\ntime.sleep(60)\n" + RIGHT, HURRIED) == TIMED_OUT
     threads = "import threading\ndef spin():\n    while True: pass\n"
     threads += "for _ in range(3): threading.Thread(target=spin).start()\n"
@@ -142,7 +142,7 @@ def test_a_fork_bomb_ends_with_its_program() -> None:
 
 @pytest.mark.parametrize("leave", ["", "os.setsid()\n    if os.fork(): os._exit(0)\n    "], ids=["child", "daemon"])
 def test_a_child_does_not_outlive_its_program(leave: str, tmp_path: Path) -> None:
-    if leave and "--pid" not in wrapper():
+    if leave and "--pid" not in isolation_command():
         pytest.skip("no process namespaces here: a daemon leaves the process group")
     program = f"import os, time\nif not os.fork():\n    {leave}time.sleep(50)\n    os._exit(0)\n" + RIGHT
     assert outcome(program) == PASSED
@@ -150,7 +150,7 @@ def test_a_child_does_not_outlive_its_program(leave: str, tmp_path: Path) -> Non
 
 
 def samples() -> list[str]:
-    """Processes that still run the inside of the sandbox."""
+    """Processes that still run a sample, except zombies."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -168,7 +168,7 @@ def test_memory_is_limited(greedy: str) -> None:
     assert outcome(f"{greedy}\n{RIGHT}").startswith("failed: MemoryError")
 
 
-def test_huge_output_goes_nowhere_and_a_huge_file_ends() -> None:
+def test_huge_output_is_discarded_and_a_huge_file_fails() -> None:
     loud = "import sys\nfor _ in range(200): print('x' * 1000000); sys.stderr.write('x' * 1000000)\n"
     assert outcome(loud + RIGHT) == PASSED
     flood = "import os\nfor fd in range(3, 64):\n    try:\n        while True: os.write(fd, b'x' * 1000000)\n"
@@ -177,9 +177,9 @@ def test_huge_output_goes_nowhere_and_a_huge_file_ends() -> None:
     assert outcome(large + RIGHT) != PASSED
 
 
-def test_files_outside_of_the_temporary_folder_are_out_of_reach(tmp_path: Path) -> None:
+def test_files_outside_of_the_temporary_folder_are_inaccessible(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    for folder in tmp_path.parents:  # of this test, so that only the sandbox can stop it
+    for folder in tmp_path.parents:  # permissions must not stop the attack; only the sandbox may
         if folder.stat().st_uid == os.getuid() and folder != Path(folder.root) and len(folder.parts) > 2:
             folder.chmod(folder.stat().st_mode | 0o055)
     (tmp_path / "secret").write_text("secret")
@@ -207,7 +207,7 @@ def test_the_environment_and_other_processes_are_hidden(monkeypatch: pytest.Monk
 
 
 def test_there_is_no_network() -> None:
-    if "--net" not in wrapper():
+    if "--net" not in isolation_command():
         pytest.skip("no network namespaces here")
     look = "import socket\nassert {name for _, name in socket.if_nameindex()} <= {'lo'}\n"
     look += "try:\n    socket.create_connection(('127.0.0.1', 22), 1)\nexcept OSError: pass\nelse: raise ValueError\n"

@@ -1,6 +1,7 @@
-"""What a run reports about its speed, and the trace of its steps."""
+"""The speed that a run reports, and the profile of its steps."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
-from clippy_train.model.flops import flops_per_token, parameters, peak_flops
+from clippy_train.model.flops import count_parameters, flops_per_token, peak_flops
 from clippy_train.train.callbacks.monitor import device_peak, progress_line
 
 RECIPE = ["experiment=code_clippy_125m"]
 
 
-def test_operations_are_those_that_torch_counts() -> None:
-    """Hugging Face's eager attention makes full S x S scores, as the formulas say of a window as long as the row."""
+def test_operations_match_those_that_torch_counts() -> None:
+    """Hugging Face's eager attention computes full S x S scores: the formulas' case of a window of full length."""
     model, ids = gpt_neo(window=57, vocab_size=97), token_ids(2, 57)
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -30,13 +31,13 @@ def test_operations_are_those_that_torch_counts() -> None:
     assert flops["palm"] - full == 6 * (sum(each.numel() for each in model.parameters()) - 64 * 32)
 
 
-def test_operations_on_a_token_of_the_recipe() -> None:
+def test_operations_per_token_of_the_recipe() -> None:
     config = compose(TrainConfig, RECIPE)
     keys = [sum(min(i + 1, window) for i in range(2048)) / 2048 for window in (2048, 256)]
     flops = flops_per_token(config, 50261)
     assert flops["exact"] == pytest.approx(6 * (12 * 12 * 768**2 + 50261 * 768) + 12 * 768 * 6 * sum(keys), rel=1e-12)
     assert flops["palm"] / flops["exact"] == pytest.approx(1.19, abs=0.005)
-    assert parameters(config, 50261) == 125_201_664
+    assert count_parameters(config, 50261) == 125_201_664
 
 
 @pytest.mark.parametrize(
@@ -49,12 +50,12 @@ def test_operations_on_a_token_of_the_recipe() -> None:
         ("NVIDIA H200 NVL", 835),
     ],
 )
-def test_devices_are_known_by_their_names(name: str, tflops: float) -> None:
+def test_peaks_are_looked_up_by_device_name(name: str, tflops: float) -> None:
     assert peak_flops(name) == tflops * 1e12
     assert all(peak_flops(unknown) is None for unknown in ("GeForce 256", "NVIDIA L40", "NVIDIA A10G"))
 
 
-def test_there_is_no_mfu_where_the_peak_is_not_known(train_config) -> None:
+def test_there_is_no_mfu_without_a_known_peak(train_config: Callable[..., TrainConfig]) -> None:
     cpu = torch.device("cpu")
     assert device_peak(train_config(), cpu) is None
     assert device_peak(train_config("trainer.peak_tflops=1.5"), cpu) == 1.5e12
@@ -67,7 +68,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 
 
 def test_a_run_reports_its_speed_and_traces_its_steps(runs: Runs) -> None:
-    said = runs.train("traced", "debug=profile", "trainer.peak_tflops=1", "strategy=single", "trainer.devices=1").stdout
+    output = runs.train(
+        "traced", "debug=profile", "trainer.peak_tflops=1", "strategy=single", "trainer.devices=1"
+    ).stdout
     rows = runs.rows("traced")
     for row in rows:
         speed, flops = row["throughput/tokens_per_sec"], row["throughput/mfu"] * 1e12
@@ -75,7 +78,7 @@ def test_a_run_reports_its_speed_and_traces_its_steps(runs: Runs) -> None:
         assert row["throughput/mfu_palm"] > row["throughput/mfu"] > 0
         assert flops / speed == pytest.approx(rows[0]["throughput/mfu"] * 1e12 / rows[0]["throughput/tokens_per_sec"])
         assert row["system/disk_free"] > 0
-        assert progress_line(row["step"], 6, row) in said
+        assert progress_line(row["step"], 6, row) in output
     assert "0:00:00 left" in progress_line(6, 6, rows[-1])
 
     (trace,) = (runs.folder("traced") / "profile").glob("*.pt.trace.json")

@@ -1,9 +1,8 @@
-"""The tokenizer gives back every byte of a program, whatever its indentation, before and after a round trip on disk."""
+"""The tokenizer reproduces every byte of a program, whatever its indentation, also after saving and loading it."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import CODE, WHITESPACE_TOKENS, gpt2_bpe, small_bpe
 from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from clippy_train.errors import ConfigError
 from clippy_train.tokenizer import END_OF_TEXT, add_whitespace_tokens, load_tokenizer, token_bytes
@@ -35,15 +35,21 @@ TEXTS = st.one_of(st.lists(LINES, max_size=12).map("".join), ANY_TEXT, st.text("
 )
 
 
+Maker = Callable[[], PreTrainedTokenizerFast]
+
+
 @pytest.fixture(scope="module", params=[small_bpe, gpt2_bpe])
-def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """Makes a fresh base tokenizer: the project's own BPE, or GPT-2's."""
-    return request.param
+def make(request: pytest.FixtureRequest) -> Maker:
+    """A function that makes a fresh base tokenizer: the project's BPE, or GPT-2's."""
+    maker: Maker = request.param
+    return maker
 
 
 @pytest.fixture(scope="module", params=["as built", "reloaded"])
-def extended(request: pytest.FixtureRequest, make: Callable, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A tokenizer with the white-space tokens, before or after it went through a folder."""
+def extended(
+    request: pytest.FixtureRequest, make: Maker, tmp_path_factory: pytest.TempPathFactory
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with the whitespace tokens, as built or loaded from a folder."""
     tokenizer = make()
     add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")
     if request.param == "as built":
@@ -54,36 +60,41 @@ def extended(request: pytest.FixtureRequest, make: Callable, tmp_path_factory: p
 
 
 @pytest.fixture(scope="module")
-def lengths(extended: Any) -> np.ndarray:
+def lengths(extended: PreTrainedTokenizerFast) -> np.ndarray:
     return token_bytes(extended, len(extended))
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 @settings(max_examples=150)
 @given(text=TEXTS)
-def test_decoding_gives_back_every_byte(extended: Any, text: str) -> None:
+def test_decoding_gives_back_every_byte(extended: PreTrainedTokenizerFast, text: str) -> None:
     ids = encode(extended, text)
-    assert extended.decode(ids).encode() == text.encode()
-    assert extended.decode(ids, skip_special_tokens=True).encode() == text.encode()
+    assert str(extended.decode(ids)).encode() == text.encode()
+    assert str(extended.decode(ids, skip_special_tokens=True)).encode() == text.encode()
 
 
 @settings(max_examples=150)
 @given(text=TEXTS)
-def test_token_bytes_count_the_bytes_of_any_text(extended: Any, lengths: np.ndarray, text: str) -> None:
+def test_token_bytes_count_the_bytes_of_any_text(
+    extended: PreTrainedTokenizerFast, lengths: np.ndarray, text: str
+) -> None:
     assert lengths[encode(extended, text)].sum() == len(text.encode())
 
 
-def test_a_spelled_out_end_of_text_is_the_only_text_that_skipping_special_tokens_removes(extended: Any) -> None:
+def test_a_spelled_out_end_of_text_is_the_only_text_that_skipping_special_tokens_removes(
+    extended: PreTrainedTokenizerFast,
+) -> None:
     ids = encode(extended, f"  a{END_OF_TEXT}\t\tb")
     assert extended.eos_token_id in ids
     assert extended.decode(ids) == f"  a{END_OF_TEXT}\t\tb"
     assert extended.decode(ids, skip_special_tokens=True) == "  a\t\tb"
 
 
-def test_end_of_text_and_unused_rows_stand_for_no_bytes(extended: Any) -> None:
+def test_end_of_text_and_unused_rows_have_no_bytes(extended: PreTrainedTokenizerFast) -> None:
     lengths = token_bytes(extended, len(extended) + 3)
     assert lengths.shape == (len(extended) + 3,)
     assert lengths[extended.eos_token_id] == 0
@@ -91,7 +102,7 @@ def test_end_of_text_and_unused_rows_stand_for_no_bytes(extended: Any) -> None:
     assert (lengths == 0).sum() == 4
 
 
-def test_white_space_tokens_are_plain_added_tokens(extended: Any) -> None:
+def test_whitespace_tokens_are_plain_added_tokens(extended: PreTrainedTokenizerFast) -> None:
     added = {token.content: token for token in extended.added_tokens_decoder.values()}
     for text in WHITESPACE_TOKENS:
         token = added[text]
@@ -100,7 +111,7 @@ def test_white_space_tokens_are_plain_added_tokens(extended: Any) -> None:
     assert not set(WHITESPACE_TOKENS) & set(extended.all_special_tokens)
 
 
-def test_new_ids_follow_the_old_ones_in_the_order_listed(make: Callable) -> None:
+def test_new_ids_follow_the_old_ones_in_the_order_listed(make: Maker) -> None:
     tokenizer = make()
     old, ids_before = len(tokenizer), {token: encode(tokenizer, token) for token in WHITESPACE_TOKENS}
     assert add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest") == ids_before
@@ -114,7 +125,7 @@ def test_new_ids_follow_the_old_ones_in_the_order_listed(make: Callable) -> None
         ("first_listed", {"\t\t": [0], "  ": [1], "    ": [1] * 2, "        ": [1] * 4, " " * 14: [1] * 7}),
     ],
 )
-def test_which_token_wins_where_several_fit(make: Callable, matching: str, expected: dict[str, list[int]]) -> None:
+def test_which_token_matches_where_several_fit(make: Maker, matching: str, expected: dict[str, list[int]]) -> None:
     tokenizer = make()
     old = len(tokenizer)
     add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, matching)
@@ -124,7 +135,7 @@ def test_which_token_wins_where_several_fit(make: Callable, matching: str, expec
 
 
 @pytest.mark.parametrize("matching", ["longest", "first_listed"])
-def test_adding_twice_changes_nothing(make: Callable, matching: str) -> None:
+def test_adding_twice_changes_nothing(make: Maker, matching: str) -> None:
     tokenizer = make()
     add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, matching)
     before = tokenizer.get_vocab()
@@ -132,7 +143,7 @@ def test_adding_twice_changes_nothing(make: Callable, matching: str) -> None:
     assert tokenizer.get_vocab() == before
 
 
-def test_first_listed_takes_out_what_an_extended_tokenizer_would_match(make: Callable, tmp_path: Path) -> None:
+def test_first_listed_removes_tokens_that_it_never_produces(make: Maker, tmp_path: Path) -> None:
     fresh, extended = make(), make()
     add_whitespace_tokens(fresh, WHITESPACE_TOKENS, "first_listed")
     add_whitespace_tokens(extended, WHITESPACE_TOKENS, "longest")
@@ -144,7 +155,7 @@ def test_first_listed_takes_out_what_an_extended_tokenizer_would_match(make: Cal
         assert each.eos_token_id == fresh.eos_token_id
 
 
-def test_tokens_behind_those_taken_out_would_move_and_are_refused() -> None:
+def test_removing_tokens_is_refused_if_later_ids_would_change() -> None:
     tokenizer = small_bpe()
     add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")
     tokenizer.add_tokens(["<mask>"])
@@ -166,11 +177,11 @@ def test_unusable_tokens_are_refused_before_anything_is_added(tokens: list[str],
     assert len(tokenizer) == old
 
 
-def test_the_same_order_is_fine_where_the_longest_match_wins() -> None:
+def test_the_same_order_is_allowed_with_longest_matching() -> None:
     assert list(add_whitespace_tokens(small_bpe(), ["  ", "    ", "\t\t"], "longest")) == ["  ", "    ", "\t\t"]
 
 
-def test_a_trained_bpe_has_the_size_asked_for_and_end_of_text_last() -> None:
+def test_a_trained_bpe_has_the_requested_size_and_end_of_text_last() -> None:
     tokenizer = small_bpe()
     assert len(tokenizer) == 330
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == 329
@@ -191,7 +202,7 @@ def test_a_tokenizer_without_end_of_text_is_a_configuration_error(tmp_path: Path
 
 
 def test_whitespace_tokens_that_are_special_are_refused() -> None:
-    """As in the released tokenizers, whose decoding deletes indentation."""
+    """They are special in the released tokenizers, whose decoding deletes indentation."""
     tokenizer = small_bpe()
     tokenizer.add_tokens([AddedToken("    ", special=True)])
     with pytest.raises(ConfigError, match="delete all indentation"):
@@ -199,7 +210,7 @@ def test_whitespace_tokens_that_are_special_are_refused() -> None:
 
 
 def test_ids_on_the_gpt2_vocabulary_are_those_of_the_originals_construction() -> None:
-    """The original's files: GPT-2's vocabulary with the four tokens registered as special, in its order."""
+    """The original's tokenizer is GPT-2's vocabulary plus the four tokens as special ones, in the same order."""
     ours, original = gpt2_bpe(), gpt2_bpe()
     add_whitespace_tokens(ours, WHITESPACE_TOKENS, "longest")
     original.add_special_tokens({"additional_special_tokens": WHITESPACE_TOKENS})
@@ -207,8 +218,8 @@ def test_ids_on_the_gpt2_vocabulary_are_those_of_the_originals_construction() ->
     assert [ours(text).input_ids for text in samples] == [original(text).input_ids for text in samples]
 
 
-def test_a_folder_that_transformers_4_wrote_gives_the_ids_that_it_gave_there() -> None:
-    """`data/tokenizer_transformers_4`: GPT-2's class with plain white-space tokens, saved by transformers 4.46.3."""
+def test_a_tokenizer_saved_by_transformers_4_keeps_its_ids() -> None:
+    """`data/tokenizer_transformers_4`: GPT-2's class with plain whitespace tokens, saved by transformers 4.46.3."""
     folder = Path(__file__).parent / "data" / "tokenizer_transformers_4"
     tokenizer = load_tokenizer(folder)
     assert not add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")

@@ -18,7 +18,7 @@ from clippy_train.config import CorpusConfig, load
 from clippy_train.corpus.build import build_corpus
 from clippy_train.errors import CheckpointError
 from clippy_train.hf.export import load_checkpoint_model
-from clippy_train.model.build import build
+from clippy_train.model.build import build_model
 from clippy_train.plan import state_bytes
 from clippy_train.run.checkpoint import (
     find_checkpoint,
@@ -186,7 +186,7 @@ def test_neither_data_nor_first_weights_depend_on_ranks_strategy_or_loader_proce
     assert [row["data/digest"] for row in runs.rows(layout)] == [row["data/digest"] for row in runs.rows(reference)]
 
     folder = runs.folder(layout)
-    built, _ = build(load(folder / "config.yaml"))
+    built, _ = build_model(load(folder / "config.yaml"))
     found = load_checkpoint_model(folder / "hf", open_checkpoint(checkpoint_folder(folder, 1))).state_dict()
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in built.parameters())
     assert all(torch.equal(found[name], tensor) for name, tensor in built.named_parameters())

@@ -1,7 +1,7 @@
-"""Runs one sample inside the sandbox: started by `sandbox`, imports nothing of this package, needs no file of it.
+"""Run one sample inside the sandbox. `sandbox` passes this source text to an interpreter: it imports nothing of ours.
 
-Standard input is one JSON object: `program` (what was generated, with its prompt), `test`, `entry_point`, `token` and
-`resources`. Standard output takes the token and nothing else once the checks are through, or else why they are not.
+Standard input is one JSON object: `program` (the prompt and its completion), `test`, `entry_point`, `token` and
+`resources`. Standard output receives the token, and nothing else, if the checks pass, or otherwise the reason.
 """
 
 import ctypes
@@ -11,11 +11,12 @@ import resource
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 PR_SET_NO_NEW_PRIVS = 38
-LANDLOCK_CREATE, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT = 444, 445, 446  # system calls, the same on all architectures
+LANDLOCK_CREATE, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT = 444, 445, 446  # system calls, equal on all architectures
 LANDLOCK_PATH_BENEATH = 1
-# Landlock's rights on files, of its first version: to execute, write, read, list, remove and make.
+# File access rights of Landlock's first version; the remaining bits of ALL remove and create files.
 EXECUTE, WRITE_FILE, READ_FILE, READ_FOLDER = 1, 2, 4, 8
 READ = EXECUTE | READ_FILE | READ_FOLDER
 ALL = (1 << 13) - 1
@@ -25,13 +26,13 @@ SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/proc", "/dev/urandom")
 def main() -> None:
     job = json.load(sys.stdin)
     token, channel, write, leave = job.pop("token").encode(), os.dup(1), os.write, os._exit
-    nothing = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        os.dup2(nothing, descriptor)
-    os.close(nothing)
-    restrict(job["resources"])
+        os.dup2(null, descriptor)
+    os.close(null)
+    restrict_process(job["resources"])
     try:
-        run(job["program"], job["test"], job["entry_point"])
+        run_sample(job["program"], job["test"], job["entry_point"])
     except BaseException as error:
         write(channel, f"failed: {type(error).__name__}: {error}"[:500].encode(errors="replace"))
         leave(1)
@@ -39,8 +40,8 @@ def main() -> None:
     leave(0)
 
 
-def restrict(resources: dict[str, int]) -> None:
-    """Take away what a sample does not need: resources, and files outside of its folder and the interpreter's."""
+def restrict_process(resources: dict[str, int]) -> None:
+    """Limit resources, and restrict files to the sample's folder, the interpreter and the system."""
     for name, value in resources.items():
         number = getattr(resource, name)
         hard = resource.getrlimit(number)[1]
@@ -50,8 +51,10 @@ def restrict(resources: dict[str, int]) -> None:
 
 
 def confine_files() -> None:
-    """Let this process and its children change files in the current folder only, and read those of the interpreter and
-    the system besides, where the kernel has Landlock."""
+    """Allow writing only in the current folder, and reading only there, in the interpreter and in the system.
+
+    Needs a kernel with Landlock; without it nothing is restricted. Children inherit the rules.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     rights = struct.pack("=Q", ALL)
@@ -67,9 +70,9 @@ def confine_files() -> None:
     os.close(ruleset)
 
 
-def run(program: str, test: str, entry_point: str) -> None:
-    """What was generated must be a program by itself, compiled apart from the checks behind it."""
-    namespace: dict = {"__name__": "__sample__"}
+def run_sample(program: str, test: str, entry_point: str) -> None:
+    """Run a program and its checks. Each is compiled on its own, so the program cannot comment out the checks."""
+    namespace: dict[str, Any] = {"__name__": "__sample__"}
     compiled = [compile(source, name, "exec") for source, name in ((program, "<sample>"), (test, "<test>"))]
     for code in compiled:
         exec(code, namespace)

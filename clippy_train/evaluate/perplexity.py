@@ -1,8 +1,8 @@
 """`clippy evaluate task=perplexity`: how well models predict a split, in total, by language and by repository.
 
-Promises: rows, sums and measures are those of validation during training (`data.scored`, `model.score`), so the same
-blocks give the same numbers. Bits per byte do not depend on the tokenizer and are the number to compare models by; with
-`stride` every model is scored on exactly the same bytes. Costs one forward pass over the rows; memory for one batch.
+Promises: it uses the code of validation during training (`data.scored`, `model.score`), so the same blocks give the
+same numbers. Bits per byte do not depend on the tokenizer, so compare models by them; with `stride` every model is
+scored on exactly the same bytes. Costs one forward pass over the rows, and memory for one batch.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+from transformers import GPTNeoForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from clippy_train.config import EvaluateConfig
 from clippy_train.data.scored import (
@@ -27,7 +28,8 @@ from clippy_train.data.scored import (
 )
 from clippy_train.data.stream import Stream
 from clippy_train.errors import ConfigError, DataError
-from clippy_train.model.load import load_both
+from clippy_train.model.embeddings import embedding_weight
+from clippy_train.model.load import load_model_and_tokenizer
 from clippy_train.model.loss import token_losses
 from clippy_train.model.score import add_scores, measures, new_sums
 from clippy_train.shards.sources import open_corpus
@@ -37,47 +39,55 @@ Label = tuple[str, str]  # language, repository
 
 
 def perplexity(config: EvaluateConfig) -> dict[str, Any]:
-    """The results of each model, by its name: `total`, `languages`, `repositories` and `tokens_per_byte`.
+    """Return each model's results by its name: `total`, `languages`, `repositories` and `tokens_per_byte`.
 
     Raises:
-        ConfigError: a model cannot be loaded, or cannot take rows of `seq_len` tokens.
+        ConfigError: a model cannot be loaded, or has fewer than `seq_len` positions.
         DataError: the split has nothing to score.
     """
-    models = {name: load_both(name) for name in config.model}
-    seq_len = config.seq_len or min(filter(None, map(_positions, models.values())), default=1024)
+    models = {name: load_model_and_tokenizer(name) for name in config.model}
+    lengths = (max_positions(model) for model, _ in models.values())
+    seq_len = config.seq_len or min(filter(None, lengths), default=1024)
     if config.stride is not None and config.stride >= seq_len:
-        raise ConfigError(f"stride={config.stride} must be below seq_len={seq_len}: windows must overlap")
+        raise ConfigError(f"stride={config.stride} must be below seq_len={seq_len}, so that windows overlap")
     results = {}
     for name, (model, tokenizer) in models.items():
-        positions = _positions((model, tokenizer)) or seq_len
+        positions = max_positions(model) or seq_len
         if positions < seq_len:
-            raise ConfigError(f"seq_len={seq_len} is more than the {positions} positions of {name}")
+            raise ConfigError(f"seq_len={seq_len} exceeds the {positions} positions of {name}")
         if not is_byte_level(tokenizer):
-            raise ConfigError(f"{name}: the tokenizer is no byte-level BPE, so the bytes of its tokens are not known")
+            raise ConfigError(f"{name}: the tokenizer is not a byte-level BPE, so the bytes of its tokens are unknown")
         results[name] = score_model(config, model, tokenizer, seq_len, name)
     return results
 
 
-def _positions(both: tuple[Any, Any]) -> int | None:
-    return getattr(both[0].config, "max_position_embeddings", None)
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence in tokens that a model takes; None if its configuration does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
 
 
-def score_model(config: EvaluateConfig, model: Any, tokenizer: Any, seq_len: int, name: str) -> dict[str, Any]:
-    """One model's results on the split."""
+def score_model(
+    config: EvaluateConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seq_len: int, name: str
+) -> dict[str, Any]:
+    """Return one model's results on the split."""
     groups: Groups[Label] = Groups()
     counter = TokenCounter(tokenizer)
     rows = split_rows(config, tokenizer, counter.encode, seq_len, groups)
     bar = tqdm(islice(rows, config.max_rows), name, config.max_rows, unit=" rows", leave=False, disable=None)
-    sums = score_rows(model, token_bytes(tokenizer, len(model.get_input_embeddings().weight)), bar, config.batch_size)
+    sums = score_rows(model, token_bytes(tokenizer, len(embedding_weight(model))), bar, config.batch_size)
     if not sums[:, 1].any():
         raise DataError(f"split={config.split} of {config.data.path or config.data.hub} has nothing to score")
-    return {**by_group(sums, list(groups)), "seq_len": seq_len, **counter.tokens_per_byte()}
+    return {**group_results(sums, list(groups)), "seq_len": seq_len, **counter.tokens_per_byte()}
 
 
 def split_rows(
-    config: EvaluateConfig, tokenizer: Any, encode: Callable[[list[str]], list[list[int]]], seq_len: int, groups: Groups
+    config: EvaluateConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    encode: Callable[[list[str]], list[list[int]]],
+    seq_len: int,
+    groups: Groups[Label],
 ) -> Iterator[ScoredSequence]:
-    """The rows of the split, cut as `stride` says."""
+    """Yield the split as windows over each document if `stride` is set, otherwise as training's blocks."""
     described = open_corpus(config.data, config.split, with_meta=True)
     end = tokenizer.eos_token_id
     if config.stride is not None:
@@ -88,8 +98,10 @@ def split_rows(
 
 
 @torch.no_grad()
-def score_rows(model: Any, num_bytes: np.ndarray, rows: Iterable[ScoredSequence], batch_size: int) -> np.ndarray:
-    """Sums by group without group 0, `[groups, 3]`."""
+def score_rows(
+    model: PreTrainedModel, num_bytes: np.ndarray, rows: Iterable[ScoredSequence], batch_size: int
+) -> np.ndarray:
+    """Sum nats, targets and bytes by group, without group 0: `[groups, 3]` float64."""
     device = next(model.parameters()).device
     per_token = torch.from_numpy(num_bytes).to(device)
     sums = new_sums(0, device)
@@ -98,20 +110,20 @@ def score_rows(model: Any, num_bytes: np.ndarray, rows: Iterable[ScoredSequence]
         batch = {name: each.to(device) for name, each in collate_scored(some).items()}
         missing = int(batch["group"].max()) + 1 - len(sums)
         sums = F.pad(sums, (0, 0, 0, max(0, missing)))
-        add_scores(sums, losses(model, batch["input_ids"]), batch["input_ids"], batch["group"], per_token)
+        add_scores(sums, causal_lm_losses(model, batch["input_ids"]), batch["input_ids"], batch["group"], per_token)
     return sums[1:].cpu().numpy()
 
 
-def losses(model: Any, input_ids: Tensor) -> Tensor:
-    """As `token_losses`, for any causal LM: `[batch, seq - 1]` nats in fp32."""
-    if model.config.model_type == "gpt_neo":
+def causal_lm_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """`token_losses` for any causal LM: `[batch, seq - 1]` nats in fp32."""
+    if isinstance(model, GPTNeoForCausalLM):
         return token_losses(model, input_ids, "auto")
     logits = model(input_ids, use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
 
 
-def by_group(sums: np.ndarray, labels: list[Label]) -> dict[str, Any]:
-    """Measures in total, by language and by repository, those with the most bytes first."""
+def group_results(sums: np.ndarray, labels: list[Label]) -> dict[str, Any]:
+    """Measures in total, by language and by repository, ordered by bytes from the most to the least."""
     found: dict[str, Any] = {"total": _measured(sums.sum(axis=0))}
     for part, name in enumerate(("languages", "repositories")):
         added: dict[str, np.ndarray] = {}
@@ -127,9 +139,9 @@ def _measured(sums: np.ndarray) -> dict[str, float]:
 
 
 class TokenCounter:
-    """Encodes texts, and counts their bytes and their tokens with and without the white-space tokens."""
+    """Encode texts, and count their bytes and their tokens with and without the whitespace tokens."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._cores = [tokenizer.backend_tokenizer, without_whitespace_tokens(tokenizer)]
         self._tokens = [0, 0]
         self._bytes = 0
@@ -146,13 +158,13 @@ class TokenCounter:
         return {name: tokens / self._bytes for name, tokens in zip(names, self._tokens, strict=True)}
 
 
-MAX_ROWS = 30  # of a table; the file has all
+MAX_ROWS = 30  # of a printed table; `out` has all rows
 HEADER = ["", "bits per byte", "loss", "perplexity", "tokens", "bytes"]
 
 
 def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, headings and rows of what a person sees: the models in total, then each part by model."""
-    header = ["model", *HEADER[1:], "tokens per byte", "without white-space tokens"]
+    """Yield the title, header and rows of each printed table: totals by model, then languages and repositories."""
+    header = ["model", *HEADER[1:], "tokens per byte", "without whitespace tokens"]
     totals = [
         [name, *_cells(each["total"]), *(f"{each[key]:.4f}" for key in each if key.startswith("tokens_per_byte"))]
         for name, each in results.items()

@@ -1,7 +1,7 @@
-"""Files of evaluation results: what `clippy evaluate out=FILE` writes and a model card is filled from.
+"""The results file that `clippy evaluate out=FILE` writes and the model card is filled from.
 
-A JSON object of the task's results, and `about`: the task, the command that gives them, and for each model the SHA-256
-of its weights, so that nobody's results end up on the card of another model.
+It is a JSON object with the task's results and `about`: the task, the command that reproduces them, and the SHA-256 of
+each model's weights, so that results cannot end up on another model's card.
 """
 
 import dataclasses
@@ -18,7 +18,11 @@ from clippy_train.files import atomic_write
 
 
 def require_writable(config: EvaluateConfig) -> None:
-    """Raises ConfigError where `config.out` cannot become a file: before hours of work, not after."""
+    """Check before hours of work, not after, that `config.out` can be written.
+
+    Raises:
+        ConfigError: it is a folder, or its folder is not writable.
+    """
     if config.out is None:
         return
     path = Path(config.out)
@@ -27,27 +31,27 @@ def require_writable(config: EvaluateConfig) -> None:
     except OSError as error:
         raise ConfigError(f"out={path}: {error}") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"out={path} is a folder, or lies in one that cannot be written: name a file")
+        raise ConfigError(f"out={path} is a folder, or its folder is not writable: name a file")
 
 
 def write_results(config: EvaluateConfig, results: dict[str, Any]) -> None:
-    """Write `config.out`, complete or not at all; without it nothing."""
+    """Write `config.out` atomically, if it is set."""
     if config.out is None:
         return
     models = {name: weights_hash(Path(name)) for name in config.model}
-    about = {"task": config.task, "command": command(config), "models": models}
+    about = {"task": config.task, "command": command_line(config), "models": models}
     with atomic_write(Path(config.out)) as file:
         file.write(json.dumps({**results, "about": about}, indent=1) + "\n")
 
 
 def read_results(path: str) -> dict[str, Any]:
-    """What `write_results` wrote.
+    """Read a file that `write_results` wrote.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it cannot be read, or is another kind of file.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content: dict[str, Any] = json.loads(Path(path).read_text())
         about = content["about"]
         if not {"task", "command", "models"} <= about.keys():
             raise KeyError("about")
@@ -57,7 +61,7 @@ def read_results(path: str) -> dict[str, Any]:
 
 
 def weights_hash(folder: Path) -> str | None:
-    """A hash of the weights of a Hugging Face folder; None where it has no safetensors (a name on the hub)."""
+    """Hash the weights of a Hugging Face folder; None if it has no safetensors files, as with a name on the hub."""
     digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
@@ -66,8 +70,8 @@ def weights_hash(folder: Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def command(config: EvaluateConfig) -> str:
-    """The command line that this configuration stands for: every key that has not its default value."""
+def command_line(config: EvaluateConfig) -> str:
+    """The command line that gives this configuration: every key that differs from its default, except `out`."""
     words = ["clippy", "evaluate"]
     for name, item in keys(EvaluateConfig):
         value: Any = config

@@ -1,16 +1,16 @@
-"""`clippy extend`: a model and its tokenizer with white-space tokens, as a new Hugging Face folder."""
+"""`clippy extend`: add whitespace tokens to a model and its tokenizer, as a new Hugging Face folder."""
 
 from pathlib import Path
 
 from clippy_train.config import ExtendConfig, TokenizerConfig
 from clippy_train.files import new_folder
-from clippy_train.model.build import extend
+from clippy_train.model.build import extend_model
 from clippy_train.model.load import load_model, save_model
 from clippy_train.tokenizer import load_tokenizer
 
 
 def extend_folder(config: ExtendConfig) -> str:
-    """Write the extended model and tokenizer to `out`; returns what was done in one line.
+    """Write the extended model and tokenizer to `out`; return a one-line summary.
 
     Raises:
         ConfigError: `base` cannot be loaded, or `out` is not empty.
@@ -24,6 +24,6 @@ def extend_folder(config: ExtendConfig) -> str:
             matching=config.matching,
             new_row_init=config.new_row_init,
         )
-        extend(model, tokenizer, settings)
+        extend_model(model, tokenizer, settings)
         save_model(model, tokenizer, out)
-    return f"{config.out}: {before:,} tokens and {len(tokenizer) - before} new ones"
+    return f"{config.out}: {before:,} tokens plus {len(tokenizer) - before} new ones"

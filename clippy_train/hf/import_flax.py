@@ -1,12 +1,12 @@
-"""`clippy import`: a checkpoint folder of the original Flax training script -> a Hugging Face folder.
+"""`clippy import`: turn a checkpoint folder of the original Flax training script into a Hugging Face folder.
 
 Promises: files are read with msgpack and numpy alone, so nothing in them is executed; every tensor is used exactly once
-and has the shape that config.json asks for; the folder appears complete or not at all. Costs about twice the largest
-file, and the model, in memory.
+and has the shape that config.json requires; the folder appears complete or not at all. Costs the memory of the model
+and about twice the largest file.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,16 @@ from transformers import AutoConfig, GenerationConfig, GPTNeoConfig, GPTNeoForCa
 from clippy_train.config import ImportConfig
 from clippy_train.errors import ConfigError, first_line
 from clippy_train.files import new_folder
-from clippy_train.model.load import share_tensors
+from clippy_train.model.load import copy_file_modes
 from clippy_train.run.moments import save_base_state
 from clippy_train.tokenizer import load_tokenizer
 
 WEIGHTS, OPT_STATE, TRAINING_STATE = "flax_model.msgpack", "opt_state.msgpack", "training_state.json"
-TOKENIZER = ("tokenizer.json", "vocab.json")  # either makes a folder one of a tokenizer
+TOKENIZER = ("tokenizer.json", "vocab.json")  # either file means that the folder has a tokenizer
 NDARRAY, COMPLEX, SCALAR = 1, 2, 3  # Flax's msgpack extension types
-CHUNKED = "__msgpack_chunked_array__"  # marks an array that Flax cut into pieces
+CHUNKED = "__msgpack_chunked_array__"  # marks an array that Flax split into chunks
 LISTED = 5  # tensors that an error names
-# What a Flax leaf is called -> in PyTorch, and whether a Dense kernel [in, out] becomes a weight [out, in].
+# A Flax leaf's name -> its name in PyTorch, and whether to transpose it (a Dense kernel [in, out], a weight [out, in]).
 LEAVES = {
     "kernel": ("weight", True),
     "embedding": ("weight", False),
@@ -39,10 +39,10 @@ LEAVES = {
 
 
 def import_flax(config: ImportConfig) -> str:
-    """Write the model (and Adam's state and the tokenizer, where there are any) to `out`; what was done in one line.
+    """Write the model to `out`, with Adam's state and the tokenizer if present; return a one-line summary.
 
     Raises:
-        ConfigError: a file is missing or damaged, tensors are missing, left over or of another shape, or `out` is not
+        ConfigError: a file is missing or damaged, tensors are missing, unused or of another shape, or `out` is not
             empty.
     """
     source = Path(config.flax)
@@ -58,36 +58,37 @@ def import_flax(config: ImportConfig) -> str:
         if any((source / name).exists() for name in TOKENIZER):
             load_tokenizer(source).save_pretrained(out)
             done += ", tokenizer"
-        share_tensors(out)
+        copy_file_modes(out)
     return done
 
 
 def load_flax_model(folder: Path) -> GPTNeoForCausalLM:
-    """The model of a checkpoint folder in fp32.
+    """Load the model of a checkpoint folder in fp32.
 
     Raises:
-        ConfigError: as `import_flax`.
+        ConfigError: as in `import_flax`.
     """
-    model = described_model(folder)
+    model = build_from_config(folder)
     model.generation_config = load_generation_config(folder, model)
-    parameters = dict(model.named_parameters())  # a tied head is not among them, nor in the file
+    parameters = dict(model.named_parameters())  # without a tied head, which the file does not have either
     weights = torch_tensors(read_tree(folder / WEIGHTS), folder / WEIGHTS, parameters)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    return model.eval()
+    model.eval()
+    return model
 
 
-def described_model(folder: Path) -> GPTNeoForCausalLM:
-    """The model that config.json describes, in fp32 with random weights.
+def build_from_config(folder: Path) -> GPTNeoForCausalLM:
+    """Build the model that config.json describes, in fp32 with random weights.
 
     Raises:
-        ConfigError: there is no such file, or it describes no GPT-Neo that can be built.
+        ConfigError: there is no such file, or no GPT-Neo can be built from it.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
         if not isinstance(config, GPTNeoConfig):
-            raise ConfigError(f"flax={folder}: config.json is of a {config.model_type} model, not GPT-Neo")
+            raise ConfigError(f"flax={folder}: config.json describes a {config.model_type} model, not GPT-Neo")
         config.dtype = torch.float32
         return GPTNeoForCausalLM(config)
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
@@ -96,7 +97,7 @@ def described_model(folder: Path) -> GPTNeoForCausalLM:
 
 
 def load_generation_config(folder: Path, model: GPTNeoForCausalLM) -> GenerationConfig:
-    """The folder's own; a checkpoint of 2021 has none, and generates by its model's configuration."""
+    """The folder's generation settings; a checkpoint of 2021 has none, so they come from its model's configuration."""
     if not (folder / "generation_config.json").exists():
         return GenerationConfig.from_model_config(model.config)
     try:
@@ -106,25 +107,25 @@ def load_generation_config(folder: Path, model: GPTNeoForCausalLM) -> Generation
 
 
 def load_adam(folder: Path, parameters: dict[str, Tensor]) -> tuple[int, dict[str, dict[str, Tensor]], int]:
-    """Adam's state from the optimizer state of a checkpoint folder.
+    """Load Adam's state from a checkpoint folder.
 
     Returns:
-        Updates made so far; the first and second moment of each parameter, by torch's names; and the micro-steps that
-        were made of the next update. Their gradients belong to no update yet; the original dropped them on resuming.
+        The updates made so far; each parameter's first and second moment, by torch's names; and the micro-steps already
+        made towards the next update. The original dropped their accumulated gradients on resume.
 
     Raises:
-        ConfigError: as `import_flax`, or the optimizer is not Adam.
+        ConfigError: as in `import_flax`, or the optimizer is not Adam.
     """
     path = folder / OPT_STATE
     tree = read_tree(path)
-    adam = [node for node in dictionaries(tree) if node.keys() == {"count", "mu", "nu"}]
+    adam = [node for node in tree_dictionaries(tree) if node.keys() == {"count", "mu", "nu"}]
     if len(adam) != 1:
         raise ConfigError(
-            f"{path}: holds {len(adam)} states of Adam, not one (was another optimizer used?). "
-            f"Without {OPT_STATE}, the weights can be imported alone"
+            f"{path} has {len(adam)} Adam states instead of one (another optimizer?). "
+            f"Remove {OPT_STATE} to import the weights alone"
         )
     step = _count(adam[0]["count"], path)
-    require_later(folder / TRAINING_STATE, step)
+    require_enough_micro_steps(folder / TRAINING_STATE, step)
     moments = {
         "exp_avg": torch_tensors(adam[0]["mu"], path, parameters),
         "exp_avg_sq": torch_tensors(adam[0]["nu"], path, parameters),
@@ -132,42 +133,46 @@ def load_adam(folder: Path, parameters: dict[str, Tensor]) -> tuple[int, dict[st
     return step, moments, _count(tree.get("mini_step", 0), path)
 
 
-def require_later(path: Path, step: int) -> None:
-    """Raises ConfigError if `training_state.json` counts fewer micro-steps than there were updates."""
+def require_enough_micro_steps(path: Path, step: int) -> None:
+    """Require that `training_state.json`, if present, counts at least as many micro-steps as there were updates.
+
+    Raises:
+        ConfigError: it counts fewer, or has no step.
+    """
     if not path.exists():
         return
     try:
         micro_step = json.loads(path.read_bytes())["step"]
-        belongs = micro_step >= step
+        enough = micro_step >= step
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: has no readable step ({type(error).__name__})") from error
-    if not belongs:
+    if not enough:
         raise ConfigError(
-            f"{path}: micro-step {micro_step} is before update {step} of {OPT_STATE}: another checkpoint's"
+            f"{path}: micro-step {micro_step} is before update {step} of {OPT_STATE}; it is from another checkpoint"
         )
 
 
-def torch_tensors(tree: Any, path: Path, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A tree of Flax's parameters as fp32 tensors by PyTorch's names: exactly those of `parameters`, in their shapes.
+def torch_tensors(tree: Any, path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn a tree of Flax parameters into fp32 tensors with the names and shapes of `parameters`.
 
     Raises:
-        ConfigError: naming what is missing, left over or of another shape.
+        ConfigError: it names tensors that are missing, unused or of another shape.
     """
     found: dict[str, Tensor] = {}
     wrong = []
-    for flax_name, array in leaves(tree):
+    for flax_name, array in tree_leaves(tree):
         *modules, leaf = flax_name
         if leaf not in LEAVES or not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-            wrong.append(f"{'/'.join(flax_name)} is no tensor of a GPT-Neo")
+            wrong.append(f"{'/'.join(flax_name)} is not a tensor of GPT-Neo")
             continue
         kind, transposed = LEAVES[leaf]
         name = ".".join([*modules, kind])
         if name not in parameters or name in found:
-            wrong.append(f"{'/'.join(flax_name)} is left over")
+            wrong.append(f"{'/'.join(flax_name)} is unused")
             continue
         array = array.T if transposed else array
         if array.shape != parameters[name].shape:
-            wrong.append(f"{'/'.join(flax_name)} becomes {array.shape}, not {tuple(parameters[name].shape)}")
+            wrong.append(f"{'/'.join(flax_name)} has shape {array.shape}, not {tuple(parameters[name].shape)}")
         found[name] = torch.tensor(np.ascontiguousarray(array), dtype=torch.float32)
     wrong += [f"{name} is missing" for name in parameters.keys() - found.keys()]
     if wrong:
@@ -177,28 +182,28 @@ def torch_tensors(tree: Any, path: Path, parameters: dict[str, Tensor]) -> dict[
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """What `flax.serialization.to_bytes` wrote: nested dictionaries with numpy arrays as leaves.
+    """Read a file of `flax.serialization.to_bytes`: nested dictionaries with numpy arrays as leaves.
 
     Raises:
-        ConfigError: no such file, or it is damaged.
+        ConfigError: it cannot be read, or is damaged.
     """
     try:
-        tree = whole(msgpack.unpackb(path.read_bytes(), ext_hook=decoded))
+        tree = restore_tree(msgpack.unpackb(path.read_bytes(), ext_hook=decode_extension))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, LookupError, RecursionError, msgpack.UnpackException) as error:
         raise ConfigError(f"{path} is damaged: {first_line(error)}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} is damaged: no dictionary")
+        raise ConfigError(f"{path} is damaged: not a dictionary")
     return tree
 
 
-def decoded(code: int, content: bytes) -> Any:
-    """A value of one of Flax's extension types; a numpy scalar comes as an array without dimensions."""
+def decode_extension(code: int, content: bytes) -> Any:
+    """Decode a value of one of Flax's extension types; a numpy scalar becomes an array without dimensions."""
     if code == COMPLEX:
         return complex(*msgpack.unpackb(content))
     if code not in (NDARRAY, SCALAR):
-        raise ValueError(f"extension type {code} is not Flax's")
+        raise ValueError(f"extension type {code} is not one of Flax's")
     shape, name, values = msgpack.unpackb(content)
     if name == "bfloat16":  # the upper half of a float32; numpy does not know it
         bits = np.frombuffer(values, np.uint16).astype(np.uint32) << 16
@@ -206,8 +211,8 @@ def decoded(code: int, content: bytes) -> Any:
     return np.frombuffer(values, np.dtype(name)).reshape(shape)
 
 
-def whole(node: Any) -> Any:
-    """A tree with chunked arrays put together, and named tuples as Flax before 0.3.5 wrote them made dictionaries."""
+def restore_tree(node: Any) -> Any:
+    """Join chunked arrays, and turn named tuples, as Flax before 0.3.5 wrote them, into dictionaries."""
     if not isinstance(node, dict):
         return node
     if CHUNKED in node:
@@ -216,28 +221,28 @@ def whole(node: Any) -> Any:
     if node.keys() == {"name", "fields", "values"}:
         fields, values = (_in_order(node[key]) for key in ("fields", "values"))
         node = dict(zip(fields, values, strict=True))
-    return {key: whole(value) for key, value in node.items()}
+    return {key: restore_tree(value) for key, value in node.items()}
 
 
-def leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every leaf of a tree with the keys that lead to it."""
+def tree_leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every leaf of a tree with the keys that lead to it."""
     if not isinstance(node, dict):
         yield path or ("",), node
         return
     for key, value in node.items():
-        yield from leaves(value, (*path, str(key)))
+        yield from tree_leaves(value, (*path, str(key)))
 
 
-def dictionaries(node: Any) -> Iterator[dict[str, Any]]:
-    """Every dictionary in a tree, itself included."""
+def tree_dictionaries(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield every dictionary in a tree, including the root."""
     if isinstance(node, dict):
         yield node
         for value in node.values():
-            yield from dictionaries(value)
+            yield from tree_dictionaries(value)
 
 
 def _in_order(numbered: dict[str, Any]) -> list[Any]:
-    """A sequence as Flax writes it: a dictionary with the keys "0", "1", ..."""
+    """A sequence, which Flax writes as a dictionary with the keys "0", "1", ..."""
     return [numbered[str(index)] for index in range(len(numbered))]
 
 
@@ -245,4 +250,4 @@ def _count(value: Any, path: Path) -> int:
     try:
         return int(value)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged: a counter is no number") from error
+        raise ConfigError(f"{path} is damaged: a counter is not a number") from error

@@ -1,48 +1,69 @@
-"""Build the model that is trained: from a folder, from the hub, or from random weights; then extend it.
+"""Build the model to train: from a folder, from the hub, or from random weights; then extend it.
 
-Every rank builds the whole model from the same bits before any strategy sees it, so that all ZeRO stages start alike
-(built under ZeRO-3's own context, a model starts from other weights). Costs one copy of the model in host memory per
-rank. `extend` is the one code path that adds white-space tokens, for `clippy extend` and for `clippy train`.
+Every rank builds the full model from the same bits before the strategy wraps it, so all ZeRO stages start from the same
+weights (under ZeRO-3's own init context they would differ). Costs one copy of the model in host memory per rank.
+`clippy extend` and `clippy train` add whitespace tokens through the same function, `extend_model`.
 """
 
 from typing import Any
 
 import torch
-from transformers import GPTNeoConfig, GPTNeoForCausalLM
+from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from clippy_train.config import SHAPE, ModelConfig, TokenizerConfig, TrainConfig
 from clippy_train.errors import ConfigError
 from clippy_train.model.embeddings import grow_embeddings
-from clippy_train.model.load import load_model
+from clippy_train.model.load import generation_config, load_model
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer
 
 
-def build(config: TrainConfig) -> tuple[Any, Any]:
-    """The extended model in fp32 and its tokenizer, the same bits on every rank."""
+def build_model(config: TrainConfig) -> tuple[GPTNeoForCausalLM, PreTrainedTokenizerFast]:
+    """Return the extended model in fp32 and its tokenizer, bit-equal on every rank.
+
+    Raises:
+        ConfigError: the model or the tokenizer cannot be loaded, or the base model is not the one described.
+    """
     tokenizer = load_tokenizer(tokenizer_name(config))
-    if config.model.base is None:
-        model = random_model(config.model, tokenizer, config.seed)
-    else:
-        model = load_model(config.model.base)
-        check_shape(model.config, config.model)
-    extend(model, tokenizer, config.tokenizer, config.seed)
+    base, seed = config.model.base, config.seed
+    model = random_model(config.model, tokenizer, seed) if base is None else load_base(base, config.model)
+    extend_model(model, tokenizer, config.tokenizer, seed)
     return model, tokenizer
 
 
-def extend(model: Any, tokenizer: Any, settings: TokenizerConfig, seed: int = 0) -> None:
-    """Add the white-space tokens that are missing to the tokenizer and their rows to the model, both in place."""
+def load_base(name: str, settings: ModelConfig) -> GPTNeoForCausalLM:
+    """Load a GPT-Neo in fp32.
+
+    Raises:
+        ConfigError: it cannot be loaded, or differs from the model that `settings` describe.
+    """
+    model = load_model(name)
+    check_shape(model.config, settings)
+    assert isinstance(model, GPTNeoForCausalLM)
+    return model
+
+
+def extend_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: TokenizerConfig, seed: int = 0
+) -> None:
+    """Add the missing whitespace tokens to the tokenizer and their rows to the model, both in place."""
     num_ids = len(tokenizer)
     pieces = add_whitespace_tokens(tokenizer, settings.whitespace_tokens, settings.matching)
     num_rows = num_ids + len(settings.whitespace_tokens) if pieces else num_ids
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         grow_embeddings(model, tokenizer, pieces, max(num_rows, len(tokenizer)), settings.new_row_init)
-    for each in (model.config, model.generation_config):
+    for each in (model.config, generation_config(model)):
         each.bos_token_id = each.eos_token_id = tokenizer.eos_token_id
 
 
-def random_model(settings: ModelConfig, tokenizer: Any, seed: int) -> Any:
-    """A GPT-Neo of the given shape with the library's own initialisation, a pure function of the seed."""
+def random_model(settings: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> GPTNeoForCausalLM:
+    """Return a GPT-Neo of the given shape with the library's initialisation, a pure function of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPTNeoForCausalLM(
@@ -51,7 +72,7 @@ def random_model(settings: ModelConfig, tokenizer: Any, seed: int) -> Any:
 
 
 def gpt_neo_config(settings: ModelConfig, **overrides: Any) -> GPTNeoConfig:
-    """The Hugging Face configuration for a shape; layers alternate global, local, as in every published GPT-Neo."""
+    """The Hugging Face configuration of a shape; layers alternate global, local, as in every published GPT-Neo."""
     kinds = [["global", "local"][layer % 2] for layer in range(settings.num_layers)]
     return GPTNeoConfig(
         **{name: getattr(settings, name) for name in SHAPE},
@@ -63,11 +84,11 @@ def gpt_neo_config(settings: ModelConfig, **overrides: Any) -> GPTNeoConfig:
     )
 
 
-def check_shape(base: Any, settings: ModelConfig) -> None:
-    """Refuse a base model other than the one that the configuration describes and the plan was made for.
+def check_shape(base: PreTrainedConfig, settings: ModelConfig) -> None:
+    """Require the base model that the settings describe, since the plan was made for that one.
 
     Raises:
-        ConfigError: naming every key that differs.
+        ConfigError: it names every key that differs.
     """
     if getattr(base, "model_type", None) != "gpt_neo":
         raise ConfigError(f"model.base={settings.base} is a {getattr(base, 'model_type', '?')} model, not GPT-Neo")
@@ -76,7 +97,7 @@ def check_shape(base: Any, settings: ModelConfig) -> None:
         for name in SHAPE
         if getattr(base, name) != getattr(settings, name)
     ]
-    if base.activation_function != "gelu_new":  # what every GPT-Neo has, and all that model.attention computes
+    if base.activation_function != "gelu_new":  # the only one that model.attention computes
         raise ConfigError(
             f"model.base={settings.base} has activation_function={base.activation_function}, not gelu_new"
         )
@@ -85,7 +106,7 @@ def check_shape(base: Any, settings: ModelConfig) -> None:
 
 
 def tokenizer_name(config: TrainConfig) -> str:
-    """Where the tokenizer comes from.
+    """The folder or hub name of the tokenizer.
 
     Raises:
         ConfigError: neither `tokenizer.base` nor `model.base` is set.

@@ -1,39 +1,49 @@
-"""Grow the embedding for new tokens. The head is tied to it, so one matrix is touched.
+"""Grow the embedding for new tokens. The head is tied to it, so only one matrix changes.
 
 Promises: every old row stays bit-equal and the head stays tied. The original overwrote the end-of-text row and left its
 last new rows random.
 """
 
-from typing import Any
+from typing import cast
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from clippy_train.errors import ConfigError
 
 
 @torch.no_grad()
-def grow_embeddings(model: Any, tokenizer: Any, pieces: dict[str, list[int]], num_rows: int, init: str) -> None:
-    """Give `model` at least `num_rows` embedding rows and initialise those that it did not have, in place.
+def grow_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pieces: dict[str, list[int]], num_rows: int, init: str
+) -> None:
+    """Grow the embedding to at least `num_rows` rows and initialise the new ones, in place.
 
-    A row that the model already has is never written, even where the tokenizer is only now given the token for it:
-    a released model with the base tokenizer keeps what it has learnt.
+    An existing row is never written, even if its token is new to the tokenizer: a released model loaded with the base
+    tokenizer keeps the rows that it has learnt.
 
     Args:
         pieces: for each new token, the ids that its text had before it was added.
-        num_rows: rows that the extended vocabulary needs, rows of tokens that are never produced included.
+        num_rows: rows that the extended vocabulary needs, including those of tokens that are never produced.
         init: `tab` copies the row of the tab character; `mean_of_pieces` averages the rows of the former ids.
 
     Raises:
-        ConfigError: `init` is `tab` and the tokenizer has no token for one tab.
+        ConfigError: `init` is `tab` and the tokenizer has no token for a single tab.
     """
-    old_rows = model.get_input_embeddings().weight.shape[0]
+    old_rows = embedding_weight(model).shape[0]
     if num_rows > old_rows:
         model.resize_token_embeddings(num_rows, mean_resizing=False)
-    weight = model.get_input_embeddings().weight
+    weight = embedding_weight(model)
     tab = tokenizer("\t", add_special_tokens=False)["input_ids"]
     if init == "tab" and len(tab) != 1:
         raise ConfigError("new_row_init=tab: the tokenizer has no token for a single tab; use mean_of_pieces")
 
-    new_ids = {tokenizer.convert_tokens_to_ids(token): ids for token, ids in pieces.items()}
+    vocabulary = tokenizer.get_vocab()
+    new_ids = {vocabulary[token]: ids for token, ids in pieces.items()}
     for row in range(old_rows, num_rows):
         weight[row] = weight[tab[0]] if init == "tab" or row not in new_ids else weight[new_ids[row]].mean(dim=0)
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The input embedding's weight, `[rows, hidden]`."""
+    return cast(Tensor, model.get_input_embeddings().weight)

@@ -1,35 +1,39 @@
-"""Hugging Face folders: load a causal LM and its tokenizer, and save them."""
+"""Load a causal LM and its tokenizer from a Hugging Face folder or the hub, and save them to a folder."""
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from clippy_train.errors import ConfigError, first_line
 from clippy_train.tokenizer import load_tokenizer
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load_both(name: str) -> tuple[Any, Any]:
-    """A model, ready to be evaluated, and its tokenizer.
+def load_model_and_tokenizer(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load a model in evaluation mode, on the GPU if there is one, and its tokenizer.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: either cannot be loaded.
     """
-    return load_model(name).eval().to(device()), load_tokenizer(name)
+    model = load_model(name)
+    model.eval()
+    move_to_device(model)
+    return model, load_tokenizer(name)
 
 
-def load_model(name: str) -> Any:
+def move_to_device(model: nn.Module) -> None:
+    """Move a model to the GPU if there is one, otherwise to the CPU."""
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(name: str) -> PreTrainedModel:
     """Load a causal LM in fp32 from a folder or the hub.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it cannot be loaded.
     """
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -37,14 +41,20 @@ def load_model(name: str) -> Any:
         raise ConfigError(f"no model could be loaded from {name}: {first_line(error)}") from error
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def generation_config(model: PreTrainedModel) -> GenerationConfig:
+    """A causal LM's generation settings; `PreTrainedModel` does not declare them."""
+    assert isinstance(model.generation_config, GenerationConfig)
+    return model.generation_config
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a model and its tokenizer as a Hugging Face folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    share_tensors(folder)
+    copy_file_modes(folder)
 
 
-def share_tensors(folder: Path) -> None:
-    """Let those read a folder's tensors who may read the rest: safetensors keeps its files to their owner."""
+def copy_file_modes(folder: Path) -> None:
+    """Give the tensor files the permissions of the other files; safetensors makes them readable by their owner only."""
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)

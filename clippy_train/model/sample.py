@@ -1,22 +1,22 @@
-"""Sampling from a causal LM: the one home of generation, for `clippy generate`, HumanEval and samples during training.
+"""Sample from a causal LM: the generation code of `clippy generate`, HumanEval and samples during training.
 
-Rows are padded on the left and share a key-value cache. A row ends where a `Stop` says so, which looks at the text
-after each token (tokens do not end where a stop sequence begins). Costs, beside the model: decoding each
-completion as often as it has tokens.
+Prompts are padded on the left and share a key-value cache. A completion ends where a `Stop` says. It sees the decoded
+text after every token, because a stop sequence may begin inside a token. Besides the model, this costs one decoding of
+the whole completion per token.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
-NO_TOKEN = -1  # as end of text
+NO_TOKEN = -1  # an end-of-text id that is never produced
 
-Stop = Callable[[str], int | None]  # a completion so far -> where it ends, or None while it goes on
+Stop = Callable[[str], int | None]  # the completion so far -> where to cut it, or None to continue
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Sampling:
     """How tokens are chosen; `temperature` 0 is greedy.
 
     Attributes:
-        fixed_length: take `max_new_tokens` steps whatever is written, as ranks must that hold parts of one model.
+        fixed_length: generate `max_new_tokens` tokens even after end-of-text: under ZeRO-3 all ranks must run the same
+            number of forward passes.
     """
 
     max_new_tokens: int
@@ -34,12 +35,13 @@ class Sampling:
     fixed_length: bool = False
 
 
-def never(text: str) -> int | None:
+def never_stop(text: str) -> int | None:
+    """Let a completion run to its end-of-text token or its maximum length."""
     return None
 
 
-def at_sequence(sequences: list[str]) -> Stop:
-    """Stop before the first of some strings."""
+def stop_at_sequences(sequences: list[str]) -> Stop:
+    """Stop before the first occurrence of any of the strings."""
     pattern = re.compile("|".join(map(re.escape, sequences)) or "(?!)")
 
     def stop(text: str) -> int | None:
@@ -49,11 +51,11 @@ def at_sequence(sequences: list[str]) -> Stop:
     return stop
 
 
-def at_function_end(text: str) -> int | None:
-    """Stop where the function that is being written ends: behind a brace in column 0, or before what else stands there.
+def stop_at_function_end(text: str) -> int | None:
+    """Stop where the current function ends: after a closing brace in column 0, or before other text in column 0.
 
-    Column 0 may still hold what closes a parameter list or a literal (`):`, `]`), and the first line, which continues
-    the prompt's last.
+    The first line is exempt, because it continues the prompt's last line, and so are lines that close a parameter list
+    or a literal (`):`, `]`).
     """
     for found in re.finditer(r"\n(?=[^\s)\]])", text):
         if text[found.end()] != "}":
@@ -64,67 +66,86 @@ def at_function_end(text: str) -> int | None:
 
 
 @torch.no_grad()
-def complete(
-    model: Any,
-    tokenizer: Any,
+def complete_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
     prompts: list[str],
     sampling: Sampling,
-    stop: Stop = never,
+    stop: Stop = never_stop,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """A completion for each prompt, without it and without what a stop cuts off.
+    """Return the completion of each prompt, without the prompt and cut at `stop`.
 
     Args:
-        on_text: told of text as it grows; for a single prompt, and stops that never cut off what was there before.
+        on_text: called with each new piece of text. It requires a single prompt, and a `stop` that never cuts text that
+            it has let pass before.
     """
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     longest = max(map(len, encoded))
     end, device = tokenizer.eos_token_id, next(model.parameters()).device
     ids = torch.tensor([[end] * (longest - len(each)) + each for each in encoded], device=device)
     mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in encoded], device=device)
-    ended = Ended(tokenizer, longest, stop, on_text)
-    chosen: dict[str, Any] = {"do_sample": False}
+    stopping = StopOnText(tokenizer, longest, stop, on_text)
+    settings: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
-        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         torch.manual_seed(sampling.seed)
-    out = model.generate(
+    out = generate_tokens(
+        model,
         ids,
         attention_mask=mask,
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=NO_TOKEN if sampling.fixed_length else end,
         pad_token_id=end,
-        stopping_criteria=StoppingCriteriaList([ended]),
-        **chosen,
+        stopping_criteria=StoppingCriteriaList([stopping]),
+        **settings,
     )
-    texts = [ended.text(row) for row in out]
+    texts = [stopping.completion(row) for row in out]
     if on_text:
-        on_text(texts[0][ended.shown :])
+        on_text(texts[0][stopping.shown :])
     return texts
 
 
-class Ended(StoppingCriteria):
-    """Which rows have ended, by their text."""
+def generate_tokens(model: PreTrainedModel, input_ids: Tensor, **settings: Any) -> Tensor:
+    """Call transformers' `generate`, `[batch, seq]` to `[batch, longer seq]`; its declared types reject its models."""
+    generate = cast("Callable[..., Tensor]", model.generate)
+    return generate(input_ids, **settings)
 
-    def __init__(self, tokenizer: Any, prompt_length: int, stop: Stop, on_text: Callable[[str], None] | None) -> None:
+
+class StopOnText(StoppingCriteria):
+    """Apply a `Stop` to the decoded text of every sequence, and stream the text of the first to `on_text`.
+
+    Attributes:
+        shown: characters of the first completion that `on_text` has received.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt_length: int,
+        stop: Stop,
+        on_text: Callable[[str], None] | None,
+    ) -> None:
         self.tokenizer, self.prompt_length, self.stop, self.on_text = tokenizer, prompt_length, stop, on_text
-        self.shown = 0  # characters of the first row that `on_text` knows
+        self.shown = 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        texts = [self._decoded(row) for row in input_ids]
+        texts = [self._decode(row) for row in input_ids]
         if self.on_text:
-            self._show(texts[0])
+            self._stream(texts[0], self.on_text)
         return torch.tensor([self.stop(text) is not None for text in texts], device=input_ids.device)
 
-    def text(self, row: Tensor) -> str:
-        decoded = self._decoded(row)
+    def completion(self, row: Tensor) -> str:
+        """The text of a generated sequence `[seq]` after its prompt, cut at the stop."""
+        decoded = self._decode(row)
         return decoded[: self.stop(decoded)]
 
-    def _decoded(self, row: Tensor) -> str:
+    def _decode(self, row: Tensor) -> str:
         ids, end = row[self.prompt_length :].tolist(), self.tokenizer.eos_token_id
-        return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True))
 
-    def _show(self, text: str) -> None:
-        """Pass on what no later token changes: not the first bytes of a character that is not complete."""
+    def _stream(self, text: str, on_text: Callable[[str], None]) -> None:
+        """Pass on the text that later tokens cannot change, so without the first bytes of an incomplete character."""
         certain = text[: self.stop(text)].rstrip("\ufffd")
-        self.on_text(certain[self.shown :])  # type: ignore[misc]
+        on_text(certain[self.shown :])
         self.shown = max(self.shown, len(certain))

@@ -19,7 +19,7 @@ from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig, load
 from clippy_train.errors import CheckpointError, ClippyError, ConfigError, Interrupted, first_line
-from clippy_train.model.build import build
+from clippy_train.model.build import build_model
 from clippy_train.report import quiet_transformers
 from clippy_train.run.checkpoint import Checkpoint, read_checkpoint
 from clippy_train.run.consolidate import WEIGHTS_FILE, set_weights
@@ -29,7 +29,7 @@ from clippy_train.run.moments import open_base_state
 from clippy_train.run.rows import validated
 from clippy_train.run.start import Start, read_start
 from clippy_train.shards.sources import open_corpus
-from clippy_train.tokenizer import fingerprint, token_bytes
+from clippy_train.tokenizer import token_bytes, tokenizer_fingerprint
 from clippy_train.train.callbacks.order import build_callbacks
 from clippy_train.train.callbacks.preemption import SignalFlag
 from clippy_train.train.callbacks.progress import fresh_cursors, validation_due
@@ -51,9 +51,9 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
     rank = int(os.environ["RANK"])
     watchdog = Watchdog(config.run_dir, rank, config.trainer.watchdog_seconds)
     pl.seed_everything(config.seed + rank, verbose=False)
-    model, tokenizer = build(config)
+    model, tokenizer = build_model(config)
     corpus = open_corpus(config.data, "train")
-    identity = {**data_identity(config, corpus.fingerprint), TOKENIZER: fingerprint(tokenizer)}
+    identity = {**data_identity(config, corpus.fingerprint), TOKENIZER: tokenizer_fingerprint(tokenizer)}
     checkpoint = read_checkpoint(start.checkpoint) if start.checkpoint else None  # the launcher has verified its files
     if checkpoint:
         require_same_tokenizer(checkpoint, identity[TOKENIZER])

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 
 from clippy_train.config import TrainConfig
-from clippy_train.model.build import build
+from clippy_train.model.build import build_model
 from clippy_train.run.folder import METRICS
 from clippy_train.run.rows import read_rows
 from clippy_train.shards.sources import open_corpus
@@ -44,7 +44,7 @@ class Fit:
         if not os.environ.get("RANK"):
             os.environ |= ALONE
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = build(config)
+        model, tokenizer = build_model(config)
         cursors = fresh_cursors(config.data.streams)
         self.callbacks = build_callbacks(
             config,

@@ -1,4 +1,4 @@
-"""Small models and tokenizers for tests: real GPT-Neo, real BPE, seconds to build."""
+"""Small models and tokenizers for tests: real GPT-Neo and real BPE, built in seconds."""
 
 import json
 import os
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Tokenizer, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
 
-from clippy_train.tokenizer import train_bpe
+from clippy_train.tokenizer import gpt2_tokenizer, train_bpe
 
 WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]
-GPT2_BPE = "CLIPPY_GPT2_BPE"  # environment variable: a folder with GPT-2's own encoder.json and vocab.bpe
+GPT2_BPE = "CLIPPY_GPT2_BPE"  # environment variable: a folder with GPT-2's encoder.json and vocab.bpe
 
 CODE = [
     "def greet(name):\n    '''Say hello to the user.'''\n    return 'hello ' + name\n",
@@ -32,7 +32,7 @@ def gpt_neo(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> GPTNeoForCausalLM:
-    """A random GPT-Neo whose weights are wide enough that attention is far from uniform and biases are not zero."""
+    """A random GPT-Neo with weights large enough that attention is far from uniform and biases are not zero."""
     config = GPTNeoConfig(
         vocab_size=vocab_size,
         max_position_embeddings=positions,
@@ -57,26 +57,25 @@ def token_ids(batch: int, seq: int, vocab_size: int = 97, seed: int = 0) -> torc
     return torch.randint(vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
 
 
-def small_bpe() -> Any:
-    """The project's byte-level BPE trained on a handful of code strings, without white-space tokens."""
+def small_bpe() -> PreTrainedTokenizerFast:
+    """The project's byte-level BPE trained on a few code strings, without whitespace tokens."""
     return train_bpe(CODE, vocab_size=330, model_max_length=64)
 
 
-def gpt2_bpe() -> Any:
-    """GPT-2's real tokenizer, or a skipped test where its files are not at hand."""
+def gpt2_bpe() -> PreTrainedTokenizerFast:
+    """GPT-2's real tokenizer; skips the test if its files are not available."""
     folder = os.environ.get(GPT2_BPE)
     if not folder:
         pytest.skip(f"set {GPT2_BPE} to a folder with GPT-2's encoder.json and vocab.bpe")
     merges = (Path(folder) / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-    return GPT2Tokenizer(
-        vocab=json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8")),
-        merges=[tuple(merge.split(" ")) for merge in merges if merge],
-        model_max_length=64,
-    )
+    vocabulary = json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8"))
+    tokenizer = gpt2_tokenizer(vocabulary, [merge.split(" ") for merge in merges if merge])
+    tokenizer.model_max_length = 64
+    return tokenizer
 
 
-def base_folder(folder: Path, tokenizer: Any, **shape: Any) -> Path:
-    """A model and its tokenizer as Hugging Face folders come, for a test to extend."""
+def base_folder(folder: Path, tokenizer: PreTrainedTokenizerFast, **shape: Any) -> Path:
+    """Write a random model and its tokenizer as a Hugging Face folder, for a test to extend."""
     gpt_neo(vocab_size=len(tokenizer), **shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

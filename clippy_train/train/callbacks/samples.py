@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig
-from clippy_train.model.sample import Sampling, complete
+from clippy_train.model.sample import Sampling, complete_prompts
 from clippy_train.run.folder import SAMPLES
 from clippy_train.run.rows import RowFile
 from clippy_train.train.loggers import EventLogger
@@ -39,4 +39,4 @@ class Samples(pl.Callback):
         length = min(self.config.sample_tokens, positions // 2)
         ids = self.tokenizer(prompt)["input_ids"][length - positions :]
         text = str(self.tokenizer.decode(ids)).lstrip("\ufffd")  # the cut may leave a part of a character
-        return complete(model, self.tokenizer, [text], Sampling(length, fixed_length=True))[0]
+        return complete_prompts(model, self.tokenizer, [text], Sampling(length, fixed_length=True))[0]
