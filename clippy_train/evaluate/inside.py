@@ -1,4 +1,4 @@
-"""Run one sample inside the sandbox. `sandbox` passes this source text to an interpreter: it imports nothing of ours.
+"""Run one sample inside the sandbox. `sandbox` passes this source to an interpreter, so it imports no package module.
 
 Standard input is one JSON object: `program` (the prompt and its completion), `test`, `entry_point`, `token` and
 `resources`. Standard output receives the token, and nothing else, if the checks pass, or otherwise the reason.

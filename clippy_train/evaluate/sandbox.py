@@ -1,4 +1,4 @@
-"""Run one generated program and its checks in a process with as few rights as the system allows us to take away.
+"""Run one generated program and its checks in a process that is restricted as far as the system allows.
 
 Always: a separate process group, killed as a whole; limits on wall time, CPU time, memory, file size, open files and
 processes; a temporary folder; an empty environment; output discarded. A pass is a secret token that arrives after the
