@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from clippy_train.config import TrainConfig
@@ -59,7 +60,8 @@ def build_strategy(config: TrainConfig) -> Strategy:
     }
     if not config.deepspeed:
         # Buffers are constants: GPT-Neo's masks would be 50 MB of traffic in each step.
-        return DDPStrategy(**group, gradient_as_bucket_view=True, broadcast_buffers=False)
+        hook = bf16_compress_hook if config.strategy.reduce_dtype == "bf16" else None
+        return DDPStrategy(**group, gradient_as_bucket_view=True, broadcast_buffers=False, ddp_comm_hook=hook)
     kind = CPUDeepSpeedStrategy if cpu else ExactDeepSpeedStrategy
     return kind(**group, config=deepspeed_config(config))
 
@@ -86,6 +88,7 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         "gradient_clipping": config.optim.grad_clip,
         "bf16": {"enabled": config.trainer.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},  # otherwise gradients accumulate in bf16
+        "communication_data_type": settings.reduce_dtype,  # otherwise ranks add them up in bf16
         "zero_allow_untested_optimizer": True,  # torch's AdamW: no compiler, the same update on every device
         "zero_optimization": {
             "stage": settings.stage,
