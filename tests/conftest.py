@@ -1,5 +1,6 @@
 """What tests of several rooms share: a small corpus, a small tokenizer and a valid configuration of the two."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "runs" in getattr(item, "fixturenames", ()):  # real training
+            item.add_marker("processes")
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
 
@@ -26,6 +30,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_process_outlives_its_test() -> Iterator[None]:
     yield
     processes.end_all()
+
+
+@pytest.fixture(autouse=True)
+def _starts_processes_only_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`make check` runs the tests that are not marked, and must stay fast."""
+    yield
+    first = started[:1]
+    started.clear()  # not before the test: what its module's fixtures start counts
+    if first and not request.node.get_closest_marker("processes"):
+        pytest.fail(f"starts processes ({first[0]}): mark it with pytest.mark.processes")
+
+
+started: list[str] = []
+
+
+def _note(event: str, arguments: tuple[object, ...]) -> None:
+    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn"):
+        started.append(f"{event} {arguments[:1]}")
+
+
+sys.addaudithook(_note)
 
 
 @pytest.fixture(scope="session")
