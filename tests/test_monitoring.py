@@ -91,6 +91,7 @@ def test_what_weights_and_biases_needs_is_asked_for_before_anything_starts(train
     assert preflight_problems(config) == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("strategy", ["ddp", "zero1"])
 def test_a_slow_rank_is_named_with_its_host(
     train_config: Callable[..., TrainConfig], tmp_path: Path, strategy: str

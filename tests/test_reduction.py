@@ -37,6 +37,7 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("strategy", "reduce_dtype"),
     [("ddp", "fp32"), *product(("zero1", "zero2", "zero3"), ("fp32", "bf16"))],  # DDP in bf16 needs CUDA

@@ -17,6 +17,7 @@ PACKAGE = Path(clippy_train.__file__).parent
 HEAVY = ("torch", "lightning", "deepspeed", "transformers")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("room", ["run", "launch", "sweep"])
 def test_a_room_is_imported_without_torch(room: str) -> None:
     """`launch.preflight` apart: it runs in the process of a rank."""

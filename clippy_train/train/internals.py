@@ -57,6 +57,16 @@ PRIVATE = (
         "holds the counter behind the validation interval",
     ),
     Part(
+        "lightning.pytorch.trainer.trainer:Trainer",
+        "_run_sanity_check",
+        "the validation before the first step; it is skipped in a run that resumes, which may have missed one",
+    ),
+    Part(
+        "lightning.pytorch.loops.evaluation_loop:_EvaluationLoop",
+        "restarting",
+        "what makes Lightning skip it",
+    ),
+    Part(
         "lightning.pytorch.strategies.deepspeed:DeepSpeedStrategy",
         "_init_deepspeed_distributed",
         "`setup_distributed` demands CUDA; on CPU it is called without that check",
@@ -143,6 +153,17 @@ def disable_signal_handling(trainer: pl.Trainer) -> None:
     """Turn off Lightning's signal handlers and its broadcast in every micro-batch."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def validate_on_resume(trainer: pl.Trainer) -> None:
+    """Have a run that resumes validate before its first step, as a new run does."""
+    check = trainer._run_sanity_check
+
+    def run() -> None:
+        trainer.fit_loop.epoch_loop.val_loop.restarting = False
+        check()
+
+    trainer._run_sanity_check = run  # type: ignore[method-assign]
 
 
 def set_step_counters(trainer: pl.Trainer, step: int, micro_steps: int) -> None:

@@ -35,6 +35,7 @@ from clippy_train.train.callbacks.preemption import SignalFlag
 from clippy_train.train.callbacks.progress import fresh_cursors, validation_due
 from clippy_train.train.callbacks.watchdog import Watchdog
 from clippy_train.train.data import DataModule
+from clippy_train.train.internals import validate_on_resume
 from clippy_train.train.loggers import build_loggers
 from clippy_train.train.module import CodeLM
 from clippy_train.train.strategy import build_trainer
@@ -85,6 +86,8 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
         logger=build_loggers(config, resumed_step) if rank == 0 else False,
         num_sanity_val_steps=-1 if validates_first(config, resumed_step) else 0,
     )
+    if checkpoint:
+        validate_on_resume(trainer)  # if it validates at all: `num_sanity_val_steps`
     module = CodeLM(config, model, token_bytes(tokenizer, model.config.vocab_size))
     trainer.fit(module, DataModule(config, tokenizer, rank, cursors), ckpt_path=native)
 
