@@ -21,7 +21,7 @@ settings.load_profile("any machine")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "runs" in getattr(item, "fixturenames", ()):  # real training
+        if {"runs", "replay"} & set(getattr(item, "fixturenames", ())):  # real training
             item.add_marker("processes")
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
