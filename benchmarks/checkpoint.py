@@ -2,15 +2,15 @@
 
     python benchmarks/checkpoint.py [STRATEGY...]       zero1 and zero3 by default, on two ranks
 
-For each strategy a run saves five times, then the same command goes on with one step more. One JSON
-object a strategy; seconds are medians:
+For each strategy a run saves five times; the same command then resumes for one more step. Prints one JSON object per
+strategy; seconds are medians:
 
     bytes, files          of one checkpoint
-    stall_seconds         for which training stops; first_stall_seconds: in the first save, which allocates the memory
-    save_seconds          until the checkpoint is complete
-    write_seconds         of which a plain write of as many bytes, brought to the same disk, takes
-    hash_seconds          of which reading the files back and hashing them takes, on one core
-    verify_seconds        what the launcher takes to check a checkpoint before ranks start
+    stall_seconds         training stops for a save; first_stall_seconds: the first one, which allocates memory
+    save_seconds          from the start of a save until the checkpoint is complete
+    write_seconds         to write and flush as many bytes to the same disk
+    hash_seconds          to read the files back and hash them, on one core
+    verify_seconds        the launcher's check of a checkpoint before ranks start
     fresh_seconds, resumed_seconds      from the command to the first step
 """
 
@@ -37,7 +37,7 @@ from clippy_train.run.rows import read_rows
 from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, train_bpe
 
-VOCAB_SIZE = 50257  # of GPT-2, before the white-space tokens
+VOCAB_SIZE = 50257  # of GPT-2, before the whitespace tokens
 SAVES = 5
 EVERY = 8  # steps, so that a save is complete before the next one
 SHAPE = [

@@ -34,8 +34,9 @@ from typing import Any
 import numpy as np
 import zstandard
 from datasets import load_dataset
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
-from transformers import GPT2Tokenizer, default_data_collator
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, default_data_collator
 
 from clippy_train.compose import compose
 from clippy_train.config import WHITESPACE_TOKENS, CorpusConfig, DataConfig, TrainConfig
@@ -123,7 +124,7 @@ def ratio(seconds: dict[str, list[float]], what: str, *others: str) -> float:
     return median(ratios)
 
 
-def tokenizer_only(core: Any, texts: list[str], size: int) -> Source:
+def tokenizer_only(core: Tokenizer, texts: list[str], size: int) -> Source:
     while True:
         for begin in range(0, len(texts), size):
             encodings = core.encode_batch_fast(texts[begin : begin + size], add_special_tokens=False)
@@ -341,6 +342,7 @@ def standard_library_corpus(work: Path, shard_bytes: int, shards: int) -> Path:
 def save_tokenizer(work: Path, corpus: Path) -> str:
     """GPT-2's tokenizer if its files are available, else the demo's; with the whitespace tokens."""
     source = os.environ.get("CLIPPY_GPT2_BPE")
+    tokenizer: PreTrainedTokenizerFast
     if source:
         merges = Path(source, "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
         vocabulary = json.loads(Path(source, "encoder.json").read_text(encoding="utf-8"))

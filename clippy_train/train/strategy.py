@@ -27,8 +27,8 @@ def build_trainer(config: TrainConfig, **kwargs: Any) -> pl.Trainer:
     """A Trainer that runs what the configuration says, with the given callbacks and loggers only."""
     settings, (num_nodes, devices) = config.trainer, config.nodes_and_devices
     _quiet()
-    # Deterministic mode would fill every new tensor with NaN, to show reads of memory that was never written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # Deterministic mode would fill every new tensor with NaN, to expose reads of uninitialized memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by torch at import
     return pl.Trainer(
         strategy=build_strategy(config),
         accelerator=settings.accelerator,
