@@ -1,4 +1,4 @@
-"""The order of the callbacks: each promise holds in the order of `callbacks.order`, and breaks when two are swapped."""
+"""The order of the callbacks: each guarantee holds in the order of `callbacks.order` and fails when two are swapped."""
 
 import math
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def test_the_order_is_the_documented_one(run: Callable[..., Fit]) -> None:
     assert kinds(run()) == [Progress, Watchdog, Health, Monitor, Ledger, Checkpointer, Preemption]
 
 
-def cursors_are_those_after_the_step(run: Fit) -> bool:
+def checkpoint_cursors_follow_the_step(run: Fit) -> bool:
     progress, after = run.callback(Progress), {}
 
     class Record(pl.Callback):
@@ -64,7 +64,7 @@ def cursors_are_those_after_the_step(run: Fit) -> bool:
     return np.array_equal(checkpoint.manifest.cursors, after[2])
 
 
-def what_a_step_logs_is_on_disk_before_its_checkpoint(run: Fit) -> bool:
+def the_row_of_a_step_is_on_disk_before_its_checkpoint(run: Fit) -> bool:
     seen: list[bool] = []
     checkpointer = run.callback(Checkpointer)
     save = checkpointer.save
@@ -73,13 +73,13 @@ def what_a_step_logs_is_on_disk_before_its_checkpoint(run: Fit) -> bool:
         save(trainer, last)
         seen.append(last_step(run.config.run_dir) == run.rows()[-1]["step"] if run.rows() else False)
 
-    checkpointer.save = saved  # type: ignore[method-assign]
+    checkpointer.save = saved  # type: ignore[method-assign]  # observed
     run.fit()
-    assert len(seen) == 4  # the last step once more, after its validation
+    assert len(seen) == 4  # the last step is saved again after its validation
     return all(seen)
 
 
-def a_step_that_is_not_finite_is_not_logged(run: Fit) -> bool:
+def a_non_finite_step_is_not_logged(run: Fit) -> bool:
     step = type(run.module).training_step
 
     def poisoned(batch: dict[str, object], batch_idx: int) -> object:
@@ -97,12 +97,12 @@ def a_step_that_is_not_finite_is_not_logged(run: Fit) -> bool:
 @pytest.mark.parametrize(
     ("holds", "swapped"),
     [
-        (cursors_are_those_after_the_step, (Progress, Checkpointer)),
-        (what_a_step_logs_is_on_disk_before_its_checkpoint, (Monitor, Checkpointer)),
-        (a_step_that_is_not_finite_is_not_logged, (Health, Monitor)),
+        (checkpoint_cursors_follow_the_step, (Progress, Checkpointer)),
+        (the_row_of_a_step_is_on_disk_before_its_checkpoint, (Monitor, Checkpointer)),
+        (a_non_finite_step_is_not_logged, (Health, Monitor)),
     ],
 )
-def test_swapping_two_callbacks_breaks_a_promise(
+def test_swapping_two_callbacks_breaks_a_guarantee(
     run: Callable[..., Fit], tmp_path: Path, holds: Callable[[Fit], bool], swapped: tuple[type, type]
 ) -> None:
     assert holds(run())

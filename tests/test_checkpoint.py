@@ -1,11 +1,10 @@
-"""Checkpoints on disk: any damage is found before anything is loaded, and what need not be kept is deleted."""
+"""Checkpoints on disk: damage is detected before anything is loaded, and old checkpoints are pruned."""
 
 import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -44,7 +43,7 @@ FILES = ("rng-00000.pt", "state/latest", "state/checkpoint/mp_rank_00_model_stat
 
 
 def write(run_dir: Path, step: int, bits_per_byte: float | None = None) -> Path:
-    """A published checkpoint; files of two steps have other content and the same sizes."""
+    """A published checkpoint; files of two steps differ in content, not in size."""
     staging = checkpoint_folder(run_dir, step).with_suffix(STAGING)
     for name in FILES:
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +61,7 @@ def validate(run_dir: Path, step: int, bits_per_byte: float | None) -> None:
             file.write(json.dumps({"step": step, SCORE: bits_per_byte}) + "\n")
 
 
-def test_everything_of_a_checkpoint_reaches_the_disk_before_it_exists(
+def test_a_checkpoint_is_flushed_to_disk_before_it_is_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: set[int] = set()
@@ -73,18 +72,18 @@ def test_everything_of_a_checkpoint_reaches_the_disk_before_it_exists(
         fsync(descriptor)
         synced.add(os.fstat(descriptor).st_ino)
 
-    def checked_rename(aside: Path, final: Path) -> Path:
-        waiting = [path.name for path in (aside, *aside.rglob("*")) if path.stat().st_ino not in synced]
+    def checked_rename(staging: Path, final: Path) -> Path:
+        waiting = [path.name for path in (staging, *staging.rglob("*")) if path.stat().st_ino not in synced]
         assert not waiting
         renamed.append(final.name)
         synced.clear()
-        return rename(aside, final)
+        return rename(staging, final)
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(Path, "rename", checked_rename)
     path = write(tmp_path / "run", 2)
     assert renamed == [path.name]
-    assert path.parent.stat().st_ino in synced  # and its name after it
+    assert path.parent.stat().st_ino in synced  # the rename is flushed too
 
 
 @pytest.fixture
@@ -96,7 +95,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", [MANIFEST, *FILES])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_found_and_the_checkpoint_before_is_taken(
+def test_damage_is_detected_and_the_previous_checkpoint_is_used(
     run_dir: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest = checkpoint_folder(run_dir, 4)
@@ -114,7 +113,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_taken(
         find_checkpoint(run_dir)
 
 
-def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(run_dir: Path) -> None:
+def test_a_flipped_bit_in_any_byte_of_a_manifest_is_detected(run_dir: Path) -> None:
     path = checkpoint_folder(run_dir, 4) / MANIFEST
     content = path.read_bytes()
     for index in range(len(content)):
@@ -125,7 +124,7 @@ def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(run_dir: Path) -> None
     assert read_checkpoint(path.parent).manifest.step == 4
 
 
-def test_a_whole_older_checkpoint_in_the_place_of_the_newest_is_found(run_dir: Path) -> None:
+def test_an_older_checkpoint_in_the_folder_of_the_newest_is_detected(run_dir: Path) -> None:
     shutil.rmtree(checkpoint_folder(run_dir, 4))
     shutil.copytree(checkpoint_folder(run_dir, 2), checkpoint_folder(run_dir, 4))
     with pytest.raises(CheckpointError, match="is from step 2"):
@@ -146,7 +145,7 @@ def test_a_file_that_cannot_be_read_is_damage(run_dir: Path, monkeypatch: pytest
         open_checkpoint(checkpoint_folder(run_dir, 4))
 
 
-def test_another_version_is_said_to_be_one(run_dir: Path) -> None:
+def test_another_format_version_is_named(run_dir: Path) -> None:
     path = checkpoint_folder(run_dir, 4) / MANIFEST
     path.write_text(json.dumps({"version": 1, "step": 4, "world_size": 2}))
     with pytest.raises(CheckpointError, match=r"another version of this program \(format 1\)"):
@@ -154,7 +153,7 @@ def test_another_version_is_said_to_be_one(run_dir: Path) -> None:
 
 
 @given(st.integers(0, 10**12), st.dictionaries(st.text(), st.floats(allow_nan=False) | st.text()))
-def test_a_manifest_is_read_as_it_was_written(tokens: int, data: dict) -> None:
+def test_a_manifest_is_read_as_it_was_written(tokens: int, data: dict[str, float | str]) -> None:
     manifest = Manifest(4, tokens, [[1, 2], [3, 4]], {"documents": 1}, data, LAYOUT, {"a": [1, "b"]})
     fields = json.loads(manifest_bytes(manifest))
     assert Manifest(**{name: fields[name] for name in Manifest.__dataclass_fields__}) == manifest
@@ -168,12 +167,12 @@ def test_a_manifest_is_read_as_it_was_written(tokens: int, data: dict) -> None:
     data=st.data(),
 )
 @settings(max_examples=50)
-def test_pruning_keeps_the_newest_the_round_ones_and_the_best(
+def test_pruning_keeps_the_newest_the_periodic_and_the_best(
     tmp_path_factory: pytest.TempPathFactory,
     bits: dict[int, float | None],
     keep_last: int,
     keep_every: int | None,
-    data: Any,
+    data: st.DataObject,
 ) -> None:
     run_dir = tmp_path_factory.mktemp("prune")
     for step, value in bits.items():
@@ -202,10 +201,10 @@ def demo() -> TrainConfig:
 @given(
     every=st.integers(1, 4), steps=st.integers(1, 60), keep_last=st.integers(1, 5), rounds=st.none() | st.integers(1, 5)
 )
-def test_the_plan_says_how_many_checkpoints_a_run_keeps_at_most(
+def test_the_plan_gives_the_largest_number_of_checkpoints_kept(
     demo: TrainConfig, every: int, steps: int, keep_last: int, rounds: int | None
 ) -> None:
-    """Against a run whose first checkpoint stays the best."""
+    """Compared with a run whose first checkpoint stays the best."""
     demo.trainer.max_steps = steps
     demo.checkpoint = CheckpointConfig(every_steps=every, keep_last=keep_last, keep_every=rounds and rounds * every)
     saved = sorted({*range(every, steps + 1, every), steps})
@@ -228,7 +227,7 @@ def test_best_is_a_link_that_follows_the_lowest_validation(run_dir: Path) -> Non
     assert find_best(run_dir) is None
 
 
-def test_ls_lists_and_verify_reads_every_byte(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+def test_ls_lists_and_verify_reads_every_byte(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(checkpoint_folder(run_dir, 2))
     write(run_dir, 2, 0.5)
     assert main(["checkpoint", "verify", f"run={run_dir}"]) == 0

@@ -1,4 +1,4 @@
-"""What a launcher decides before any rank runs: devices, requeues, the places of ranks; preflight and torchrun."""
+"""Decisions of a launcher before ranks run: devices, requeues, rank environments; preflight and torchrun."""
 
 import json
 import os
@@ -38,10 +38,10 @@ DIVIDES = ["data.streams=48", "trainer.global_batch_size=96", "trainer.micro_bat
 
 
 @pytest.fixture
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Set the variables of a launcher, and how many GPUs are visible."""
+def launcher_environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set the environment variables of a launcher and the number of visible GPUs."""
 
-    def surround(variables: dict[str, str], gpus: int = 0) -> None:
+    def set_environment(variables: dict[str, str], gpus: int = 0) -> None:
         for name in list(os.environ):
             if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                 monkeypatch.delenv(name)
@@ -49,7 +49,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(resources, "_visible_gpus", lambda: gpus)
 
-    return surround
+    return set_environment
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ({**JOB, **ON_TORCHRUN}, 4, ("torchrun", "cuda", 2, 4)),
     ],
 )
-def test_devices_are_those_of_the_place(
-    surroundings: Callable[..., None], variables: dict[str, str], gpus: int, expected: tuple
+def test_devices_come_from_the_launcher(
+    launcher_environment: Callable[..., None], variables: dict[str, str], gpus: int, expected: tuple[str, str, int, int]
 ) -> None:
-    surroundings(variables, gpus)
+    launcher_environment(variables, gpus)
     config = compose(TrainConfig, ["experiment=code_clippy_125m", *DIVIDES])
     trainer = config.trainer
     assert (config.launcher.name, trainer.accelerator, trainer.num_nodes, trainer.devices) == expected
@@ -90,10 +90,10 @@ def test_devices_are_those_of_the_place(
         (ON_TORCHRUN, ["trainer.devices=2"], "torchrun has 4 processes for each node"),
     ],
 )
-def test_a_run_that_does_not_fit_its_place_is_told_why(
-    surroundings: Callable[..., None], variables: dict[str, str], overrides: list[str], said: str
+def test_a_run_that_does_not_fit_its_launcher_is_rejected(
+    launcher_environment: Callable[..., None], variables: dict[str, str], overrides: list[str], said: str
 ) -> None:
-    surroundings(variables)
+    launcher_environment(variables)
     if overrides == ["launcher=local"]:
         overrides = [*overrides, "trainer.num_nodes=2"]
     (error,) = resources.resource_problems(compose(TrainConfig, ["experiment=code_clippy_125m", *DIVIDES, *overrides]))
@@ -105,7 +105,7 @@ def test_a_run_that_does_not_fit_its_place_is_told_why(
     ("requeues", "steps", "stops"),
     [
         (1, [0, 10], False),
-        (1, [0, 0], False),  # interrupted before the first step: once is no pattern
+        (1, [0, 0], False),  # interrupted before the first step: allowed once
         (2, [0, 0, 0], True),
         (2, [0, 5, 5], False),
         (3, [0, 5, 5, 5], True),
@@ -114,11 +114,11 @@ def test_a_run_that_does_not_fit_its_place_is_told_why(
         (6, [0, 1, 2, 3, 4, 5, 6], True),  # more than the 5 allowed
     ],
 )
-def test_a_job_lives_again_only_while_it_gets_on(requeues: int, steps: list[int], stops: bool) -> None:
+def test_a_job_is_requeued_only_while_it_makes_progress(requeues: int, steps: list[int], stops: bool) -> None:
     assert bool(slurm.why_stop(requeues, steps, max_requeues=5)) == stops
 
 
-def test_the_lives_of_a_job_are_written_down_and_another_job_starts_anew(tmp_path: Path) -> None:
+def test_attempts_are_recorded_separately_for_each_job(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     assert slurm.begin_attempt(tmp_path, "7") == [0]
     (checkpoints / "step-00000004").mkdir(parents=True)
@@ -138,6 +138,7 @@ sys.exit(run_nodes(config, []))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("srun", "probe", "changed", "code", "said"),
     [
@@ -151,10 +152,10 @@ sys.exit(run_nodes(config, []))
         (2, 1, {}, 2, ""),
     ],
 )
-def test_what_becomes_of_a_job(
+def test_when_a_job_is_requeued(
     tmp_path: Path, srun: int, probe: int, changed: dict[str, str], code: int, said: str
 ) -> None:
-    """With an `srun` that ends like this, an `scontrol` that shows such a job, and a probe of the nodes."""
+    """With a fake `srun` of this exit code, a fake `scontrol` that shows such a job, and a probe of the nodes."""
     facts = {"JobState": "RUNNING", "Requeue": "1", "BatchFlag": "1", **changed}
     shown = "JobId=7 JobName=x " + " ".join(f"{name}={value}" for name, value in facts.items())
     commands = {
@@ -175,14 +176,14 @@ def test_what_becomes_of_a_job(
     ("srun", "run"),
     [(0, 0), (75, 75), (2, 2), (1, 1), (128 + signal.SIGUSR1, 75), (-signal.SIGTERM, 75), (128 + signal.SIGKILL, 1)],
 )
-def test_sruns_exit_code_becomes_the_runs(srun: int, run: int) -> None:
+def test_the_exit_code_of_srun_determines_that_of_the_run(srun: int, run: int) -> None:
     assert slurm.exit_code(srun) == run
     assert Interrupted.exit_code == 75
 
 
 @given(st.integers(1, 10**7), st.integers(0, 200))
-def test_jobs_next_to_each_other_and_lives_of_a_job_have_ports_of_their_own(job: int, restarts: int) -> None:
-    ports = {(number, life): slurm.first_port(number, life) for number in (job, job + 1) for life in range(10)}
+def test_neighbouring_jobs_and_attempts_have_separate_ports(job: int, restarts: int) -> None:
+    ports = {(number, attempt): slurm.first_port(number, attempt) for number in (job, job + 1) for attempt in range(10)}
     pairs = {port + i for port in ports.values() for i in (0, 1)}
     assert len(pairs) == 2 * len(ports)
     assert pairs <= set(slurm.PORTS)
@@ -192,7 +193,7 @@ def test_jobs_next_to_each_other_and_lives_of_a_job_have_ports_of_their_own(job:
 LARGE = ["trainer.num_nodes=64", "trainer.devices=8", "trainer.accelerator=cuda", "trainer.micro_batch_size=2"]
 
 
-def test_512_ranks_are_laid_out_without_starting_them(
+def test_512_ranks_get_consecutive_numbers_and_separate_streams(
     train_config: Callable[..., TrainConfig], tiny_tokenizer: Path
 ) -> None:
     tokenizer = load_tokenizer(tiny_tokenizer)
@@ -224,14 +225,14 @@ def test_512_ranks_are_laid_out_without_starting_them(
         (["trainer.global_batch_size=2048", "data.streams=1536"], "is not a multiple of data.streams=1536"),
     ],
 )
-def test_512_ranks_that_cannot_share_the_work_are_refused(
+def test_settings_that_512_ranks_cannot_share_are_rejected(
     train_config: Callable[..., TrainConfig], overrides: list[str], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         train_config(*LARGE, *overrides)
 
 
-def test_a_plan_tells_what_many_gpus_take(train_config: Callable[..., TrainConfig]) -> None:
+def test_a_plan_estimates_large_runs(train_config: Callable[..., TrainConfig]) -> None:
     card = ["experiment=code_clippy_125m", "trainer.devices=8", "trainer.accelerator=cuda"]
     sizes = {
         nodes: compose(TrainConfig, [*card, f"trainer.num_nodes={nodes}", *more])
@@ -249,7 +250,8 @@ def test_a_plan_tells_what_many_gpus_take(train_config: Callable[..., TrainConfi
     }
 
 
-def test_a_preflight_of_two_ranks_tells_the_bandwidth(
+@pytest.mark.processes
+def test_a_preflight_of_two_ranks_reports_the_bandwidth(
     train_config: Callable[..., TrainConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = train_config(f"run.root={tmp_path}")
@@ -264,7 +266,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
     return Runs(tmp_path_factory.mktemp("cluster"), tiny_corpus, tiny_tokenizer)
 
 
-CLAIM = """
+LOCK_AND_EXEC = """
 import os, sys
 from pathlib import Path
 from clippy_train.launch.lock import lock_folder
@@ -273,10 +275,12 @@ os.execv(sys.executable, [sys.executable, "-c", "print(flush=True); input()"])
 """
 
 
-def test_a_claim_to_a_folder_stays_with_what_the_process_becomes(tmp_path: Path) -> None:
+@pytest.mark.processes
+def test_a_lock_on_a_folder_survives_exec(tmp_path: Path) -> None:
     folder = tmp_path / "x"
-    command = [sys.executable, "-c", CLAIM, folder]
+    command = [sys.executable, "-c", LOCK_AND_EXEC, folder]
     process = processes.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout
     assert process.stdout.readline()
     with pytest.raises(ConfigError, match=rf"run\.name=x: process {process.pid} on .* trains in"):
         lock_folder(folder, "run.name=x")
@@ -284,7 +288,7 @@ def test_a_claim_to_a_folder_stays_with_what_the_process_becomes(tmp_path: Path)
     lock_folder(folder, "run.name=x")
 
 
-def test_a_checkpoint_is_chosen_when_nobody_can_write_another_one(
+def test_a_checkpoint_is_chosen_while_the_folder_is_locked(
     train_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = train_config(f"run.root={tmp_path}", "resume=must")
@@ -304,12 +308,12 @@ def test_a_checkpoint_is_chosen_when_nobody_can_write_another_one(
     [
         ("process 12 on n1", "COMPLETED", False),
         ("another command", "COMPLETED", False),
-        ("life 0 of job 6", "RUNNING", False),
-        ("life 3 of job 6", "COMPLETING", False),
-        ("life 0 of job 6", "COMPLETED", True),
-        ("life 0 of job 6", None, True),  # Slurm has forgotten it
-        ("life 2 of job 7", "RUNNING", False),  # this job, twice
-        ("life 1 of job 7", "RUNNING", True),  # this job, before its node died
+        ("attempt 0 of job 6", "RUNNING", False),
+        ("attempt 3 of job 6", "COMPLETING", False),
+        ("attempt 0 of job 6", "COMPLETED", True),
+        ("attempt 0 of job 6", None, True),  # Slurm has forgotten it
+        ("attempt 2 of job 7", "RUNNING", False),  # this job, twice
+        ("attempt 1 of job 7", "RUNNING", True),  # this job, before its node died
     ],
 )
 def test_whether_the_holder_of_a_lock_has_ended(
@@ -324,10 +328,10 @@ def test_whether_the_holder_of_a_lock_has_ended(
     assert not slurm.has_ended(who)
 
 
-def test_processes_that_torchrun_started_become_the_ranks_of_one_run(runs: Runs) -> None:
+def test_processes_started_by_torchrun_become_the_ranks_of_one_run(runs: Runs) -> None:
     settings = ["trainer.audit=true", "trainer.max_steps=2", "trainer.val_samples=2", "data.num_workers=0"]
     runs.train("local", *settings)
-    script = [LAUNCH / "torchrun.sh", *runs.settings, *settings, "trainer.devices=null", "run.name=torchrun"]
+    script = [str(LAUNCH / "torchrun.sh"), *runs.settings, *settings, "trainer.devices=null", "run.name=torchrun"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     nodes = {"PATH": path, "NODES": "1", "DEVICES": "2", "MASTER": f"localhost:{here().port}"}
     started = subprocess.run(

@@ -1,4 +1,4 @@
-"""A run goes on with other ranks, another strategy, another micro-batch: the same data, weights and moments."""
+"""A run resumes with another world size, strategy or micro-batch: same data, weights and moments."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from clippy_train.run.folder import (
 )
 from clippy_train.run.moments import MOMENTS
 
-STEPS = int(os.environ.get("CLIPPY_ELASTIC_STEPS", "2"))  # between two changes; `make elastic` takes 50
+STEPS = int(os.environ.get("CLIPPY_ELASTIC_STEPS", "2"))  # between two changes of layout; `make elastic` sets 50
 LAYOUTS = [("zero3", 4, 2), ("zero2", 2, 4)]  # strategy, ranks, micro-batch; the run starts with `single`, 1 and 2
 if STEPS > 2:
     LAYOUTS += [("zero1", 4, 1), ("zero3", 1, 8), ("zero1", 2, 2), ("zero3", 2, 2), ("zero1", 1, 2), ("zero2", 4, 2)]
@@ -40,45 +40,41 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 
 @pytest.fixture(scope="module")
 def reference(runs: Runs) -> str:
-    """One rank from the first step to the last."""
+    """A run on one rank from the first step to the last."""
     runs.train("reference", "strategy=single", "trainer.devices=1", f"trainer.max_steps={END}")
     return "reference"
 
 
 @pytest.fixture(scope="module")
-def moved(runs: Runs, reference: str) -> str:
-    """The same run, but after its first steps it moves from layout to layout."""
-    shutil.copytree(runs.folder(reference), runs.folder("moved"))
-    for path in checkpoint_folders(runs.folder("moved"))[:-1]:
+def resharded(runs: Runs, reference: str) -> str:
+    """The same run, resharded to one layout after another."""
+    shutil.copytree(runs.folder(reference), runs.folder("resharded"))
+    for path in checkpoint_folders(runs.folder("resharded"))[:-1]:
         shutil.rmtree(path)
     for number, (strategy, ranks, micro_batch) in enumerate(LAYOUTS, 2):
         said = runs.train(
-            "moved", f"strategy={strategy}", f"trainer.devices={ranks}", f"trainer.micro_batch_size={micro_batch}",
+            "resharded", f"strategy={strategy}", f"trainer.devices={ranks}", f"trainer.micro_batch_size={micro_batch}",
             f"trainer.max_steps={number * STEPS}",
         ).stdout  # fmt: skip
         assert f"from step {(number - 1) * STEPS}" in said
-        assert "laying its state out anew" in said
-    return "moved"
+        assert "resharding: " in said
+    return "resharded"
 
 
-def test_data_losses_and_validation_do_not_notice_that_the_layout_changes(
-    runs: Runs, reference: str, moved: str
-) -> None:
-    expected, found = runs.rows(reference), runs.rows(moved)
+def test_resharding_changes_neither_data_nor_losses_nor_validation(runs: Runs, reference: str, resharded: str) -> None:
+    expected, found = runs.rows(reference), runs.rows(resharded)
     assert [row["step"] for row in found] == list(range(1, END + 1))
     for key in ("data/digest", "data/documents", "tokens"):
         assert [row[key] for row in found] == [row[key] for row in expected]
     for key in ("train/loss", "train/lr", "train/grad_norm"):
         assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-3)
     validations = {row["step"]: row["val/loss"] for row in runs.rows(reference, "val/loss")}
-    moved_to = {row["step"]: row["val/loss"] for row in runs.rows(moved, "val/loss")}
-    assert {step: moved_to[step] for step in validations} == pytest.approx(validations, rel=1e-3)
+    validated = {row["step"]: row["val/loss"] for row in runs.rows(resharded, "val/loss")}
+    assert {step: validated[step] for step in validations} == pytest.approx(validations, rel=1e-3)
 
 
-def test_weights_and_both_moments_are_those_of_the_run_that_did_not_move(
-    runs: Runs, reference: str, moved: str
-) -> None:
-    """The reference is torch's own file of one rank, whose optimizer holds whole tensors in the order of its groups."""
+def test_resharding_changes_neither_weights_nor_moments(runs: Runs, reference: str, resharded: str) -> None:
+    """The reference is torch's own file of one rank, whose optimizer state holds whole tensors in group order."""
     description = runs.folder(reference) / "hf"
     kept = torch.load(checkpoint_folder(runs.folder(reference), END) / STATE, weights_only=True)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(description))
@@ -88,7 +84,7 @@ def test_weights_and_both_moments_are_those_of_the_run_that_did_not_move(
     assert {float(each["step"]) for each in state.values()} == {END}
 
     found = consolidated_tensors(
-        open_checkpoint(checkpoint_folder(runs.folder(moved), END)), description, (WEIGHTS, *MOMENTS)
+        open_checkpoint(checkpoint_folder(runs.folder(resharded), END)), description, (WEIGHTS, *MOMENTS)
     )
     for kind, tensors in found.items():
         assert tensors.keys() == set(order)
@@ -98,15 +94,15 @@ def test_weights_and_both_moments_are_those_of_the_run_that_did_not_move(
             torch.testing.assert_close(tensors[name], expected, rtol=1e-3, atol=1e-3 * scale, msg=f"{kind} of {name}")
 
 
-def test_fp32_weights_survive_a_move_to_bf16_bit_for_bit(runs: Runs, moved: str) -> None:
-    """With a learning rate of 0 they stay as they are; DeepSpeed left alone would round them to bf16."""
-    before = weights(runs.folder(moved))
+def test_fp32_weights_survive_a_change_to_bf16_bit_for_bit(runs: Runs, resharded: str) -> None:
+    """With learning rate 0 they do not change; DeepSpeed alone would round them to bf16."""
+    before = weights(runs.folder(resharded))
     runs.train(
-        moved, "trainer.precision=bf16", "strategy=zero1", "trainer.devices=1", "trainer.micro_batch_size=2",
+        resharded, "trainer.precision=bf16", "strategy=zero1", "trainer.devices=1", "trainer.micro_batch_size=2",
         "optim.lr=0", f"trainer.max_steps={END + 1}",
     )  # fmt: skip
-    after = weights(runs.folder(moved))
+    after = weights(runs.folder(resharded))
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in before.values())
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    left = [path.name for path in (runs.folder(moved) / "checkpoints").iterdir() if path.name.endswith(STAGING)]
-    assert not left  # the copy that the run started from
+    left = [path.name for path in (runs.folder(resharded) / "checkpoints").iterdir() if path.name.endswith(STAGING)]
+    assert not left  # the consolidated copy that the run started from

@@ -1,4 +1,4 @@
-"""The ledger of a real run that was killed: every token of an epoch once, and exactly what the digests say."""
+"""The ledger of a run that was killed: every token of an epoch exactly once, consistent with the digests."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
-    """A run of two ranks that was killed in the middle of whatever it did, and then went on to its end."""
+    """A run of two ranks that was killed at an arbitrary moment, then resumed and finished."""
     runs = Runs(tmp_path_factory.mktemp("ledger"), tiny_corpus, tiny_tokenizer)
     process = runs.start("killed", *SETTINGS)
     runs.wait_for_step("killed", 10, process)
@@ -45,6 +45,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tok
     return runs
 
 
+@pytest.mark.processes
 def test_after_kills_every_token_of_every_epoch_was_trained_once(
     killed: Runs, tiny_corpus: Path, tiny_tokenizer: Path
 ) -> None:
@@ -65,6 +66,7 @@ def test_after_kills_every_token_of_every_epoch_was_trained_once(
     assert [oracle.digest(oracle.tokens(documents, row["spans"]), seq_len=64) for row in rows] == digests
 
 
+@pytest.mark.processes
 def test_tensorboard_shows_one_curve_of_a_run_that_was_killed(killed: Runs) -> None:
     events = EventAccumulator(str(killed.folder("killed") / TENSORBOARD))
     events.Reload()

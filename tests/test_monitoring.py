@@ -1,4 +1,4 @@
-"""What TensorBoard reads from a run's folder, as its own readers read it."""
+"""Run logs as TensorBoard's own readers see them; Weights & Biases; slow ranks."""
 
 import re
 import socket
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.distributed import run_distributed
 from support.fits import SETTINGS, Fit
 from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
@@ -29,7 +30,7 @@ def read(run_dir: Path) -> EventAccumulator:
 
 
 def test_a_curve_is_continuous_after_a_rollback(tmp_path: Path) -> None:
-    """A life that was killed at step 7, and one that goes on from the checkpoint of step 4."""
+    """An attempt that was killed at step 7, and one that resumes from the checkpoint of step 4."""
     first = EventLogger(tmp_path, resumed_step=-1)
     for step in range(1, 8):
         first.log_metrics({"train/loss": float(step), "val/loss": 9.0, "data/digest": "ff"}, step)
@@ -76,8 +77,10 @@ def test_a_run_that_failed_has_no_successful_end(tmp_path: Path, status: str, en
     assert (metadata.SESSION_END_INFO_TAG in written) == ended
 
 
-def test_what_weights_and_biases_needs_is_asked_for_before_anything_starts(train_config, monkeypatch) -> None:
-    config: TrainConfig = train_config("logger.wandb=true")
+def test_missing_weights_and_biases_settings_are_reported_before_the_run_starts(
+    train_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_config("logger.wandb=true")
     monkeypatch.setattr("clippy_train.launch.start.find_spec", lambda name: None)
     (error,) = preflight_problems(config)
     assert isinstance(error, ConfigError)
@@ -103,7 +106,12 @@ def test_a_slow_rank_is_named_with_its_host(
         fit = Fit(config)
         if collective.rank() == 1:
             step = fit.module.training_step
-            fit.module.training_step = lambda *batch: (time.sleep(0.3), step(*batch))[1]  # type: ignore[method-assign]
+
+            def slow(batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+                time.sleep(0.3)
+                return step(batch, batch_idx)
+
+            fit.module.training_step = slow  # type: ignore[method-assign]  # a slow rank
         fit.fit()
         return fit.rows() if collective.rank() == 0 else []
 

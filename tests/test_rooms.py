@@ -1,4 +1,4 @@
-"""The promises that the layout of the package makes: what imports what, and where names and private parts are."""
+"""Structure of the package: imports, names in a run folder, and private parts of other libraries."""
 
 import importlib
 import inspect
@@ -20,7 +20,7 @@ HEAVY = ("torch", "lightning", "deepspeed", "transformers")
 @pytest.mark.processes
 @pytest.mark.parametrize("room", ["run", "launch", "sweep"])
 def test_a_room_is_imported_without_torch(room: str) -> None:
-    """`launch.preflight` apart: it runs in the process of a rank."""
+    """Except `launch.preflight`, which runs in the process of a rank."""
     modules = [f"clippy_train.{room}.{path.stem}" for path in sorted((PACKAGE / room).glob("*.py"))]
     imports = ", ".join(module for module in modules if not module.endswith(("__init__", "preflight")))
     code = f"import sys, {imports}; print([name for name in {HEAVY} if name in sys.modules])"
@@ -38,9 +38,9 @@ def test_names_in_a_run_folder_are_written_in_one_module_only() -> None:
 
 
 @pytest.mark.parametrize("part", PRIVATE, ids=lambda part: f"{part.owner.rpartition(':')[2]}.{part.name}")
-def test_every_private_part_is_still_there(part: Part) -> None:
+def test_every_private_part_still_exists(part: Part) -> None:
     module, _, name = part.owner.partition(":")
     owner = importlib.import_module(module)
     owner = getattr(owner, name) if name else owner
     in_source = re.search(rf"\w+\.{part.name}\b", inspect.getsource(owner))  # attributes that only instances have
-    assert hasattr(owner, part.name) or in_source, f"{part.owner} has no {part.name} any more: {part.why}"
+    assert hasattr(owner, part.name) or in_source, f"{part.owner} no longer has {part.name}: {part.why}"

@@ -1,7 +1,8 @@
 """Real jobs on whatever Slurm `sbatch` reaches: `make test-slurm`. Needs two nodes that share this file system.
 
 Where CLIPPY_SLURM_CLUSTER="SCRIPT DIR" is a throwaway cluster, on which `SCRIPT hurry DIR` starts requeued jobs and
-`SCRIPT fail|boot DIR NODE` powers nodes off and on, a node dies as well; elsewhere a requeue takes Slurm's two minutes.
+`SCRIPT fail|boot DIR NODE` powers nodes off and on, a node failure is tested too; elsewhere a requeue takes Slurm two
+minutes.
 """
 
 import csv
@@ -24,12 +25,12 @@ from clippy_train.errors import Interrupted
 from clippy_train.run.folder import ATTEMPTS, JOB_FILE
 from clippy_train.sweep.sweep import TABLE
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.processes, pytest.mark.timeout(600)]
 
 CLUSTER = shlex.split(os.environ.get("CLIPPY_SLURM_CLUSTER", ""))
-PATIENCE = 240.0  # seconds for a job to get from one state to the next
+STATE_SECONDS = 240.0  # for a job to reach its next state
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-STEPS = 200  # more than a strike lets pass
+STEPS = 200  # more than the run makes before the last interruption
 SETTINGS = [
     "trainer.audit=true", f"trainer.max_steps={STEPS}", f"optim.decay_steps={STEPS}", "trainer.val_every_steps=1000",
     "checkpoint.every_steps=1000", "trainer.val_samples=2", "data.num_workers=0", "model.num_layers=1",
@@ -56,12 +57,12 @@ def _cluster() -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
     runs = Runs(tmp_path_factory.mktemp("slurm"), tiny_corpus, tiny_tokenizer)
-    runs.settings.append("trainer.devices=null")  # the launcher's
+    runs.settings.append("trainer.devices=null")  # filled in by the launcher
     return runs
 
 
 class Job:
-    """A training, submitted as a user does it."""
+    """A training job, submitted as users submit it."""
 
     def __init__(self, runs: Runs, name: str, *overrides: str, tasks: int = 1, nodes: int = 2) -> None:
         self.runs, self.name = runs, name
@@ -79,16 +80,18 @@ class Job:
         return path.read_text() if path.exists() else ""
 
     def fact(self, name: str) -> str:
-        return re.search(rf"\b{name}=(\S*)", run("scontrol", "show", "job", "-o", self.number))[1]
+        found = re.search(rf"\b{name}=(\S*)", run("scontrol", "show", "job", "-o", self.number))
+        assert found, f"job {self.number} has no {name}"
+        return found[1]
 
     def wait(self, reached: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + STATE_SECONDS
         while True:
             state = self.fact("JobState")
             if reached():
                 return
             assert state not in ENDED, f"{what}: {state}\n{self.log}"
-            assert time.monotonic() < deadline, f"{what} in time: {state}\n{self.log}"
+            assert time.monotonic() < deadline, f"{what}: timed out in state {state}\n{self.log}"
             time.sleep(0.1)
 
     def wait_for_end(self) -> str:
@@ -100,10 +103,10 @@ class Job:
         return rows[-1]["step"] if rows else 0
 
     def let_it_train(self) -> None:
-        """Until it has made a step in this life."""
+        """Wait until it has made a step in this attempt."""
         first = self.last_step() + 1
         if self.fact("JobState") == "PENDING" and CLUSTER:
-            time.sleep(1.1)  # a node takes a start in the second of the requeue for the life that has just ended
+            time.sleep(1.1)  # a node confuses a start within the same second with the attempt that ended
             cluster("hurry")
         self.wait(lambda: self.last_step() >= first, f"no step {first}")
 
@@ -113,7 +116,7 @@ class Job:
 
 
 def warned(job: Job) -> None:
-    """Slurm's warning before the time limit, as `#SBATCH --signal` asks for it."""
+    """Send Slurm's warning before the time limit, as set by `#SBATCH --signal`."""
     run("scancel", "--batch", "--signal=USR1", job.number)
 
 
@@ -133,22 +136,22 @@ def preempted(job: Job) -> None:
 
 
 def powered_off(job: Job) -> None:
-    """The second node, in the middle of a step; and on again once Slurm has seen it."""
+    """Power the second node off during a step, and on again once Slurm has noticed."""
     if not CLUSTER:
-        pytest.skip("these nodes are needed")
+        pytest.skip("not a throwaway cluster")
     node = run("scontrol", "show", "hostnames", job.fact("NodeList")).split()[1]
     cluster("fail", node)
     run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     cluster("boot", node)
 
 
-STRIKES = [warned, signalled, requeued, preempted, powered_off]
-SAVES = STRIKES[:-1]  # those that leave a run the time
+INTERRUPTIONS = [warned, signalled, requeued, preempted, powered_off]
+SAVES = INTERRUPTIONS[:-1]  # those that leave the run time to save
 
 
 @pytest.fixture(scope="module")
 def reference(runs: Runs) -> str:
-    """Two ranks on this machine that nobody touches."""
+    """An uninterrupted run of two ranks on this machine."""
     runs.train("reference", *SETTINGS, "trainer.devices=2", "launcher=local")
     return "reference"
 
@@ -156,20 +159,20 @@ def reference(runs: Runs) -> str:
 @pytest.fixture(scope="module")
 def job(runs: Runs) -> Job:
     """Two nodes of one rank each, under ZeRO-1."""
-    return Job(runs, "struck", "launcher.preflight=false")
+    return Job(runs, "interrupted", "launcher.preflight=false")
 
 
-@pytest.mark.parametrize("strike", STRIKES)
-def test_a_job_that_is_struck_comes_back(runs: Runs, job: Job, strike: Callable[[Job], None]) -> None:
+@pytest.mark.parametrize("interrupt", INTERRUPTIONS)
+def test_an_interrupted_job_is_requeued(runs: Runs, job: Job, interrupt: Callable[[Job], None]) -> None:
     restarts = int(job.fact("Restarts"))
     job.let_it_train()
-    strike(job)
+    interrupt(job)
     job.wait_for_requeue(restarts + 1)
-    if strike in SAVES:
+    if interrupt in SAVES:
         assert f"interrupted after step {job.last_step()}: saved" in job.log
 
 
-def test_it_then_equals_the_run_that_nobody_touched(runs: Runs, reference: str, job: Job) -> None:
+def test_the_requeued_job_equals_the_uninterrupted_run(runs: Runs, reference: str, job: Job) -> None:
     job.let_it_train()
     assert job.wait_for_end() == "0:0", job.log
     assert "finished" not in job.log
@@ -187,7 +190,7 @@ def test_two_nodes_of_two_ranks_are_checked_and_train_on_the_same_data(runs: Run
     assert [row["train/loss"] for row in rows] == pytest.approx([row["train/loss"] for row in expected], abs=1e-3)
 
 
-def test_a_job_that_wants_three_nodes_of_two_is_refused_and_ends(runs: Runs) -> None:
+def test_a_job_that_wants_three_nodes_of_two_is_rejected_and_ends(runs: Runs) -> None:
     job = Job(runs, "wrong", "trainer.num_nodes=3", "data.streams=6", "trainer.global_batch_size=12")
     assert job.wait_for_end() == "2:0"
     assert job.fact("Restarts") == "0"
@@ -200,7 +203,7 @@ def test_one_job_at_a_time_trains_in_a_folder(runs: Runs) -> None:
     first.wait((runs.folder("shared") / ATTEMPTS).exists, "no start")
     second = Job(runs, "shared", "trainer.max_steps=2", nodes=1)
     assert second.wait_for_end() == "2:0", second.log
-    assert f"life 0 of job {first.number} trains in runs/shared" in second.log
+    assert f"attempt 0 of job {first.number} trains in runs/shared" in second.log
     assert load(runs.folder("shared") / "config.yaml").trainer.max_steps == STEPS
     run("scancel", first.number)
 
@@ -210,7 +213,7 @@ def test_a_job_is_not_requeued_for_ever(runs: Runs) -> None:
     job.wait((runs.folder("capped") / ATTEMPTS).exists, "no start")
 
     def signalled_to_the_end() -> bool:
-        run("scancel", "--signal=USR1", job.number, check=False)  # nothing hears one that comes before srun has tasks
+        run("scancel", "--signal=USR1", job.number, check=False)  # lost if srun has no tasks yet
         return job.fact("JobState") != "RUNNING"
 
     job.wait(signalled_to_the_end, "no end")
@@ -218,7 +221,7 @@ def test_a_job_is_not_requeued_for_ever(runs: Runs) -> None:
     assert "is not requeued: it was requeued launcher.max_requeues=0 times" in job.log
 
 
-def test_a_sweep_has_a_job_of_two_nodes_for_each_trial_and_outlives_its_command(runs: Runs) -> None:
+def test_a_sweep_submits_a_job_of_two_nodes_per_trial_and_resumes_after_an_interrupt(runs: Runs) -> None:
     arguments = [
         "train", "-m", *runs.settings, *SETTINGS, "run.name=sweep", "trainer.max_steps=2", "launcher=slurm",
         "launcher.preflight=false", "launcher.parallel=2", "launcher.sbatch=--nodes=2 --ntasks-per-node=1 --time=20",
@@ -226,7 +229,7 @@ def test_a_sweep_has_a_job_of_two_nodes_for_each_trial_and_outlives_its_command(
     ]  # fmt: skip
     left = runs.start_command(*arguments)
     ids = runs.root / "runs/sweep"
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + STATE_SECONDS
     while len(submitted := {path.parent.name: path.read_text() for path in ids.glob(f"*/{JOB_FILE}")}) < 2:
         assert time.monotonic() < deadline
         assert left.poll() is None, left.communicate()[0]
@@ -236,7 +239,7 @@ def test_a_sweep_has_a_job_of_two_nodes_for_each_trial_and_outlives_its_command(
     assert left.returncode == Interrupted.exit_code
 
     again = runs.start_command(*arguments)
-    shown = again.communicate(timeout=2 * PATIENCE)[0]
+    shown = again.communicate(timeout=2 * STATE_SECONDS)[0]
     assert again.returncode == 0, shown
     with (ids / TABLE).open() as file:
         rows = list(csv.DictReader(file))

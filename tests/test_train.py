@@ -12,7 +12,7 @@ import torch
 from support.damage import DAMAGE, flip
 from support.runs import Runs, end, losses_and_norms, rank_pids, trained, weights, weights_hash
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoForCausalLM
 
 from clippy_train.config import CorpusConfig, load
 from clippy_train.corpus.build import build_corpus
@@ -42,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 
 @pytest.fixture(scope="module")
 def reference(runs: Runs) -> str:
-    """An uninterrupted run: two ranks, ZeRO-1, bf16, two loader processes; after an attempt that left no checkpoint."""
+    """An uninterrupted run: two ranks, ZeRO-1, bf16, two loader processes, after an attempt without a checkpoint."""
     runs.folder("reference").mkdir(parents=True)
     (runs.folder("reference") / "metrics.jsonl").write_text(
         '{"step": 0, "val/loss": 9.0}\n{"step": 1, "train/loss": 9.0}\n'
@@ -51,7 +51,7 @@ def reference(runs: Runs) -> str:
     return "reference"
 
 
-def test_a_run_leaves_what_its_contract_names(runs: Runs, reference: str) -> None:
+def test_a_run_writes_the_documented_files(runs: Runs, reference: str) -> None:
     folder = runs.folder(reference)
     assert {path.name for path in folder.iterdir()} == {
         LOCK,
@@ -118,7 +118,7 @@ def test_the_same_command_on_a_finished_run_says_so(runs: Runs, reference: str) 
     assert (runs.folder(reference) / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_refuses_to_continue_as_another_model(runs: Runs, reference: str) -> None:
+def test_a_run_refuses_to_resume_with_another_model(runs: Runs, reference: str) -> None:
     before = (runs.folder(reference) / "config.yaml").read_bytes()
     refused = runs.train(reference, "trainer.audit=true", "trainer.max_steps=9", "model.num_heads=4", code=4)
     assert "model.num_heads was 2, is 4" in refused.stderr
@@ -142,7 +142,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(runs: Runs, reference: str) -> N
     assert weights_hash(runs.folder(name)) == weights_hash(runs.folder(reference))
 
 
-def test_a_signal_before_the_first_step_leaves_nothing_behind(runs: Runs) -> None:
+def test_a_signal_before_the_first_step_leaves_no_checkpoint(runs: Runs) -> None:
     process = runs.start("early", "trainer.audit=true")
     while not rank_pids(runs.folder("early")):
         time.sleep(0.01)
@@ -151,7 +151,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_behind(runs: Runs) -> Non
     assert not runs.rows("early")
 
 
-def test_one_command_at_a_time_trains_in_a_folder_and_none_outlives_its_launcher(runs: Runs) -> None:
+def test_one_command_at_a_time_trains_in_a_folder_and_no_rank_outlives_its_launcher(runs: Runs) -> None:
     process = runs.start("orphans", "trainer.max_steps=100000")
     runs.wait_for_step("orphans", 2, process)
     assert rank_pids(runs.folder("orphans"))
@@ -181,7 +181,7 @@ LAYOUTS = {
 def test_neither_data_nor_first_weights_depend_on_ranks_strategy_or_loader_processes(
     runs: Runs, reference: str, layout: str
 ) -> None:
-    """The first update has learning rate 0, so the weights after it are those that the run started from, in fp32."""
+    """The first update has learning rate 0, so the fp32 weights after it are the initial ones."""
     runs.train(layout, "trainer.audit=true", "checkpoint.every_steps=1", "checkpoint.keep_last=6", *LAYOUTS[layout])
     assert [row["data/digest"] for row in runs.rows(layout)] == [row["data/digest"] for row in runs.rows(reference)]
 
@@ -205,7 +205,7 @@ def test_strategies_agree_on_losses_and_gradient_norms_in_fp32(
     name = f"fp32-{strategy}"
     sampling = ["logger.sample_prompts=['def total(']", "logger.sample_tokens=4"]
     runs.train(name, "trainer.audit=true", "trainer.precision=fp32", f"strategy={strategy}", *sampling)
-    assert losses_and_norms(runs, name) == pytest.approx(single_fp32, rel=1e-5)  # whether samples are taken or not
+    assert losses_and_norms(runs, name) == pytest.approx(single_fp32, rel=1e-5)  # with and without samples
     expected = weights(runs.folder("fp32-single"))
     for key, tensor in weights(runs.folder(name)).items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=2e-5)
@@ -216,20 +216,24 @@ def test_strategies_agree_on_losses_and_gradient_norms_in_fp32(
 
 
 def greedy(run_dir: Path, prompt: str, length: int) -> str:
-    """What the model in a run's last checkpoint makes of a prompt, token by token, without a cache."""
-    model = load_checkpoint_model(run_dir / "hf", find_checkpoint(run_dir)).eval()
+    """Greedy completion of a prompt by a run's newest checkpoint, without a cache."""
+    checkpoint = find_checkpoint(run_dir)
+    assert checkpoint
+    model = load_checkpoint_model(run_dir / "hf", checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
     prompt_ids = ids = tokenizer(prompt, return_tensors="pt").input_ids
     for _ in range(length):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-    return tokenizer.decode(ids[0, prompt_ids.size(1) :]).split(tokenizer.eos_token)[0]
+    completion = tokenizer.decode(ids[0, prompt_ids.size(1) :])
+    assert isinstance(completion, str)
+    return completion.split(tokenizer.eos_token)[0]
 
 
 def test_bf16_under_deepspeed_stays_near_fp32(runs: Runs, reference: str, single_fp32: list[float]) -> None:
     assert losses_and_norms(runs, reference) == pytest.approx(single_fp32, rel=0.02)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(runs: Runs, reference: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_named(runs: Runs, reference: str) -> None:
     folder = runs.folder("damaged")
     shutil.copytree(runs.folder(reference), folder)
     newest = checkpoint_folders(folder)[0]
@@ -239,18 +243,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(runs: Runs, reference: st
     assert f"{newest.name} is damaged" in result.stderr
     assert "from step 4" in result.stdout
     assert list(map(trained, runs.rows("damaged"))) == list(map(trained, runs.rows(reference)))
-    assert runs.rows("damaged", "val/loss") == runs.rows(reference, "val/loss")  # step 4 is one of them
+    assert runs.rows("damaged", "val/loss") == runs.rows(reference, "val/loss")  # step 4 has one
     assert weights_hash(folder) == weights_hash(runs.folder(reference))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_to_any_file_of_a_checkpoint_is_seen(runs: Runs, reference: str, tmp_path: Path, damage: str) -> None:
+def test_damage_to_any_file_of_a_checkpoint_is_detected(
+    runs: Runs, reference: str, tmp_path: Path, damage: str
+) -> None:
     newest, older = checkpoint_folders(runs.folder(reference))[:2]
     names = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
-    assert len(names) == 7  # manifest, two random states, the name of the state, weights, two optimizers'
+    assert len(names) == 7  # manifest, 2 random states, the name of the state, weights, 2 optimizer states
     for name in names:
         if damage == "swapped with an older one" and (newest / name).read_bytes() == (older / name).read_bytes():
-            assert name.name == "latest"  # all have the same name of a state: nothing is damaged
+            assert name.name == "latest"  # names the same state in every checkpoint: no damage
             continue
         run = tmp_path / str(name).replace("/", "-")
         for checkpoint in (newest, older):
@@ -259,7 +265,9 @@ def test_damage_to_any_file_of_a_checkpoint_is_seen(runs: Runs, reference: str, 
         DAMAGE[damage](copy / name, older / name)
         with pytest.raises(CheckpointError, match="is damaged"):
             open_checkpoint(copy)
-        assert find_checkpoint(run).manifest.step == open_checkpoint(older).manifest.step
+        found = find_checkpoint(run)
+        assert found
+        assert found.manifest.step == open_checkpoint(older).manifest.step
 
 
 def test_a_run_without_an_intact_checkpoint_never_restarts_silently(runs: Runs, reference: str) -> None:
@@ -272,14 +280,14 @@ def test_a_run_without_an_intact_checkpoint_never_restarts_silently(runs: Runs, 
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_refuses_to_continue_on_other_data_or_with_another_optimizer(runs: Runs, reference: str) -> None:
+def test_a_run_refuses_to_resume_with_other_data_or_another_optimizer(runs: Runs, reference: str) -> None:
     changed = runs.train(reference, "trainer.max_steps=8", "data.seq_len=16", code=4).stderr
     assert "data.seq_len was 32, is 16" in changed
     optimizer = runs.train(reference, "trainer.max_steps=8", "optim=adafactor", "optim.lr=0.005", code=4).stderr
     assert "optim.name was adamw, is adafactor" in optimizer
 
 
-def test_a_run_refuses_to_continue_with_another_tokenizer(runs: Runs, reference: str) -> None:
+def test_a_run_refuses_to_resume_with_another_tokenizer(runs: Runs, reference: str) -> None:
     (base,) = (each.split("=")[1] for each in runs.settings if each.startswith("tokenizer.base="))
     other = shutil.copytree(base, runs.root / "other-tokenizer")
     content = json.loads((other / "tokenizer.json").read_text())
@@ -293,10 +301,11 @@ def test_a_run_refuses_to_continue_with_another_tokenizer(runs: Runs, reference:
     assert (runs.folder(reference) / "hf" / "tokenizer.json").read_bytes() == described
 
 
-def test_an_exported_run_loads_and_talks_in_plain_transformers(runs: Runs, reference: str) -> None:
+def test_an_exported_run_loads_and_generates_in_plain_transformers(runs: Runs, reference: str) -> None:
     out = runs.root / "exported"
     assert "step 6" in runs.clippy("export", f"run=runs/{reference}", f"out={out}").stdout
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert isinstance(model, GPTNeoForCausalLM)
     assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
     for name, tensor in weights(runs.folder(reference)).items():
         assert torch.equal(model.get_parameter(name), tensor)
@@ -312,7 +321,9 @@ def test_the_recipes_own_model_takes_two_optimizer_steps(runs: Runs, tmp_path: P
     """GPT-Neo-125M's exact shape, random weights, short blocks, on CPU."""
     build_corpus(CorpusConfig(src=[str(Path(asyncio.__file__).parent)], out=str(tmp_path / "corpus")))
     tokenizer = AutoTokenizer.from_pretrained(runs.settings[-1].split("=")[1])
-    tokenizer.add_tokens([f"<unused-{i}>" for i in range(50257 - len(tokenizer) + 4)])  # the four tokens are there
+    tokenizer.add_tokens(
+        [f"<unused-{i}>" for i in range(50257 - len(tokenizer) + 4)]
+    )  # it already has the four whitespace tokens
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     runs.clippy(
         "train", "experiment=code_clippy_125m", "run.name=recipe", "model.base=null",

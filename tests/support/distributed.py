@@ -1,4 +1,4 @@
-"""Collective code tested without a command line: a function on several ranks, in processes forked from this one."""
+"""Run collective code in tests: one function on several ranks, which are forked from this process."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def run_distributed(function: Callable[[], T], world_size: int, timeout: float = 60) -> list[T]:
-    """What `function` returns on each of `world_size` gloo ranks, in rank order. It may be a closure.
+    """Return the results of `function` on `world_size` gloo ranks, in rank order. It may be a closure.
 
     Raises:
         AssertionError: a rank raised (with its traceback), died, or did not return within `timeout` seconds.
@@ -57,7 +57,7 @@ def _run(function: Callable[[], Any], rank: int, world_size: int, port: int, sen
     try:
         dist.init_process_group("gloo")
         sender.send((False, function()))
-        dist.barrier()  # nobody leaves while another still needs it
+        dist.barrier()  # a rank that exits early would break the others' collectives
     except BaseException:
         sender.send((True, traceback.format_exc()))
     os._exit(0)

@@ -1,5 +1,7 @@
-"""Training in this process, or in processes forked from it (`run_distributed`): callbacks, module and data of a rank,
-without a command line. Takes a second, where a command that imports everything takes ten."""
+"""Training in this process, or in processes forked from it (`run_distributed`), without a command line.
+
+Uses the callbacks, module and data of a real rank. Takes one second; a command that imports everything takes ten.
+"""
 
 import os
 from typing import Any, TypeVar

@@ -1,8 +1,8 @@
-"""The `clippy` command and its ranks, forked from a process that has imported everything once per test session.
+"""The `clippy` command and its ranks, forked from a process that imports everything once per test session.
 
-Starting two ranks from nothing costs some eight seconds of imports. Python's fork server does them once; a forked
-launcher forks its ranks from the same server. Processes, files, signals and exit codes are as real as otherwise. What
-depends on the imports themselves (PYTHONPATH, a broken module) needs a real command.
+Two new Python processes spend some eight seconds on imports. Python's fork server imports once; a forked launcher forks
+its ranks from the same server. Processes, files, signals and exit codes are real. Tests that depend on the imports
+themselves (PYTHONPATH, a broken module) need a real command.
 """
 
 import multiprocessing
@@ -26,7 +26,7 @@ AT_IMPORT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "c
 def run(
     arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run `clippy ARGUMENTS` to its end, as `subprocess.run` does."""
+    """Run `clippy ARGUMENTS` to completion, like `subprocess.run`."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, Path(os.devnull).open() as nothing:
         files = [nothing.fileno(), out.fileno(), err.fileno()]
         process = _fork(["-m", "clippy_train.cli", *arguments], cwd, environment, files, new_session=True)
@@ -40,7 +40,7 @@ def run(
 
 
 class Popen:
-    """What `launch.agent` needs of `subprocess.Popen`, for a rank."""
+    """The part of `subprocess.Popen` that `launch.agent` uses for a rank."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], stdin: int, start_new_session: bool) -> None:
         assert command[0] == sys.executable
@@ -94,10 +94,10 @@ class _Process(ForkServerProcess):
         if is_rank:
             from clippy_train.signals import SIGNALS
 
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the agent has it for its ranks
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the agent does for its ranks
         if new_session:
             os.setsid()
-        for number, file in enumerate([each.detach() for each in self._files]):  # type: ignore[attr-defined]
+        for number, file in enumerate([each.detach() for each in self._files]):  # type: ignore[attr-defined]  # DupFd
             os.dup2(file, number)
         os.chdir(cwd)
         os.environ.clear()
@@ -117,7 +117,8 @@ def _main(module: str, arguments: list[str]) -> int:
         from clippy_train import cli
         from clippy_train.launch import agent
 
-        agent.subprocess = SimpleNamespace(Popen=Popen, PIPE=subprocess.PIPE)  # type: ignore[attr-defined]
+        stand_in = SimpleNamespace(Popen=Popen, PIPE=subprocess.PIPE)
+        agent.subprocess = stand_in  # type: ignore[attr-defined, assignment]  # replaces the module that it imports
         try:
             return cli.main(arguments)
         except SystemExit as end:

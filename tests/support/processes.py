@@ -1,23 +1,24 @@
-"""Processes that run beside the test that started them: none outlives it, however it ends."""
+"""Background processes of a test. None outlives it, however the test ends."""
 
 import ctypes
 import signal
 import subprocess
 from typing import Any
 
-PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent dies
+PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent dies
 
-_started: list[subprocess.Popen] = []
+_started: list[subprocess.Popen[Any]] = []
 
 
-def start(command: list[Any], **options: Any) -> subprocess.Popen:
+def start(command: list[Any], **options: Any) -> subprocess.Popen[Any]:
+    """`subprocess.Popen(command, **options)`; the process is killed when the test ends."""
     process = subprocess.Popen(command, preexec_fn=_prepare, **options)
     _started.append(process)
     return process
 
 
 def end_all() -> None:
-    """Kill what is left of them; after each test (`conftest.py`)."""
+    """Kill those that still run; called after each test (`conftest.py`)."""
     for process in _started:
         process.kill()
         process.wait()
@@ -26,4 +27,4 @@ def end_all() -> None:
 
 def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a timeout ends the test's process at once
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a timeout kills pytest without clean-up

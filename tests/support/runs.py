@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from clippy_train.hf.export import load_checkpoint_model
 from clippy_train.run.checkpoint import find_checkpoint
 from support import forks, processes
 
-# A model and a batch that train in seconds. `{corpus}` and `{tokenizer}` are filled in by `Runs`.
+# A model and a batch that train in seconds. `Runs` adds corpus and tokenizer.
 SMALL = [
     "experiment=demo",
     "model.num_layers=2",
@@ -39,7 +40,7 @@ SMALL = [
     "optim.decay_steps=4",
 ]
 
-MEASURED = ("throughput/", "slowest/", "system/", "checkpoint/")  # names of what differs from run to run
+MEASURED = ("throughput/", "slowest/", "system/", "checkpoint/")  # prefixes of values that differ between equal runs
 
 
 class Runs:
@@ -52,13 +53,13 @@ class Runs:
     def folder(self, name: str) -> Path:
         return self.root / "runs" / name
 
-    def train(self, name: str, *overrides: str, code: int = 0) -> subprocess.CompletedProcess:
+    def train(self, name: str, *overrides: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Train to the end and check the exit code."""
         return self.clippy("train", *self.settings, f"run.name={name}", *overrides, code=code)
 
-    def clippy(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    def clippy(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         variables = environment(self.root)
-        if "CLIPPY_FAULT" in variables:  # breaks what a rank imports
+        if "CLIPPY_FAULT" in variables:  # acts on imports, which forked ranks have already done
             result = subprocess.run(
                 command(*arguments), cwd=self.root, env=variables, capture_output=True, text=True, timeout=150
             )
@@ -67,11 +68,11 @@ class Runs:
         assert result.returncode == code, f"exit code {result.returncode}:\n{result.stdout}\n{result.stderr}"
         return result
 
-    def start(self, name: str, *overrides: str) -> subprocess.Popen:
-        """Start training in the background, in a process group of its own."""
+    def start(self, name: str, *overrides: str) -> subprocess.Popen[str]:
+        """Start training in the background, in its own process group."""
         return self.start_command("train", *self.settings, f"run.name={name}", *overrides)
 
-    def start_command(self, *arguments: str) -> subprocess.Popen:
+    def start_command(self, *arguments: str) -> subprocess.Popen[str]:
         return processes.start(
             command(*arguments),
             cwd=self.root,
@@ -82,17 +83,17 @@ class Runs:
             start_new_session=True,
         )
 
-    def rows(self, name: str, key: str = "train/loss") -> list[dict]:
+    def rows(self, name: str, key: str = "train/loss") -> list[dict[str, Any]]:
         """The logged rows of a run that have `key`."""
         path = self.folder(name) / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [row for row in rows if key in row]
 
-    def wait_for_step(self, name: str, step: int, process: subprocess.Popen, key: str = "train/loss") -> None:
+    def wait_for_step(self, name: str, step: int, process: subprocess.Popen[str], key: str = "train/loss") -> None:
         deadline = time.monotonic() + 100
         while not any(row["step"] >= step for row in self.rows(name, key)):
             assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, f"no step {step} in time"
+            assert time.monotonic() < deadline, f"step {step} not reached in time"
             time.sleep(0.02)
 
 
@@ -124,15 +125,15 @@ def rank_pids(run_dir: Path) -> list[int]:
     return sorted(found)
 
 
-def end(process: subprocess.Popen, number: signal.Signals) -> int:
+def end(process: subprocess.Popen[str], number: signal.Signals) -> int:
     """Signal a launcher and return its exit code."""
     process.send_signal(number)
     process.communicate(timeout=90)
     return process.returncode
 
 
-def trained(row: dict) -> dict:
-    """What a step computed, without what was measured about it."""
+def trained(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a step without its measurements."""
     return {name: value for name, value in row.items() if not name.startswith(MEASURED)}
 
 

@@ -32,7 +32,7 @@ def make_corpus(root: Path) -> Path:
 
 
 def make_tokenizer(corpus: Path, folder: Path) -> Path:
-    """The folder of a byte-level BPE with 512 tokens and the four white-space tokens."""
+    """The folder of a byte-level BPE with 512 tokens and the four whitespace tokens."""
     texts = open_corpus(DataConfig(path=str(corpus)), "train").texts()
     tokenizer = train_bpe(texts, vocab_size=512, model_max_length=256)
     add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")

@@ -1,11 +1,11 @@
-"""Strike real runs at random moments, let the same command go on, and compare them with a run that nobody touched.
+"""Kill or signal real runs at random moments, resume them, and compare them with an uninterrupted run.
 
     python -m tools.chaos kill --trials 200        kill -9: the whole run, single ranks, the launcher, a loader process
     python -m tools.chaos signal --trials 200      TERM, USR1, USR2, INT to random processes, up to 2 s apart
 
-Every run has two DeepSpeed ZeRO-1 ranks and is struck again and again until it ends by itself. It must then equal the
+Every run has two DeepSpeed ZeRO-1 ranks and gets one fault per attempt until it finishes. It must then equal the
 reference in every logged loss, gradient norm, digest and validation, in the ledger of what was trained, in the bytes of
-the fp32 weights and in the random state of every rank. Costs about 10 seconds a trial on two cores.
+the fp32 weights and in the random state of every rank. Takes about 10 seconds per trial on two cores.
 """
 
 import argparse
@@ -46,16 +46,16 @@ SETTINGS = [
 MOMENTS = ("start-up", "step", "save", "validation")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 MAX_SKEW = 2.0  # seconds between the first and the last process that a signal reaches
-GRACE = 30.0  # seconds in which a signalled run must be gone
+GRACE = 30.0  # seconds within which a signalled run must exit
 TIMEOUT = 120.0  # seconds after which a run counts as hung
 
 
 @dataclass
 class Run:
-    """A run in one of its lives."""
+    """One attempt of a run."""
 
     folder: Path
-    process: subprocess.Popen
+    process: subprocess.Popen[str]
 
     @property
     def alive(self) -> bool:
@@ -68,26 +68,26 @@ class Run:
         return sorted(set(rank_pids(self.folder)) - set(self.ranks()))
 
 
-Blow = Callable[[Run, random.Random], str]  # strikes a run; returns what it did
+Fault = Callable[[Run, random.Random], str]  # injects a fault; returns its name
 
 
 def kill(run: Run, rng: random.Random) -> str:
-    """kill -9, without a warning."""
-    victims = {
+    """kill -9 for some or all of a run's processes."""
+    targets_of = {
         "everything": lambda: [run.process.pid, *rank_pids(run.folder)],
         "rank 0": lambda: run.ranks()[:1],
         "rank 1": lambda: run.ranks()[1:],
         "launcher": lambda: [run.process.pid],
         "a loader": lambda: run.loaders()[:1],
     }
-    name = rng.choice(list(victims))
-    for pid in victims[name]():
+    name = rng.choice(list(targets_of))
+    for pid in targets_of[name]():
         send(pid, signal.SIGKILL)
     return name
 
 
-def ask(run: Run, rng: random.Random) -> str:
-    """One signal, to some or all of a run's processes."""
+def send_signal(run: Run, rng: random.Random) -> str:
+    """One signal to some or all of a run's processes."""
     number = rng.choice(SIGNALS)
     everyone = [run.process.pid, *rank_pids(run.folder)]
     choices = [[run.process.pid], run.ranks()[:1], run.ranks()[1:], everyone]
@@ -95,27 +95,27 @@ def ask(run: Run, rng: random.Random) -> str:
     for pid in targets:
         if pid != targets[0]:
             time.sleep(rng.uniform(0, MAX_SKEW / (len(targets) - 1)))
-        # A second INT means "at once"; one sent to the launcher already reaches every rank.
+        # A second INT kills ranks at once, and the launcher forwards the first one to every rank.
         if not (number == signal.SIGINT and pid != targets[0]):
             send(pid, number)
     return number.name
 
 
 def send(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):  # it ended by itself just now
+    with suppress(ProcessLookupError):  # it has just ended
         os.kill(pid, number)
 
 
 class Chaos:
-    """A reference run, and runs that must become equal to it.
+    """A reference run, and runs with faults that must equal it.
 
     Attributes:
-        counts: what was done and seen, by name.
+        counts: trials, faults and observations, by name.
     """
 
     def __init__(self, runs: Runs, seed: int, moments: Sequence[str] = MOMENTS) -> None:
         self.runs, self.rng, self.moments, self.counts = runs, random.Random(seed), moments, Counter[str]()
-        base = runs.root / "base"  # with dropout, so that a lost random state is another loss
+        base = runs.root / "base"  # with dropout, so that a lost random state changes the loss
         vocab_size = len(load_tokenizer(str(runs.tokenizer)))
         gpt_neo(window=8, hidden=32, heads=2, vocab_size=vocab_size, dropout=0.1).save_pretrained(base)
         self.settings = [*SETTINGS, f"model.base={base}"]
@@ -127,7 +127,7 @@ class Chaos:
         self.reference = self.outcome("reference")
 
     def outcome(self, name: str) -> dict[str, Any]:
-        """Everything that must not depend on what happened to a run."""
+        """Everything that must not depend on the faults."""
         folder = self.runs.folder(name)
         checkpoint = find_checkpoint(folder)
         assert checkpoint
@@ -142,17 +142,17 @@ class Chaos:
             ],
         }
 
-    def campaign(self, blow: Blow, trials: int) -> Counter[str]:
-        """Strike until `trials` blows have hit; returns `counts`.
+    def campaign(self, fault: Fault, trials: int) -> Counter[str]:
+        """Run attempts until `trials` faults were injected; returns `counts`.
 
         Raises:
-            AssertionError: a run hung, lost a process, left no checkpoint behind, or became another run.
+            AssertionError: a run hung, left a process running, exited without saving, or differs from the reference.
         """
         number = 0
         while self.counts["trials"] < trials:
             number += 1
-            name = f"struck-{number}"
-            while self.counts["trials"] < trials and self.strike(name, blow):
+            name = f"faulty-{number}"
+            while self.counts["trials"] < trials and self.attempt(name, fault):
                 pass
             self.runs.train(name, *self.settings)
             differing = [part for part, value in self.outcome(name).items() if value != self.reference[part]]
@@ -161,33 +161,34 @@ class Chaos:
             shutil.rmtree(self.runs.folder(name))
         return self.counts
 
-    def strike(self, name: str, blow: Blow) -> bool:
-        """Start a life of a run and strike it once; whether it was still there to be struck."""
+    def attempt(self, name: str, fault: Fault) -> bool:
+        """Start a run and inject one fault; False if the run finished before it."""
         run = Run(self.runs.folder(name), self.runs.start(name, *self.settings))
         moment = self.rng.choice(self.moments)
         self.wait_for(moment, run, name)
         if not run.alive:
             assert run.process.returncode == 0, run.process.communicate()[0]
             return False
-        unborn = not rank_pids(run.folder)
-        what = blow(run, self.rng)
-        self.settle(run, name, asked=blow is ask, unborn=unborn)
+        has_ranks = bool(rank_pids(run.folder))
+        what = fault(run, self.rng)
+        self.wait_for_exit(run, name, signalled=fault is send_signal, had_ranks=has_ranks)
         self.counts.update(["trials", f"during {moment}", what])
         return True
 
     def wait_for(self, moment: str, run: Run, name: str) -> None:
-        """Wait for a random moment of this kind, or for the run's end."""
+        """Wait for a random moment of this kind, or until the run ends."""
         if moment == "start-up":
             time.sleep(self.rng.uniform(0, self.start_up))
             return
         rows = self.runs.rows(name)
         done = rows[-1]["step"] if rows else 0
         first = done + self.rng.randint(1, 8)
-        reached = {
+        conditions: dict[str, Callable[[], bool]] = {
             "step": lambda: self.last_step(name) >= first,
             "save": lambda: self.last_step(name) >= first and any(run.folder.glob(f"checkpoints/*{STAGING}")),
             "validation": lambda: self.last_step(name) >= first and self.last_step(name) % VAL_EVERY == 0,
-        }[moment]
+        }
+        reached = conditions[moment]
         deadline = time.monotonic() + TIMEOUT
         while run.alive and not reached():
             assert time.monotonic() < deadline, f"{name} hangs before its {moment}"
@@ -200,29 +201,29 @@ class Chaos:
         try:
             return json.loads(lines[-1])["step"] if lines else 0
         except ValueError:
-            return 0  # it is being written
+            return 0  # the line is being written
 
-    def settle(self, run: Run, name: str, asked: bool, unborn: bool) -> None:
-        """Wait until nothing of a struck run is left, and check how it left.
+    def wait_for_exit(self, run: Run, name: str, signalled: bool, had_ranks: bool) -> None:
+        """Wait until no process of a run is left, and check how it exited.
 
-        Until its ranks start, a command may not have set up its handlers yet: any signal may end it then.
+        Before its ranks start, a command may lack its signal handlers, so a signal may end it with any code.
         """
-        struck = time.monotonic()
+        start = time.monotonic()
         said, _ = run.process.communicate(timeout=TIMEOUT)
         while rank_pids(run.folder):
-            assert time.monotonic() - struck < TIMEOUT, f"{name}: processes {rank_pids(run.folder)} outlive the run"
+            assert time.monotonic() - start < TIMEOUT, f"{name}: processes {rank_pids(run.folder)} outlive the run"
             time.sleep(0.01)
         if any(run.folder.glob(f"checkpoints/*{STAGING}")):
             self.counts["inside a save"] += 1
-        if not asked:
+        if not signalled:
             return
-        seconds = time.monotonic() - struck
+        seconds = time.monotonic() - start
         self.counts["slowest exit, ms"] = max(self.counts["slowest exit, ms"], round(1000 * seconds))
-        assert unborn or run.process.returncode in (0, 75), f"{name}: exit code {run.process.returncode}\n{said}"
-        assert seconds < GRACE, f"{name} took {seconds:.0f} s to leave"
-        self.counts["before its ranks started" if unborn else f"exit code {run.process.returncode}"] += 1
+        assert not had_ranks or run.process.returncode in (0, 75), f"{name}: exit code {run.process.returncode}\n{said}"
+        assert seconds < GRACE, f"{name} took {seconds:.0f} s to exit"
+        self.counts[f"exit code {run.process.returncode}" if had_ranks else "before its ranks started"] += 1
         rows, newest = self.runs.rows(name), checkpoint_folders(run.folder)
-        assert not rows or newest[0].name == f"step-{rows[-1]['step']:08d}", f"{name} left without saving\n{said}"
+        assert not rows or newest[0].name == f"step-{rows[-1]['step']:08d}", f"{name} exited without saving\n{said}"
 
 
 def parent(pid: int) -> int:
@@ -234,22 +235,22 @@ def parent(pid: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("blow", choices=("kill", "signal"))
+    parser.add_argument("fault", choices=("kill", "signal"))
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--moment", choices=MOMENTS, help="strike only then")
+    parser.add_argument("--moment", choices=MOMENTS, help="inject faults only then")
     options = parser.parse_args()
     started = time.monotonic()
-    root = Path(tempfile.mkdtemp())  # stays where a run differs, to be looked at
+    root = Path(tempfile.mkdtemp())  # kept for inspection if a run differs
     corpus = make_corpus(root)
     chaos = Chaos(
         Runs(root, corpus, make_tokenizer(corpus, root / "tokenizer")),
         options.seed,
         [options.moment] if options.moment else MOMENTS,
     )
-    counts = chaos.campaign({"kill": kill, "signal": ask}[options.blow], options.trials)
+    counts = chaos.campaign({"kill": kill, "signal": send_signal}[options.fault], options.trials)
     shutil.rmtree(root)
-    print(json.dumps({"blow": options.blow, **counts, "seconds": round(time.monotonic() - started)}))
+    print(json.dumps({"fault": options.fault, **counts, "seconds": round(time.monotonic() - started)}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Take each protection out of a copy of the package, and see the gate that guards it turn red.
+"""Remove each protection from a copy of the package and check that the test that guards it fails.
 
-    python -m tools.chaos_selftest        `make chaos-selftest`: some ten minutes on two cores
+    python -m tools.chaos_selftest        `make chaos-selftest`: about ten minutes on two cores
 
-A gate that stays green without its protection proves nothing, and neither does one that is red with it: each runs both
-ways. Exits with 1 if one says the same both times.
+A test that passes without its protection proves nothing, and neither does one that fails with it: each runs both ways.
+Exits with 1 if a test gives the same result both times.
 """
 
 import os
@@ -24,13 +24,13 @@ TIMEOUT = 900
 
 @dataclass(frozen=True)
 class Mutation:
-    """A protection, the text of a module that is it, what stands there without it, and the gate that must notice."""
+    """A protection, the text that implements it in a module, its replacement, and the command that must then fail."""
 
     protection: str
     module: str
     text: str
-    instead: str
-    gate: list[str]
+    replacement: str
+    check: list[str]
 
 
 def pytest(*tests: str) -> list[str]:
@@ -39,11 +39,11 @@ def pytest(*tests: str) -> list[str]:
 
 MUTATIONS = [
     Mutation(
-        "files reach the disk before a checkpoint exists",
+        "files are flushed to disk before a checkpoint is published",
         "files.py",
         "        os.fsync(descriptor)\n",
         "        pass\n",
-        pytest("test_checkpoint.py", "-k", "reaches_the_disk"),
+        pytest("test_checkpoint.py", "-k", "flushed_to_disk"),
     ),
     Mutation(
         "the content of a checkpoint is verified",
@@ -60,21 +60,21 @@ MUTATIONS = [
         SIGNALS,
     ),
     Mutation(
-        "signals wait until a rank can handle them",
+        "signals are blocked until a rank can handle them",
         "launch/agent.py",
         "    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)\n",
         "",
         [*SIGNALS, "--moment", "start-up"],
     ),
     Mutation(
-        "cursors are those of the trained batch, not of what a loader has read since",
+        "cursors are those of the trained batch, not of batches that a loader has read ahead",
         "train/callbacks/progress.py",
         "            self.cursors[stream] = cursor\n",
         "            self.cursors[stream] = cursor\n            self.cursors[stream][2] += 1\n",
         KILLS,
     ),
     Mutation(
-        "what is saved is a copy of the state, which training then changes",
+        "a save writes a copy of the state, which training goes on to change",
         "train/writer.py",
         "self._snapshot.of(state_dict)\n",
         "state_dict\n",
@@ -91,39 +91,41 @@ MUTATIONS = [
 
 
 def copy_of_package(root: Path) -> Path:
-    """A copy beside its configuration, which gates import instead of the package itself."""
+    """Copy the package and its configuration, to be imported in place of the original."""
     for folder in (PACKAGE, PACKAGE.parent / "conf", PACKAGE.parent / "launch"):
         shutil.copytree(folder, root / folder.name)
     return root / PACKAGE.name
 
 
-def passes(gate: list[str], root: Path) -> bool:
+def passes(check: list[str], root: Path) -> bool:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     try:
-        return not subprocess.run(gate, cwd=TESTS, env=environment, capture_output=True, timeout=TIMEOUT).returncode
+        return not subprocess.run(check, cwd=TESTS, env=environment, capture_output=True, timeout=TIMEOUT).returncode
     except subprocess.TimeoutExpired:
         return False
 
 
-def noticed(mutation: Mutation) -> bool:
-    """Whether the gate passes on a copy of the package, and fails once the protection is taken out of it."""
+def is_detected(mutation: Mutation) -> bool:
+    """Whether the check passes on a copy of the package and fails once the protection is removed."""
     with tempfile.TemporaryDirectory() as folder:
         module = copy_of_package(Path(folder)) / mutation.module
         source = module.read_text()
         assert source.count(mutation.text) == 1, f"{mutation.module} has changed: {mutation.protection}"
-        if not passes(mutation.gate, Path(folder)):
+        if not passes(mutation.check, Path(folder)):
             return False
-        module.write_text(source.replace(mutation.text, mutation.instead))
-        return not passes(mutation.gate, Path(folder))
+        module.write_text(source.replace(mutation.text, mutation.replacement))
+        return not passes(mutation.check, Path(folder))
 
 
 def main() -> int:
     missed = 0
     for mutation in MUTATIONS:
         started = time.monotonic()
-        seen = noticed(mutation)
-        missed += not seen
-        print("red  " if seen else "WRONG", f"{time.monotonic() - started:4.0f} s ", mutation.protection, flush=True)
+        detected = is_detected(mutation)
+        missed += not detected
+        print(
+            "red  " if detected else "WRONG", f"{time.monotonic() - started:4.0f} s ", mutation.protection, flush=True
+        )
     return int(missed > 0)
 
 

@@ -1,6 +1,6 @@
-"""Breaks ranks from inside, for tests: Python runs this at its start when this folder is on PYTHONPATH.
+"""Inject faults into ranks: Python runs this module at start-up when its folder is on PYTHONPATH.
 
-CLIPPY_FAULT holds faults as NAME:NUMBER:NUMBER, separated by commas. Processes that are not ranks are left alone.
+CLIPPY_FAULT holds faults as NAME:NUMBER:NUMBER, separated by commas. Only processes with a RANK are affected.
 """
 
 import errno
@@ -9,16 +9,17 @@ import json
 import os
 import resource
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ERRORS = (errno.ENOSPC, errno.EROFS, errno.EIO)
-SMALL_FILE = 512  # bytes: where the kernel stops a file that torch writes
-OPERATIONS_OF_RANK_ONE = 4  # in a save: to write and to flush its part of the optimizer and its random state
+SMALL_FILE = 512  # bytes: the kernel refuses writes beyond them
+OPERATIONS_OF_RANK_ONE = 4  # in a save: write and flush its optimizer state, write and flush its random state
 
 
 def nan(rank: int, micro_step: int) -> None:
-    """The loss of one micro-batch (counted from 1 in this attempt) is not a number."""
+    """Make the loss of one micro-batch (counted from 1 in this attempt) NaN."""
     from clippy_train.train.module import CodeLM
 
     calls, original = 0, CodeLM.training_step
@@ -33,11 +34,11 @@ def nan(rank: int, micro_step: int) -> None:
         self.step.losses[-1] = self.step.losses[-1] * float("nan")
         return loss * float("nan")
 
-    CodeLM.training_step = training_step  # type: ignore[method-assign]
+    CodeLM.training_step = training_step  # type: ignore[method-assign]  # the fault
 
 
 def oom(rank: int, micro_step: int) -> None:
-    """One rank has no memory for a micro-batch (counted from 1 in this attempt)."""
+    """Run out of memory on one micro-batch (counted from 1 in this attempt) of one rank."""
     import torch
 
     from clippy_train.train.module import CodeLM
@@ -51,43 +52,59 @@ def oom(rank: int, micro_step: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore advice.")
         return original(self, batch, batch_idx)
 
-    CodeLM.training_step = training_step  # type: ignore[method-assign]
+    CodeLM.training_step = training_step  # type: ignore[method-assign]  # the fault
 
 
-def diverge(rank: int, step: int) -> None:
-    """One bit of one weight of one rank changes after a step."""
+def diverge(rank: int, at: int) -> None:
+    """Change one weight of one rank after step `at`."""
     from clippy_train.train.callbacks import checkpointer as saving
+    from clippy_train.train.callbacks.health import require_equal_replicas as original
+    from clippy_train.train.module import CodeLM
 
-    original = saving.require_equal_replicas
-
-    def require_equal_replicas(module: Any, now: int) -> None:
-        if now == step and rank == RANK:
+    def require_equal_replicas(module: CodeLM, step: int) -> None:
+        if step == at and rank == RANK:
             next(module.model.parameters()).data.view(-1)[0] += 1
-        original(module, now)
+        original(module, step)
 
-    saving.require_equal_replicas = require_equal_replicas
+    saving.require_equal_replicas = require_equal_replicas  # type: ignore[attr-defined]  # replaces its import
+
+
+@dataclass
+class Save:
+    """Progress of the `disk` fault."""
+
+    number: int = 0
+    done: int = 0  # disk operations of this save
+    fails_at: int = 0  # the operation that fails; 0: none
+    failed: str = ""  # its name
+    before: int | None = None  # step of the newest checkpoint before this save
 
 
 def disk(last_save: int) -> None:
-    """Every second save fails, first on rank 1, then on rank 0, each time one operation on; after `last_save` all."""
+    """Fail every second save, and all after `last_save`.
+
+    Each failing save fails one disk operation later than the one before: first those of rank 1, then those of rank 0.
+    """
     import torch
 
     from clippy_train.run.checkpoint import find_checkpoint
     from clippy_train.train.callbacks import checkpointer as saving
 
-    state = {"save": 0, "done": 0, "fails_at": 0, "failed": ""}
+    save = Save()
 
-    def broken(name: str, original: Callable, matters: Callable = lambda *_: True) -> Callable:
+    def broken(
+        name: str, original: Callable[..., Any], matters: Callable[..., bool] = lambda *_: True
+    ) -> Callable[..., Any]:
         def operation(*arguments: Any, **keywords: Any) -> Any:
             if not matters(*arguments):
                 return original(*arguments, **keywords)
-            state["done"] += 1
-            if state["done"] != state["fails_at"]:
+            save.done += 1
+            if save.done != save.fails_at:
                 return original(*arguments, **keywords)
-            state["failed"] = name
+            save.failed = name
             if name == "torch.save":
                 return limited(original, *arguments, **keywords)
-            code = ERRORS[state["done"] % len(ERRORS)]
+            code = ERRORS[save.done % len(ERRORS)]
             raise OSError(code, os.strerror(code))
 
         return operation
@@ -99,29 +116,29 @@ def disk(last_save: int) -> None:
     original_start, original_fail = saving.Checkpointer._start, saving.Checkpointer._fail
 
     def start(self: Any, trainer: Any, called: float, last: bool) -> None:
-        state["save"] += 1
-        turn = state["save"] // 2 if state["save"] % 2 == 0 else 0
+        save.number += 1
+        turn = save.number // 2 if save.number % 2 == 0 else 0
         turn = turn - OPERATIONS_OF_RANK_ONE if RANK == 0 else turn
-        state.update(done=0, fails_at=1 if state["save"] > last_save and RANK == 0 else turn, failed="")
-        state["before"] = newest(self)
+        save.fails_at = 1 if save.number > last_save and RANK == 0 else turn
+        save.done, save.failed, save.before = 0, "", newest(self)
         original_start(self, trainer, called, last)
 
     def fail(self: Any, trainer: Any, step: int, staging: Path, failures: list[str], last: bool) -> None:
-        state["fails_at"] = 0
-        if state["failed"]:
-            seen = [state["before"], newest(self)]
-            record({"operation": state["failed"], "step": step, "failures": failures, "newest": seen})
+        save.fails_at = 0
+        if save.failed:
+            seen = [save.before, newest(self)]
+            record({"operation": save.failed, "step": step, "failures": failures, "newest": seen})
         original_fail(self, trainer, step, staging, failures, last)
 
     def newest(self: Any) -> int | None:
         found = find_checkpoint(self.config.run_dir)
-        return found and found.manifest.step
+        return found.manifest.step if found else None
 
-    saving.Checkpointer._start, saving.Checkpointer._fail = start, fail  # type: ignore[method-assign]
+    saving.Checkpointer._start, saving.Checkpointer._fail = start, fail  # type: ignore[method-assign]  # the fault
 
 
-def limited(work: Callable, *arguments: Any, **keywords: Any) -> Any:
-    """Do work while the kernel refuses to let a file grow."""
+def limited(work: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """Call `work` while no file may grow beyond SMALL_FILE."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, before[1]))
     try:
