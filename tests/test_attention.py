@@ -6,7 +6,9 @@ FlexAttention has no backward on CPU, so only its values are compared.
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.models import gpt_neo, token_ids
@@ -17,7 +19,15 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoBlock
 
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError
-from clippy_train.model.attention import hidden_states, local_attention
+from clippy_train.model.attention import (
+    attention_bounds,
+    attention_masks,
+    hidden_states,
+    local_attention,
+    padded_spans,
+    require_supported,
+)
+from clippy_train.train.module import CodeLM
 
 LOGITS = 1e-5  # largest absolute difference allowed in fp32
 GRADIENT = 1e-5  # the same, as a share of the gradient's largest entry
@@ -60,7 +70,8 @@ def flash_attention(
 
 
 def logits(model: GPTNeoForCausalLM, ids: Tensor, kernel: str = "sdpa", eos: int | None = None) -> Tensor:
-    found: Tensor = model.lm_head(hidden_states(model.transformer, ids, kernel, eos))
+    masks = attention_masks(ids, kernel, model.config.window_size, eos)
+    found: Tensor = model.lm_head(hidden_states(model.transformer, ids, kernel, masks))
     return found
 
 
@@ -114,6 +125,23 @@ def test_with_a_document_mask_attention_stays_within_a_document(flash: None, ker
     theirs = gradients(model, expected)
     for name, gradient in gradients(model, ours).items():
         assert (gradient - theirs[name]).abs().max() <= GRADIENT * theirs[name].abs().max(), name
+
+
+def test_bounds_are_the_starts_of_documents_then_empty_spans_at_the_end() -> None:
+    ids = torch.tensor([[5, 3, 5, 5, 3, 5], [3, 3, 5, 5, 5, 3]])
+    found = attention_bounds(ids, eos=3)
+    assert found.dtype == torch.int32
+    assert found.tolist() == [0, 2, 5, 6, 7, 8] + 7 * [12]
+    assert attention_bounds(ids).tolist() == [0, 6, 12]
+
+
+def test_bounds_have_few_lengths_and_always_enough_room() -> None:
+    """Each length is one more compiled graph; torch gives up after 8."""
+    spans = [padded_spans(documents, 16, 2048) for documents in range(16, 16 * 2048 + 1)]
+    assert all(found >= documents for documents, found in enumerate(spans, 16))
+    assert sorted(set(spans)) == [512 * 2**i for i in range(7)]
+    every_token_ends_one = attention_bounds(torch.full((2, 57), 3), eos=3)
+    assert every_token_ends_one[:115].tolist() == list(range(115))
 
 
 @pytest.mark.parametrize("position", [0, 1, 15, 16, 17, 31, 32, 50, 56])
@@ -193,6 +221,52 @@ def test_a_kernel_that_cannot_run_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         train_config(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "head_dim", "capability", "message"),
+    [
+        ("varlen", 64, (7, 5), r"model\.attention=varlen needs .* 8\.0 .* has 7\.5: set model\.attention=sdpa"),
+        ("flex", 64, (7, 0), r"model\.attention=flex needs .* 8\.0 .* has 7\.0: set model\.attention=sdpa"),
+        ("varlen", 60, (9, 0), r"multiples of 8, but .* is 60: set model\.attention=sdpa"),
+        ("varlen", 264, (9, 0), r"heads of 8 to 256 .* is 264: set model\.attention=sdpa"),
+        ("flex", 8, (9, 0), r"heads of 16 to 256 .* is 8: set model\.attention=sdpa"),
+    ],
+)
+def test_a_gpu_or_head_size_that_a_kernel_cannot_use_is_refused(
+    kernel: str, head_dim: int, capability: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        require_supported(kernel, head_dim, capability)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "head_dim", "capability"),
+    [
+        ("varlen", 64, (8, 0)),
+        ("varlen", 128, (9, 0)),
+        ("varlen", 256, (10, 0)),
+        ("flex", 60, (8, 6)),
+        ("sdpa", 7, (6, 1)),
+        ("eager", 7, (6, 1)),
+    ],
+)
+def test_what_a_kernel_can_use_is_accepted(kernel: str, head_dim: int, capability: tuple[int, int]) -> None:
+    require_supported(kernel, head_dim, capability)
+
+
+def test_a_rank_checks_its_gpu_before_it_trains(
+    train_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_config("trainer.accelerator=cuda", "trainer.precision=bf16", "model.attention=varlen")
+    module = CodeLM(config, gpt_neo(), np.ones(97, dtype=np.int32))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda:1")))
+    monkeypatch.setattr(CodeLM, "trainer", trainer)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {"cuda:1": (7, 0)}[str(device)])
+    with pytest.raises(ConfigError, match=r"has 7\.0"):
+        module.setup("fit")
+    trainer.strategy.root_device = torch.device("cpu")
+    module.setup("fit")
 
 
 @pytest.mark.parametrize(

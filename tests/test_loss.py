@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import GPTNeoForCausalLM
 
 from clippy_train.config import TrainConfig
-from clippy_train.model import loss
+from clippy_train.data.batches import Batch
+from clippy_train.model import attention, loss
 from clippy_train.model.attention import hidden_states
 from clippy_train.model.loss import mean_loss, token_losses
 from clippy_train.train.module import CodeLM
@@ -189,3 +190,80 @@ def test_compiled_training_steps_are_the_same_and_compile_once(
     torch.testing.assert_close(compiled.val_sums, plain.val_sums)
     assert counts == [2] * 4  # one graph for training and one for validation
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+class Graphs:
+    """A backend of `torch.compile` that counts the graphs it is given and runs them as they are."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.made: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        self.made.append(graph)
+        return graph.forward
+
+    def targets(self) -> str:
+        return " ".join(str(node.target) for graph in self.made for node in graph.graph.nodes)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph the kernel is one operator; on CPU it can have no kernel, so it computes the mean of q, k and v."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *settings: int, **options: object) -> Tensor:
+        return (q + k + v) / 3 + 0 * bounds.sum()
+
+    monkeypatch.setattr(attention.varlen, "varlen_attn", attend)
+
+
+def batches(eos: int) -> list[Batch]:
+    """Eight batches, each with another number of documents."""
+    found: list[Batch] = []
+    for seed in range(8):
+        ids = token_ids(3, 57, vocab_size=90, seed=seed)
+        ids[0, torch.randperm(50)[: 2 * seed]] = eos
+        found.append({"input_ids": ids, "group": torch.ones(3, 57, dtype=torch.int64)})
+    return found
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+def test_eight_batches_with_other_documents_are_one_graph(
+    train_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    flash: None,
+    kernel: str,
+    document_mask: bool,
+) -> None:
+    graphs = Graphs()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+    config = train_config("model.compile=true", f"data.document_mask={document_mask}")
+    config.model.attention = kernel  # varlen is refused without CUDA
+    model = gpt_neo()
+    model.config.eos_token_id = 96
+    module = CodeLM(config, model, np.ones(97, dtype=np.int32))
+    config.model.compile = False
+    plain = CodeLM(config, model, np.ones(97, dtype=np.int32))
+    for batch in batches(eos=96):
+        expected = plain.training_step(batch, 0)
+        loss = module.training_step(module.on_before_batch_transfer(batch, 0), 0)
+        assert torch.equal(loss, expected)
+        loss.backward()
+    assert len(graphs.made) == 1
+    assert "nonzero" not in graphs.targets()
+
+
+@torch.no_grad()
+def test_flex_masks_are_made_outside_of_the_graph() -> None:
+    graphs, model = Graphs(), gpt_neo()
+    model.lm_head = loss.loss_head(model)  # as in training; made in the graph, a module would break it
+    compiled = torch.compile(token_losses, backend=graphs, dynamic=False)
+    for seed in range(8):
+        ids = token_ids(3, 57, seed=seed)
+        masks = attention.attention_masks(ids, "flex", model.config.window_size)
+        found = compiled(model, ids, "flex", "fp32", masks)
+        torch.testing.assert_close(found, token_losses(model, ids, "sdpa"), atol=1e-5, rtol=0)
+    assert len(graphs.made) == 1
+    assert "flex_attention" in graphs.targets()
+    assert not [name for name in ("vmap", "argsort", "create_block_mask") if name in graphs.targets()]

@@ -19,6 +19,7 @@ from clippy_train.compose import CONF, compose
 from clippy_train.config import DataConfig, TrainConfig, keys
 from clippy_train.data.stream import Stream
 from clippy_train.errors import ConfigError
+from clippy_train.model.attention import attention_masks
 from clippy_train.model.loss import mean_loss, token_losses
 from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm
 from clippy_train.shards.sources import open_corpus
@@ -274,7 +275,11 @@ def test_the_document_mask_reaches_training(train_config: Callable[..., TrainCon
     model.config.eos_token_id = 3
     module = CodeLM(train_config("data.document_mask=true"), model, np.ones(97, dtype=np.int32))
     loss = module.training_step({"input_ids": ids}, 0)
-    assert loss.item() == mean_loss(model, ids, "sdpa", eos=3).item() != mean_loss(model, ids, "sdpa").item()
+    assert (
+        loss.item()
+        == mean_loss(model, ids, "sdpa", masks=attention_masks(ids, "sdpa", 16, eos=3)).item()
+        != mean_loss(model, ids, "sdpa").item()
+    )
 
 
 def test_a_bf16_loss_follows_the_recorded_bf16_run_closer_than_an_fp32_loss() -> None:

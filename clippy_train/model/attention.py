@@ -9,43 +9,127 @@ and generation are unchanged.
     varlen   CUDA in bf16: FlashAttention with a window, through torch.nn.attention.varlen
     flex     CUDA: FlexAttention with a block mask
 
+What depends on the batch (`Masks`) is made before a compiled graph starts, not in it: FlexAttention's masks would be
+rebuilt in every step, and every number of documents would need another graph.
+
 Attention dropout, which no published GPT-Neo has, always uses sdpa. varlen and flex have not been run on CUDA yet: on
 CPU, tests check the arguments that varlen passes to its kernel, and the values of uncompiled flex.
 """
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention import varlen
+from torch.utils.checkpoint import checkpoint
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoBlock, GPTNeoMLP, GPTNeoModel, GPTNeoSelfAttention
 
+from clippy_train.errors import ConfigError
 
-def hidden_states(transformer: GPTNeoModel, input_ids: Tensor, kernel: str = "sdpa", eos: int | None = None) -> Tensor:
+SHORT_DOCUMENT = 64  # tokens, see `padded_spans`
+
+AMPERE = (8, 0)  # the first compute capability with FlashAttention
+KERNEL_HEADS = {"varlen": (8, 8, 256), "flex": (16, 1, 256)}  # head sizes: smallest, multiple of, largest
+
+
+class Masks(NamedTuple):
+    """What limits attention besides causality; made by `attention_masks`.
+
+    Attributes:
+        documents: `[batch, seq]` int64, the document of each token; None: attention crosses documents.
+        bounds: for varlen, `[spans + 1]` int32, see `attention_bounds`.
+        causal, windowed: for flex, the masks of global and local layers.
+    """
+
+    documents: Tensor | None = None
+    bounds: Tensor | None = None
+    causal: flex.BlockMask | None = None
+    windowed: flex.BlockMask | None = None
+
+
+def attention_masks(
+    input_ids: Tensor, kernel: str, window_size: int, eos: int | None = None, bounds: Tensor | None = None
+) -> Masks:
+    """The masks of a batch for a kernel.
+
+    Args:
+        input_ids: `[batch, seq]` int64.
+        eos: the end-of-text token; if given, attention stays within each document.
+        bounds: `attention_bounds(input_ids, eos)` if the caller already has them.
+    """
+    documents = None if eos is None else document_numbers(input_ids, eos)
+    if kernel == "varlen":
+        return Masks(documents, bounds=attention_bounds(input_ids, eos) if bounds is None else bounds)
+    if kernel == "flex":
+        seq, device = input_ids.shape[1], input_ids.device
+        causal, windowed = (block_mask(seq, min(window, seq), device) for window in (seq, window_size))
+        return Masks(documents, causal=causal, windowed=windowed)
+    return Masks(documents)
+
+
+def require_supported(kernel: str, head_dim: int, capability: tuple[int, int]) -> None:
+    """Require a GPU and a head size that a kernel can compute.
+
+    Args:
+        capability: the GPU's compute capability, `torch.cuda.get_device_capability()`.
+
+    Raises:
+        ConfigError: the kernel would fail in the first forward pass.
+    """
+    if kernel not in KERNEL_HEADS:
+        return
+    major, minor = capability
+    if capability < AMPERE:
+        raise ConfigError(
+            f"model.attention={kernel} needs a GPU of compute capability 8.0 (Ampere) or newer, but this one has "
+            f"{major}.{minor}: set model.attention=sdpa"
+        )
+    smallest, multiple, largest = KERNEL_HEADS[kernel]
+    if not smallest <= head_dim <= largest or head_dim % multiple:
+        raise ConfigError(
+            f"model.attention={kernel} takes heads of {smallest} to {largest} values in multiples of {multiple}, but "
+            f"model.hidden_size / model.num_heads is {head_dim}: set model.attention=sdpa"
+        )
+
+
+def hidden_states(
+    transformer: GPTNeoModel, input_ids: Tensor, kernel: str = "sdpa", masks: Masks | None = None
+) -> Tensor:
     """GPT-Neo's last hidden states for full, unpadded sequences.
+
+    Blocks whose `gradient_checkpointing` is set (`gradient_checkpointing_enable`) are recomputed in the backward pass.
 
     Args:
         transformer: its activation must be `gelu_new`, as in every published GPT-Neo.
         input_ids: `[batch, seq]` int64.
         kernel: `sdpa`, `varlen` or `flex`.
-        eos: the end-of-text token; if given, attention stays within each document. Positions still count from the
-            start of the sequence.
+        masks: of `attention_masks`; by default attention crosses documents. Positions count from the start of the
+            sequence in any case.
 
     Returns:
-        `[batch, seq, hidden]`; without `eos` equal to `transformer(input_ids).last_hidden_state` up to rounding.
+        `[batch, seq, hidden]`; unless documents are masked, equal to `transformer(input_ids).last_hidden_state` up to
+        rounding.
     """
+    if masks is None:
+        masks = attention_masks(input_ids, kernel, transformer.config.window_size)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    documents = None if eos is None else document_numbers(input_ids, eos)
-    bounds = attention_bounds(input_ids, documents) if kernel == "varlen" else None
     x: Tensor = transformer.drop(transformer.wte(input_ids) + transformer.wpe(positions))
     for block in cast("Iterable[GPTNeoBlock]", transformer.h):
-        x = x + self_attention(block.attn.attention, block.ln_1(x), kernel, documents, bounds)
-        x = x + feed_forward(block.mlp, block.ln_2(x))
+        if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
+            x = cast(Tensor, checkpoint(block_output, block, x, kernel, masks, use_reentrant=False))
+        else:
+            x = block_output(block, x, kernel, masks)
     return cast(Tensor, transformer.ln_f(x))
+
+
+def block_output(block: GPTNeoBlock, x: Tensor, kernel: str, masks: Masks) -> Tensor:
+    """One transformer block, `[batch, seq, hidden]` to the same shape."""
+    x = x + self_attention(block.attn.attention, block.ln_1(x), kernel, masks)
+    return x + feed_forward(block.mlp, block.ln_2(x))
 
 
 def document_numbers(input_ids: Tensor, eos: int) -> Tensor:
@@ -54,16 +138,31 @@ def document_numbers(input_ids: Tensor, eos: int) -> Tensor:
     return ended.cumsum(dim=1) - ended
 
 
-def attention_bounds(input_ids: Tensor, documents: Tensor | None) -> Tensor:
+def attention_bounds(input_ids: Tensor, eos: int | None = None) -> Tensor:
     """Offsets into the flattened batch between which attention is confined, `[spans + 1]` int32.
 
-    A span is a sequence or, with `documents`, one document in it; counting documents makes the host wait for the GPU.
+    A span is a sequence or, with `eos`, one document in it. Documents are followed by empty spans at the end of the
+    batch, up to a number that rarely differs between batches (see `padded_spans`). On CUDA, counting documents makes
+    the host wait for the GPU.
     """
     size, seq = input_ids.numel(), input_ids.shape[1]
-    if documents is None:
+    if eos is None:
         return torch.arange(0, size + 1, seq, dtype=torch.int32, device=input_ids.device)
-    first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return F.pad(first.flatten().nonzero()[:, 0], (0, 1), value=size).int()
+    ends = F.pad(input_ids[:, :-1] == eos, (1, 0), value=True)  # before a token: the first of a document
+    starts = ends.flatten().nonzero()[:, 0]
+    return F.pad(starts, (0, padded_spans(len(starts), *input_ids.shape) + 1 - len(starts)), value=size).int()
+
+
+def padded_spans(documents: int, batch: int, seq: int) -> int:
+    """How many spans hold so many documents: enough for `SHORT_DOCUMENT` tokens each, doubled until they do.
+
+    The kernel starts a block of threads for every span and `seq`, empty or not, so one span per token would cost
+    milliseconds in each layer. There are few such numbers: a compiled graph is built for each.
+    """
+    spans = batch * min(seq, max(16, seq // SHORT_DOCUMENT))
+    while spans < documents:
+        spans *= 2
+    return spans
 
 
 def feed_forward(layer: GPTNeoMLP, x: Tensor) -> Tensor:
@@ -71,13 +170,7 @@ def feed_forward(layer: GPTNeoMLP, x: Tensor) -> Tensor:
     return cast(Tensor, layer.dropout(layer.c_proj(F.gelu(layer.c_fc(x), approximate="tanh"))))
 
 
-def self_attention(
-    layer: GPTNeoSelfAttention,
-    x: Tensor,
-    kernel: str = "sdpa",
-    documents: Tensor | None = None,
-    bounds: Tensor | None = None,
-) -> Tensor:
+def self_attention(layer: GPTNeoSelfAttention, x: Tensor, kernel: str, masks: Masks) -> Tensor:
     """One attention layer, `[batch, seq, hidden]` to the same shape."""
     batch, seq, hidden = x.shape
     q, k, v = (
@@ -89,15 +182,15 @@ def self_attention(
     dropout = layer.attn_dropout.p if layer.training else 0.0
     if dropout:
         kernel = "sdpa"
-    if kernel == "flex":
-        out = flex_attention(q, k, v, window)
-    elif kernel == "varlen" and (window or documents is not None):
-        assert bounds is not None
-        out = varlen_attention(q, k, v, window, bounds)
+    mask = masks.windowed if window else masks.causal
+    if kernel == "flex" and mask is not None:
+        out = flex_attention(q, k, v, mask)
+    elif kernel == "varlen" and masks.bounds is not None and (window or masks.documents is not None):
+        out = varlen_attention(q, k, v, window, masks.bounds)
     elif window:
-        out = local_attention(q, k, v, window, dropout, documents)
+        out = local_attention(q, k, v, window, dropout, masks.documents)
     else:
-        out = global_attention(q, k, v, dropout, documents)
+        out = global_attention(q, k, v, dropout, masks.documents)
     out = out.transpose(1, 2).reshape(batch, seq, hidden)
     return cast(Tensor, layer.resid_dropout(layer.out_proj(out)))
 
@@ -147,9 +240,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, bounds
     return cast(Tensor, out.unflatten(0, (batch, seq))).transpose(1, 2)
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """FlexAttention with a causal, windowed block mask."""
-    mask = block_mask(q.shape[2], window or q.shape[2], q.device)
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: flex.BlockMask) -> Tensor:
+    """FlexAttention with a causal, perhaps windowed block mask."""
     call: Callable[..., object] = flex.flex_attention
     if q.is_cuda and not torch.compiler.is_compiling():
         call = compiled_flex()

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPTNeoForCausalLM
 
-from clippy_train.model.attention import hidden_states
+from clippy_train.model.attention import Masks, hidden_states
 
 CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens: enough that accumulating into the fp32 gradient is cheap
 VOCAB_MULTIPLE = 128  # the head's rows are padded to a multiple: on odd widths tensor cores run at half speed
 
 
 def mean_loss(
-    model: GPTNeoForCausalLM, input_ids: Tensor, attention: str, loss_dtype: str = "fp32", eos: int | None = None
+    model: GPTNeoForCausalLM, input_ids: Tensor, attention: str, loss_dtype: str = "fp32", masks: Masks | None = None
 ) -> Tensor:
     """Mean negative log-likelihood of the targets in nats, for training: an fp32 scalar to call `backward` on once.
 
@@ -32,29 +32,29 @@ def mean_loss(
             target (as in the original, which shifts inside the block).
         attention: `eager` runs Hugging Face's forward pass; the others are the kernels of `model.attention`.
         loss_dtype: `bf16` rounds as the original did: log-softmax in bf16, its mean in fp32; all logits at once.
-        eos: the end-of-text token; if given, attention stays within each document.
+        masks: of `attention_masks`, for the same kernel; by default attention crosses documents.
     """
-    hidden = _hidden(model, input_ids, attention, eos)
+    hidden = _hidden(model, input_ids, attention, masks)
     losses: Tensor = loss_head(model)(hidden, input_ids[:, 1:], loss_dtype=loss_dtype)
     return losses.mean()
 
 
 @torch.no_grad()
 def token_losses(
-    model: GPTNeoForCausalLM, input_ids: Tensor, attention: str, loss_dtype: str = "fp32", eos: int | None = None
+    model: GPTNeoForCausalLM, input_ids: Tensor, attention: str, loss_dtype: str = "fp32", masks: Masks | None = None
 ) -> Tensor:
     """Negative log-likelihood of every target, `[batch, seq - 1]` fp32, without gradients; arguments of `mean_loss`."""
-    hidden = _hidden(model, input_ids, attention, eos)
+    hidden = _hidden(model, input_ids, attention, masks)
     losses: Tensor = loss_head(model)(hidden, input_ids[:, 1:], reduce=False, loss_dtype=loss_dtype)
     return losses
 
 
-def _hidden(model: GPTNeoForCausalLM, input_ids: Tensor, attention: str, eos: int | None) -> Tensor:
+def _hidden(model: GPTNeoForCausalLM, input_ids: Tensor, attention: str, masks: Masks | None) -> Tensor:
     """The hidden state that predicts each target, `[batch, seq - 1, hidden]`."""
     if attention == "eager":
         hidden: Tensor = model.transformer(input_ids, use_cache=False).last_hidden_state
     else:
-        hidden = hidden_states(model.transformer, input_ids, attention, eos)
+        hidden = hidden_states(model.transformer, input_ids, attention, masks)
     return hidden[:, :-1]
 
 

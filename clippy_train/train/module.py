@@ -13,6 +13,7 @@ from transformers import GPTNeoForCausalLM
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.batches import Batch
+from clippy_train.model.attention import attention_bounds, attention_masks, require_supported
 from clippy_train.model.loss import loss_head, mean_loss, token_losses
 from clippy_train.model.score import add_scores, new_sums
 from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm
@@ -42,9 +43,21 @@ class CodeLM(pl.LightningModule):
         self.step = StepState()
         self.val_sums = new_sums(1)
 
+    def setup(self, stage: str) -> None:
+        device, shape = self.trainer.strategy.root_device, self.model.config
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            require_supported(self.config.attention, shape.hidden_size // shape.num_heads, capability)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Find documents while the batch is on the CPU: on the GPU the host would wait for their number."""
+        if self._eos is None or self.config.attention != "varlen":
+            return batch
+        return {**batch, "bounds": attention_bounds(batch["input_ids"], self._eos)}
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self._loss(self._mean_loss, batch)
-        self.step.add_loss(loss.detach(), ended=(batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
+        self.step.add_loss(loss.detach(), ended=(batch_idx + 1) % self.config.micro_steps == 0)
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -59,8 +72,15 @@ class CodeLM(pl.LightningModule):
         return torch.compile(function, dynamic=False) if self.config.model.compile else function
 
     def _loss(self, function: Loss, batch: Batch) -> Tensor:
-        eos = self.model.config.eos_token_id if self.config.data.document_mask else None
-        return function(self.model, batch["input_ids"], self.config.attention, self.config.model.loss_dtype, eos)
+        ids, kernel = batch["input_ids"], self.config.attention
+        masks = attention_masks(ids, kernel, self.model.config.window_size, self._eos, batch.get("bounds"))
+        return function(self.model, ids, kernel, self.config.model.loss_dtype, masks)
+
+    @property
+    def _eos(self) -> int | None:
+        """The token that ends a document, if attention stays within documents."""
+        eos: int = self.model.config.eos_token_id
+        return eos if self.config.data.document_mask else None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.model, self.config.optim)
