@@ -27,6 +27,15 @@ ADAFACTOR: dict[str, Any] = {
 }
 
 
+class DeviceAdafactor(Adafactor):
+    """Adafactor whose learning rate stays on the GPU: the base class reads every tensor's scale back to the host."""
+
+    @staticmethod
+    def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> Tensor:
+        scale: Tensor = param_state["RMS"].clamp(min=param_group["eps"][1])  # `ADAFACTOR` sets scale_parameter
+        return scale * param_group["lr"]
+
+
 def lr_at(step: int, settings: OptimConfig) -> float:
     """Learning rate of update `step`, counted from 0: linear warm-up from 0, cosine decay, then constant.
 
@@ -63,7 +72,7 @@ class Schedule(LRScheduler):
 def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
     """Build the optimizer that `settings.name` names, over all parameters of the model."""
     if settings.name == "adafactor":
-        return Adafactor(model.parameters(), lr=settings.lr, **ADAFACTOR)
+        return DeviceAdafactor(model.parameters(), lr=settings.lr, **ADAFACTOR)
     return build_adamw(model, settings)
 
 

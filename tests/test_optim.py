@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from support.flax_trace import FlaxTrace
 from support.models import gpt_neo
 from torch import nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.optimization import Adafactor
 
 from clippy_train.config import OptimConfig
-from clippy_train.optim import Schedule, build_optimizer, clip_grad_norm, lr_at, parameter_groups
+from clippy_train.optim import ADAFACTOR, Schedule, build_optimizer, clip_grad_norm, lr_at, parameter_groups
 
 MICRO = Path(__file__).parent / "data" / "flax_micro"
 
@@ -160,6 +164,50 @@ def test_the_optimizer_takes_its_settings_from_the_configuration() -> None:
     assert [(group["betas"], group["eps"], group["amsgrad"]) for group in optimizer.param_groups] == [
         ((0.9, 0.95), 1e-5, False)
     ] * 2
+
+
+class DeviceReads(TorchDispatchMode):
+    """Counts the values that are read back from tensors on `meta`, which stands for a GPU: each would wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            self.count += 1
+            return 1.0
+        return func(*args, **(kwargs or {}))
+
+
+def device_reads(optimizer: torch.optim.Optimizer) -> int:
+    """In two steps, the first of which makes the optimizer's state."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    with DeviceReads() as reads:
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            clip_grad_norm(parameters, max_norm=1.0)
+            optimizer.step()
+    return reads.count
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_a_step_never_waits_for_the_gpu(name: str) -> None:
+    unset = {"betas": None, "eps": None, "weight_decay": None} if name == "adafactor" else {}
+    model = gpt_neo().to("meta")
+    assert device_reads(build_optimizer(model, dataclasses.replace(settings(), name=name, **unset))) == 0
+
+
+def test_transformers_adafactor_waits_for_the_gpu_once_per_tensor() -> None:
+    model = gpt_neo().to("meta")
+    assert device_reads(Adafactor(model.parameters(), lr=1e-4, **ADAFACTOR)) == 2 * len(list(model.parameters()))
 
 
 def with_gradients(*gradients: torch.Tensor) -> list[nn.Parameter]:
