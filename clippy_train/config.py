@@ -73,6 +73,9 @@ class ModelConfig:
         choices=("auto", "eager", "sdpa", "flex", "varlen"),
     )
     compile: bool = key("compile the forward and backward pass; takes a minute or two at the start", False)
+    checkpoint_activations: bool = key(
+        "recompute each layer's activations in the backward pass: less memory, about a third more time", False
+    )
     loss_dtype: str = key(
         "precision of the log-softmax over the vocabulary; bf16, as in the original, rounds every token's loss",
         "fp32",
