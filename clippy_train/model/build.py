@@ -33,7 +33,14 @@ def build_model(config: TrainConfig) -> tuple[GPTNeoForCausalLM, PreTrainedToken
     base, seed = config.model.base, config.seed
     model = random_model(config.model, tokenizer, seed) if base is None else load_base(base, config.model)
     extend_model(model, tokenizer, config.tokenizer, seed)
+    if config.model.checkpoint_activations:
+        recompute_activations(model)
     return model, tokenizer
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Have training keep only the input of each block, and recompute the rest in the backward pass."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def load_base(name: str, settings: ModelConfig) -> GPTNeoForCausalLM:
