@@ -92,6 +92,7 @@ def test_ranks_share_no_stream(config: ConfigBuilder, tokenizer: PreTrainedToken
     assert [{stream for stream, *_ in next(rank)["cursor"].tolist()} for rank in ranks] == [{0}, {1}, {2}, {3}]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [1, 3, 9])
 def test_loader_processes_do_not_change_the_order(
     config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, workers: int
@@ -99,6 +100,7 @@ def test_loader_processes_do_not_change_the_order(
     assert steps(config(1, 2, workers), tokenizer, 3) == steps(config(1, 2, 0), tokenizer, 3)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("layout", [(2, 4, 0), (4, 2, 1), (1, 8, 3)], ids=str)
 def test_the_order_stays_the_same_over_epochs(
     config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, layout: tuple[int, int, int]
@@ -138,6 +140,7 @@ def test_a_training_batch_holds_integers_only(config: ConfigBuilder, tokenizer: 
     }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("resumed", [(1, 2, 0), (2, 1, 0), (4, 2, 0), (1, 2, 3)], ids=str)
 def test_committed_cursors_resume_with_the_sequences_that_follow(
     config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, resumed: tuple[int, int, int]
@@ -254,6 +257,7 @@ def train_attempt(
     return done
 
 
+@pytest.mark.processes
 @settings(max_examples=60)
 @given(histories())
 def test_no_token_is_lost_or_repeated_across_attempts(train_config: ConfigBuilder, history: History) -> None:
@@ -309,6 +313,7 @@ def test_the_end_of_text_can_be_turned_off(config: ConfigBuilder, tokenizer: Pre
         assert any(tokenizer.eos_token_id in each[-32:] for step in trained for each in step) == found
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_stream_without_documents_is_a_one_line_error(
     config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, workers: int
@@ -332,9 +337,10 @@ def test_too_many_bad_lines_stop_the_run_and_name_their_shards(
     progress = Progress(
         settings, START, np.zeros(len(COUNTS), dtype=np.int64), open_corpus(settings.data, "train").shards
     )
-    unused: Any = None  # the callback reads neither trainer nor module
+    trainer: Any = SimpleNamespace(global_step=0)
+    unused: Any = None  # the callback does not read the module
     for batch in DataModule(settings, tokenizer, 0, START).train_dataloader():
-        progress.on_train_batch_end(unused, unused, None, batch, 0)
+        progress.on_train_batch_end(trainer, unused, None, batch, 0)
         if progress.cursors[:, 0].min() == 1:  # every stream has read an epoch
             break
     assert progress.rejected[str(worse)] % 800 == progress.rejected[str(bad)] % 400 == 0
@@ -361,6 +367,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.processes
 def test_no_loader_process_outlives_a_rank_that_was_killed(config: ConfigBuilder, tmp_path: Path) -> None:
     """The blocks exceed the pipe's capacity: a process that checks on its rank only between blocks would hang."""
     settings = config(1, 2, 2, "data.seq_len=16384", "model.max_position_embeddings=16384")

@@ -81,13 +81,13 @@ def test_devices_come_from_the_launcher(
     [
         ({}, ["launcher=slurm"], "launcher=slurm, but this command does not run under it: use launch/train.sbatch"),
         ({}, ["launcher=torchrun"], "use launch/torchrun.sh"),
-        ({}, ["trainer.num_nodes=3"], "trainer.num_nodes=3: launcher=local starts the ranks of this machine only"),
+        ({}, ["trainer.num_nodes=3"], "trainer.num_nodes=3: launcher=local starts ranks on this machine only"),
         (JOB, ["trainer.num_nodes=3"], "trainer.num_nodes=3, but slurm has 2 nodes for this run: ask for --nodes=3"),
         (JOB, ["launcher=local"], "trainer.num_nodes=2: launcher=local"),
-        ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, ["trainer.devices=4"], "slurm has 2 processes for each node"),
+        ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, ["trainer.devices=4"], "slurm has 2 processes per node"),
         ({**JOB, "SLURM_GPUS_ON_NODE": "2"}, ["trainer.devices=4"], "this machine has 2 visible CUDA devices"),
         ({**JOB, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, [], "run it once, without srun"),
-        (ON_TORCHRUN, ["trainer.devices=2"], "torchrun has 4 processes for each node"),
+        (ON_TORCHRUN, ["trainer.devices=2"], "torchrun has 4 processes per node"),
     ],
 )
 def test_a_run_that_does_not_fit_its_launcher_is_rejected(
@@ -134,7 +134,7 @@ from clippy_train.launch.slurm import run_nodes
 overrides = ["experiment=demo", "trainer.num_nodes=2", "trainer.devices=1", f"run.root={sys.argv[1]}"]
 config = compose(TrainConfig, overrides)
 config.run_dir.mkdir()
-sys.exit(run_nodes(config, []))
+sys.exit(run_nodes(config))
 """
 
 

@@ -307,6 +307,7 @@ def endless(packages: Path) -> Path:
     return packages
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "TERM"])
 def test_an_interrupted_build_leaves_no_files(endless: Path, tmp_path: Path, number: int, code: int) -> None:
     process = processes.start(clippy_corpus(str(endless), f"out={tmp_path / 'out'}", "dedup.exact=false"))
@@ -333,6 +334,7 @@ for src in sys.argv[1:]:
 """
 
 
+@pytest.mark.processes
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """After a build that fills every buffer, one with ten times as much text as the memory that it may add."""
     rng = random.Random(0)

@@ -45,6 +45,7 @@ def clone(folder: Path, address: str | None = None, spdx: str | None = None) -> 
     return folder
 
 
+@pytest.mark.processes
 def test_git_repositories_are_found_at_any_depth(tmp_path: Path) -> None:
     clone(tmp_path / "octo" / "cat", "https://token@github.com/octo/cat.git", "MIT")
     clone(tmp_path / "deep" / "er" / "still")
@@ -60,6 +61,7 @@ def test_git_repositories_are_found_at_any_depth(tmp_path: Path) -> None:
     assert "token" not in json.dumps([document[:3] for document in found(tmp_path)])
 
 
+@pytest.mark.processes
 def test_a_git_repository_among_other_sources_is_one_repository(tmp_path: Path) -> None:
     cat = clone(tmp_path / "cat", spdx="MIT")
     assert {document.repository for document in found(cat, clone(tmp_path / "dog"))} == {"cat", "dog"}
@@ -78,6 +80,7 @@ def test_packages_have_their_own_licence_or_that_of_their_folder(tmp_path: Path)
     assert licences == {"LICENSE": "ISC", "one": "ISC", "two": "GPL-3.0"}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("address", "name"),
     [
@@ -95,6 +98,7 @@ def test_a_repository_is_named_after_the_end_of_its_address(tmp_path: Path, addr
     assert origin_name(clone(tmp_path / "x", address)) == name
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "pointer", ["../.git/modules/inner", "{outer}/.git/modules/inner"], ids=["submodule", "absolute"]
 )
@@ -150,6 +154,7 @@ def test_pipes_are_not_opened(tmp_path: Path) -> None:
     assert [document.read() for document in found(tmp_path)] == [CODE]
 
 
+@pytest.mark.processes
 def test_folders_may_be_nested_beyond_the_recursion_limit(tmp_path: Path) -> None:
     folder = os.open(tmp_path, os.O_RDONLY)
     for _ in range(1500):

@@ -243,6 +243,7 @@ def read_in_subprocess(path: Path) -> tuple[float, str]:
     return int(kib) / 1024, reasons
 
 
+@pytest.mark.processes
 def test_memory_is_bounded_whatever_a_shard_holds(tmp_path: Path) -> None:
     """Bounds are in longest lines: one exists as pieces, bytes, str, value and UTF-8, but not all at once."""
     longest = shard_format.MAX_LINE_BYTES

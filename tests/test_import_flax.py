@@ -429,7 +429,7 @@ def test_a_state_of_another_model_is_refused(imported: Path) -> None:
     model, state = AutoModelForCausalLM.from_pretrained(imported), open_base_state(imported)
     state.require_fit(model.named_parameters())
     model.resize_token_embeddings(524, mean_resizing=False)  # the effect of adding four tokens
-    with pytest.raises(ConfigError, match=r"wte.weight is \[520, 8\] there, \[524, 8\] here"):
+    with pytest.raises(ConfigError, match=r"wte.weight: \[520, 8\] there, \[524, 8\] here"):
         state.require_fit(model.named_parameters())
 
 

@@ -249,6 +249,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_detail_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     BREAKS[name](monkeypatch)

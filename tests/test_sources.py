@@ -463,6 +463,7 @@ def test_files_at_a_url_are_named_by_url(url: str) -> None:
     assert sources._path_or_url(retry.filesystem(url), url).partition("://")[::2] == url.partition("://")[::2]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_server_failure_during_training_is_a_one_line_error(
     train_config: Callable[..., TrainConfig],
@@ -493,6 +494,7 @@ def first_batches(config: TrainConfig, tokenizer: Path) -> torch.Tensor:
     return torch.cat([batch["input_ids"] for batch in itertools.islice(batches, 8)])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_on_a_failing_server_gets_the_local_batches(
     train_config: Callable[..., TrainConfig],
@@ -569,6 +571,7 @@ def test_the_fingerprint_of_a_dataset_changes_with_its_files(dataset: Path) -> N
     assert hub(dataset).fingerprint != before
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_on_a_dataset_gets_the_batches_of_its_files(
     train_config: Callable[..., TrainConfig], dataset: Path, tiny_tokenizer: Path, tmp_path: Path, workers: int
