@@ -107,7 +107,7 @@ def test_a_compiled_step_is_one_graph_with_the_same_bits() -> None:
 def test_the_key_reaches_the_model(train_config: Callable[..., TrainConfig]) -> None:
     for value in (False, True):
         model, _ = build_model(train_config(f"model.checkpoint_activations={value}"))
-        assert model.is_gradient_checkpointing == value
+        assert model.is_activation_checkpointing == value
 
 
 def trained(config: TrainConfig) -> tuple[list[tuple[float, float]], int]:

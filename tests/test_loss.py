@@ -209,10 +209,10 @@ class Graphs:
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a graph the kernel is one operator; on CPU it can have no kernel, so it computes the mean of q, k and v."""
+    """FlashAttention does not run on CPU: something differentiable of its arguments stands in for it."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *settings: int, **options: object) -> Tensor:
-        return (q + k + v) / 3 + 0 * bounds.sum()
+        return (q + k + v) / 3 + bounds.float().mean() / 1e3
 
     monkeypatch.setattr(attention.varlen, "varlen_attn", attend)
 
