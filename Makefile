@@ -34,6 +34,10 @@ chaos: $(READY) ## interrupt runs at random moments, 200 times with kill -9 and 
 chaos-selftest: $(READY) ## remove each protection from a copy of the package and check that the test that guards it fails
 	cd tests && ../$(BIN)/python -m tools.chaos_selftest
 
+.PHONY: docs
+docs: $(READY) ## write docs/configuration.md from the keys and groups of all verbs
+	cd tests && ../$(BIN)/python -m tools.make_configuration_docs
+
 fuzz: $(READY) ## the long form of the fuzz tests: 6,000 shards, 180,000 lines
 	FUZZ_SHARDS=1500 $(BIN)/pytest -s --timeout=1800 tests/test_fuzz.py
 

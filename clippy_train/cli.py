@@ -1,8 +1,9 @@
-"""The `clippy` command: verb -> compose -> validate -> call. No logic of its own; heavy imports wait for their verb."""
+"""The `clippy` command: verb -> compose -> check -> call. Each verb imports what it needs when it runs."""
 
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -10,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from clippy_train import __version__, compose, config
 from clippy_train.errors import CheckpointError, ClippyError, ConfigError
-from clippy_train.report import print_columns, print_table, quiet_transformers
+from clippy_train.help import completions, key_lines
+from clippy_train.report import print_columns, print_error, print_table, quiet_transformers
 from clippy_train.sweep.sweep import sweep
 from clippy_train.sweep.trials import follow_sweep
 
@@ -73,7 +71,7 @@ def run_plan(settings: config.TrainConfig) -> int:
 
     print_table("plan", plan(settings))
     for error in preflight_problems(settings):
-        print(f"before it can run here: {error}")
+        print(f"not ready to run here: {error}")
     return 0
 
 
@@ -97,7 +95,7 @@ def run_interactive(settings: config.GenerateConfig) -> int:
     from clippy_train.generate import interact
 
     if settings.prompt is not None or settings.file is not None:
-        raise ConfigError("--interactive asks for prompts: leave out prompt and file")
+        raise ConfigError("--interactive asks for prompts: omit prompt and file")
     quiet_transformers()
     interact(settings, sys.stdin, sys.stdout)
     return 0
@@ -131,105 +129,171 @@ def run_demo(settings: config.DemoConfig) -> int:
 
 @dataclass(frozen=True)
 class Verb:
+    """A verb of the command line.
+
+    Attributes:
+        usage: the keys that are usually given.
+        bare: the override that arguments without a key stand for.
+    """
+
     schema: type
     run: Callable[[Any], int]
+    usage: str
     summary: str
-    bare: str = ""  # the override that arguments without a key stand for
+    bare: str = ""
 
 
 VERBS = {
     "corpus": Verb(
-        config.CorpusConfig, run_corpus, "SRC... out=DIR  folders of source code, or hub=NAME -> shards", "src=[{}]"
+        config.CorpusConfig,
+        run_corpus,
+        "clippy corpus SRC... out=DIR",
+        "Turn folders of source code, or a dataset (hub=NAME), into shards.",
+        "src=[{}]",
     ),
-    "extend": Verb(config.ExtendConfig, run_extend, "base=NAME out=DIR  add white-space tokens to a model"),
-    "import": Verb(config.ImportConfig, run_import, "flax=DIR out=DIR  original checkpoint -> Hugging Face folder"),
-    "train": Verb(config.TrainConfig, run_train, "experiment=NAME data.path=DIR  train, or continue training"),
+    "extend": Verb(
+        config.ExtendConfig, run_extend, "clippy extend base=NAME out=DIR", "Add whitespace tokens to a model."
+    ),
+    "import": Verb(
+        config.ImportConfig,
+        run_import,
+        "clippy import flax=DIR out=DIR",
+        "Convert an original checkpoint to a Hugging Face folder.",
+    ),
+    "train": Verb(
+        config.TrainConfig, run_train, "clippy train experiment=NAME data.path=DIR", "Train, or continue training."
+    ),
     "plan": Verb(
-        config.TrainConfig, run_plan, "experiment=NAME  what a training will take; the same as train --dry-run"
+        config.TrainConfig,
+        run_plan,
+        "clippy plan experiment=NAME",
+        "Show what a training will take; the same as train --dry-run.",
     ),
     "checkpoint": Verb(
         config.CheckpointsConfig,
         run_checkpoint,
-        "ls|verify run=DIR  list a run's checkpoints, or read all of them",
+        "clippy checkpoint ls|verify run=DIR",
+        "List the checkpoints of a run, or verify every byte of them.",
         "action={}",
     ),
-    "export": Verb(config.ExportConfig, run_export, "run=DIR out=DIR  checkpoint -> Hugging Face folder"),
-    "generate": Verb(config.GenerateConfig, run_generate, "model=DIR prompt=TEXT  complete a prompt"),
+    "export": Verb(
+        config.ExportConfig,
+        run_export,
+        "clippy export run=DIR out=DIR",
+        "Turn a checkpoint into a Hugging Face folder.",
+    ),
+    "generate": Verb(
+        config.GenerateConfig, run_generate, "clippy generate model=DIR prompt=TEXT", "Complete a prompt."
+    ),
     "evaluate": Verb(
         config.EvaluateConfig,
         run_evaluate,
-        "model=DIR task=perplexity|humaneval  bits per byte on a split; problems that samples solve",
+        "clippy evaluate model=DIR task=perplexity|humaneval",
+        "Measure bits per byte on a split, or the share of problems solved.",
     ),
-    "demo": Verb(config.DemoConfig, run_demo, "the whole pipeline on the source code of this Python, in minutes"),
+    "demo": Verb(
+        config.DemoConfig,
+        run_demo,
+        "clippy demo",
+        "Run the whole pipeline on the source code of this Python, in minutes.",
+    ),
 }
 
-FLAGS = {  # which verb has which
-    "report": (config.CorpusConfig, "corpus"),
-    "interactive": (config.GenerateConfig, "generate"),
-    "multirun": (config.TrainConfig, "train"),
-    "dry_run": (config.TrainConfig, "train"),
+
+@dataclass(frozen=True)
+class Flag:
+    verbs: tuple[str, ...]
+    meaning: str
+    short: tuple[str, ...] = ()
+
+
+FLAGS = {
+    "--report": Flag(("corpus",), "show the statistics of the finished corpus in out=DIR"),
+    "--multirun": Flag(("train", "plan"), "sweep over keys with several values (KEY=A,B)", ("-m",)),
+    "--dry-run": Flag(("train", "plan"), "check everything and print the plan only"),
+    "--interactive": Flag(("generate",), "ask for prompts, one after another"),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code (see `errors`)."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _complete()
+    parser = _parser(next((each for each in arguments if not each.startswith("-")), ""))
     options = parser.parse_intermixed_args(arguments)
     if options.verb is None:
         parser.print_help()
         return 0 if options.help else 2
-    verb = VERBS[options.verb]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that nothing half-written stays
     try:
-        return _call(verb, options)
+        return _call(parser, options)
     except ClippyError as error:
-        print(f"clippy {options.verb}: {error}", file=sys.stderr)
+        print_error(parser.prog, str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `clippy ... | head`: nobody reads the rest
+    except BrokenPipeError:  # `clippy ... | head`: the reader has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:  # a path that cannot be what it is to be, a full disk
-        print(f"clippy {options.verb}: {error}", file=sys.stderr)
+    except OSError as error:  # a path of the wrong kind, a full disk
+        print_error(parser.prog, str(error))
         return ConfigError.exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {name:10}{verb.summary}" for name, verb in VERBS.items())
+def _parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a verb or, for any other name, of the whole command. Both accept the same; their help differs."""
+    verb = VERBS.get(name)
+    verbs = "".join(f"\n  {each.usage}\n      {each.summary}" for each in VERBS.values())
     parser = argparse.ArgumentParser(
-        "clippy",
-        description=f"Re-train GPT-Neo-125M-Code-Clippy.\n\nverbs:\n{verbs}",
-        epilog="clippy VERB --help explains every key of a verb.",
+        f"clippy {name}" if verb else "clippy",
+        usage=f"{verb.usage if verb else 'clippy VERB'} [KEY=VALUE ...]",
+        description=verb.summary if verb else f"Re-train GPT-Neo-125M-Code-Clippy.\n{verbs}",
+        epilog=None if verb else "clippy VERB --help explains the options and keys of a verb.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    parser.add_argument("verb", nargs="?", choices=VERBS, metavar="VERB")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the verb")
-    parser.add_argument("-h", "--help", action="store_true", help="explain the verb's keys, with their values")
-    parser.add_argument("-m", "--multirun", action="store_true", help="train: sweep over comma-separated values")
-    parser.add_argument("--dry-run", action="store_true", help="train: check everything and print the plan only")
-    parser.add_argument(
-        "--report", action="store_true", help="corpus: the statistics of the finished corpus in out=DIR"
-    )
-    parser.add_argument(
-        "--launch-dir", action="version", version=str(compose.LAUNCH), help="print the folder of the Slurm scripts"
-    )
-    parser.add_argument("--interactive", action="store_true", help="generate: ask for prompts, one after another")
-    parser.add_argument("--version", action="version", version=f"clippy_train {__version__}")
+    parser.add_argument("verb", nargs="?", choices=VERBS, metavar="VERB", help=argparse.SUPPRESS)
+    overrides = parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    overrides.completer = _completions  # type: ignore[attr-defined]  # argcomplete looks for it there
+    parser.add_argument("-h", "--help", action="store_true", help="show this help, and exit")
+    for option, flag in FLAGS.items():
+        meaning = flag.meaning if name in flag.verbs else argparse.SUPPRESS
+        parser.add_argument(*flag.short, option, action="store_true", help=meaning)
+    for option, meaning, shown in (
+        ("--launch-dir", "print the folder of the Slurm and torchrun scripts, and exit", str(compose.LAUNCH)),
+        ("--version", "print the version, and exit", f"clippy_train {__version__}"),
+    ):
+        parser.add_argument(option, action="version", version=shown, help=argparse.SUPPRESS if verb else meaning)
     return parser
 
 
-def _call(verb: Verb, options: argparse.Namespace) -> int:
-    overrides = options.overrides
+def _complete() -> None:
+    """Answer a shell that asks for completions, and exit; do nothing for any other caller."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        typed = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
+        line = re.sub(r" -\S*(?= )", "", typed)  # argparse expects no more keys after an option
+        os.environ.update(COMP_LINE=line, COMP_POINT=str(len(line)))
+        argcomplete.autocomplete(_parser("".join(line.split()[1:2])))
+
+
+def _completions(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
+    return completions(VERBS[parsed_args.verb].schema, prefix) if parsed_args.verb else []
+
+
+def _call(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    verb, overrides = VERBS[options.verb], options.overrides
     if verb.bare:
         overrides = _keyed(verb, overrides)
     if options.help:
-        return _explain(verb, overrides)
-    for flag, (schema, owner) in FLAGS.items():
-        if getattr(options, flag) and verb.schema is not schema:
-            raise ConfigError(f"--{flag.replace('_', '-')} is for clippy {owner}")
+        lines = key_lines(verb.schema, compose.composed_values(verb.schema, overrides))
+        print(parser.format_help(), *lines, sep="\n")
+        return 0
+    for option, flag in FLAGS.items():
+        if getattr(options, option.strip("-").replace("-", "_")) and options.verb not in flag.verbs:
+            raise ConfigError(f"{option} is for clippy {flag.verbs[0]}")
     if options.report:
         return report_corpus(compose.compose(config.CorpusConfig, overrides))
     if options.interactive:
@@ -243,31 +307,10 @@ def _call(verb: Verb, options: argparse.Namespace) -> int:
 
 
 def _keyed(verb: Verb, arguments: list[str]) -> list[str]:
-    """Arguments without a key (SRC... of `clippy corpus`) as the override that they stand for."""
+    """Replace arguments without a key (SRC... of `clippy corpus`) by the override that they stand for."""
     bare = [compose.quoted(argument) for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
     return [*overrides, verb.bare.format(",".join(bare))] if bare else overrides
-
-
-def _explain(verb: Verb, overrides: list[str]) -> int:
-    """Print every key with its meaning and its value under the overrides given."""
-    values = compose.composed_values(verb.schema, overrides)
-    table = Table("key", "value", "meaning", title=f"clippy {verb.summary}", title_justify="left", pad_edge=False)
-    for name, field in config.keys(verb.schema):
-        meaning, choices, minimum, maximum = (
-            field.metadata[part] for part in ("meaning", "choices", "minimum", "maximum")
-        )
-        meaning += f" [one of {', '.join(choices)}]" if choices else ""
-        meaning += f" [at least {minimum:g}]" if minimum is not None else ""
-        meaning += f" [at most {maximum:g}]" if maximum is not None else ""
-        table.add_row(escape(name), escape(str(values[name])) or "(required)", escape(meaning))
-    console = Console(highlight=False)
-    console.print(table)
-    if verb.schema is config.TrainConfig:
-        console.print(f"Groups: experiment ({', '.join(compose.experiments())}),")
-        console.print("recipe (original), model, optim, strategy, launcher.")
-        console.print("Values are those of the experiment given: clippy train experiment=NAME --help")
-    return 0
 
 
 if __name__ == "__main__":

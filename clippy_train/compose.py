@@ -1,23 +1,25 @@
-"""Command line -> typed configuration, through Hydra and once per run.
+"""Command line -> typed configuration, through Hydra, once per run.
 
-`key=value` overrides are Hydra's, with two additions: an unknown key is refused with the nearest one, and free text
+Overrides are Hydra's `KEY=VALUE`, except that an unknown key or option is rejected with the nearest one, and free text
 (prompts, paths) is taken as typed, without Hydra's quoting rules.
 """
 
 import difflib
 import re
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clippy_train.config import TrainConfig, keys, typed
+from clippy_train.config import TrainConfig, keys, to_schema
 from clippy_train.errors import ConfigError, first_line
 from clippy_train.launch.resources import fill_in
 
@@ -28,104 +30,166 @@ _HERE = Path(__file__).parent
 _INSTALLED = (_HERE / "conf").is_dir()
 CONF = _HERE / "conf" if _INSTALLED else _HERE.parent / "conf"
 LAUNCH = _HERE / "launch_scripts" if _INSTALLED else _HERE.parent / "launch"
+MOST_VALUES = 10_000  # of one key in a sweep: stops an endless range
+TYPE_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list[str]: "a list of texts",
+    list[int]: "a list of whole numbers",
+    list[float]: "a list of numbers",
+    NoneType: "null",
+}
 
 
 def compose(schema: type[T], overrides: list[str]) -> T:
-    """The configuration of a verb.
+    """Compose and check the configuration of a verb.
 
     Raises:
-        ConfigError: an unknown key or choice, a value of the wrong type, a missing value, a contradiction.
+        ConfigError: an unknown key or option, a value of the wrong type, a missing value, a contradiction.
     """
-    return validated(composition(schema, overrides), schema)
+    return checked(composition(schema, overrides), schema)
 
 
-def validated(composed: DictConfig, schema: type[T]) -> T:
-    """As `compose`, for what is composed already."""
+def checked(composed: DictConfig, schema: type[T]) -> T:
+    """Convert what `composition` returned to its schema; errors as in `compose`."""
     try:
         if schema is TrainConfig:
             fill_in(composed)
-        return typed(composed, schema)
-    except OmegaConfBaseException as error:  # an interpolation of what there is not
-        raise ConfigError(reason(error)) from error
-
-
-def checked(schema: type, overrides: list[str]) -> list[Override]:
-    """Parse overrides and refuse keys that do not exist.
-
-    Raises:
-        ConfigError: naming the key at fault and the nearest ones.
-    """
-    known = dict(keys(schema))
-    groups = (
-        {str(path.relative_to(CONF)) for path in CONF.iterdir() if path.is_dir()} if schema is TrainConfig else set()
-    )
-    parsed = []
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"{text!r} is not KEY=VALUE")
-        name = name.lstrip("+")
-        if name not in known and name not in groups:
-            near = difflib.get_close_matches(name, [*known, *groups], n=3, cutoff=0.5)
-            near += [each for each in known if each.endswith(f".{name}") and each not in near]
-            hint = f"; did you mean {' or '.join(near)}?" if near else " (--help lists every key)"
-            raise ConfigError(f"unknown key {name}{hint}")
-        if name in known and known[name].metadata["text"] and schema is not TrainConfig:
-            text = f"{name}={quoted(value)}" if value != "null" else text
-        if name in known and known[name].type in (list[str], list[int]) and value[:1] not in ("[", ""):
-            text = f"{name}=[{quoted(value) if known[name].type == list[str] else value}]"  # one is a list of one
-        is_text = name in known and known[name].metadata["text"]
-        parsed.append(_parsed(text, f"{name}={quoted(value)}" if is_text else ""))
-    return parsed
-
-
-def _parsed(text: str, as_text: str) -> Override:
-    """An override; `as_text`, where free text is no value of Hydra's (a path with `{split}`) or another (1.10: 1.1)."""
-    parse = OverridesParser.create().parse_overrides
-    try:
-        (parsed,) = parse([text])
-    except HydraException as error:
-        if not as_text:
-            raise ConfigError(f"{text}: {first_line(error)}") from error
-    else:
-        if not as_text or not isinstance(parsed.value(), int | float):
-            return parsed
-    return parse([as_text])[0]
-
-
-def quoted(text: str) -> str:
-    """Text as a Hydra string that means exactly that text, interpolations and all."""
-    escaped = text.replace("${", "\\${")
-    backslashes = re.sub(r"(\\+)(?=\"|$)", r"\1\1", escaped)  # Hydra unescapes them only before a quote
-    return '"' + backslashes.replace('"', '\\"') + '"'
+        return to_schema(composed, schema)
+    except OmegaConfBaseException as error:  # an interpolation of a key that does not exist
+        raise ConfigError(explanation(error)) from error
 
 
 def composition(schema: type, overrides: list[str]) -> DictConfig:
-    """As `compose`, without looking at values beyond their types."""
-    name = register(schema)
-    lines = [input_line(override) for override in checked(schema, overrides)]
+    """Compose the configuration of a verb; of its values, only the types are checked."""
+    parsed = parse_overrides(schema, overrides)
+    name = register_schema(schema)
     try:
         with _search_path(schema):
-            return hydra.compose(name, overrides=lines)
+            return hydra.compose(name, overrides=[input_line(override) for override in parsed])
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(reason(error)) from error
+        raise ConfigError(_wrong_type(schema, parsed, error) or explanation(error)) from error
 
 
-def _search_path(schema: type) -> Any:
-    """conf/ for `train`; none for the other verbs, whose keys (`model`) may be called like its groups."""
+def _search_path(schema: type) -> hydra.initialize | hydra.initialize_config_dir:
+    """conf/ for `train`; none for the other verbs, whose keys (`model`) may have the names of its groups."""
     if schema is TrainConfig:
         return hydra.initialize_config_dir(str(CONF), version_base="1.3")
     return hydra.initialize(None, version_base="1.3")
 
 
-def register(schema: type) -> str:
-    """Make a schema known to Hydra; the name of the configuration to compose."""
+def register_schema(schema: type) -> str:
+    """Make a schema known to Hydra; return the name of the configuration to compose."""
     name = schema.__name__.removesuffix("Config").lower()
-    if schema is TrainConfig:
-        ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    else:
-        ConfigStore.instance().store(name=name, node=schema)
+    ConfigStore.instance().store(name="train_schema" if schema is TrainConfig else name, node=schema)
     return name
+
+
+def groups() -> dict[str, list[str]]:
+    """The options of each group of `clippy train`, the default first: `null` if nothing is chosen."""
+    defaults = [item for item in OmegaConf.load(CONF / "train.yaml").defaults if isinstance(item, DictConfig)]
+    found = {}
+    for name, default in ((str(name), str(item[name] or "null")) for item in defaults for name in item):
+        if (CONF / name).is_dir():
+            options = sorted(path.stem for path in (CONF / name).glob("*.yaml"))
+            found[name] = [default, *(option for option in options if option != default)]
+    return dict(sorted(found.items(), key=lambda item: item[1][0] != "null"))
+
+
+def parse_overrides(schema: type, overrides: list[str], sweep: bool = False) -> list[Override]:
+    """Parse overrides. Hydra's prefixes `+` and `++` are accepted and change nothing: every key exists.
+
+    Raises:
+        ConfigError: a key or an option that does not exist, a value that Hydra cannot read, or, without `sweep`,
+            several values.
+    """
+    options = groups() if schema is TrainConfig else {}
+    parsed = [_parse(schema, options, text) for text in overrides]
+    for override, text in zip(parsed, overrides, strict=True):
+        if override.is_sweep_override() and not sweep:
+            hint = ", or add -m for a sweep over them" if schema is TrainConfig else ""
+            raise ConfigError(f"{text}: give one value{hint}. Text with a comma needs quotes: KEY='\"a,b\"'")
+    names = [override.key_or_group for override in parsed]
+    for name in options:
+        if names.count(name) > 1:
+            raise ConfigError(f"{name} is given {names.count(name)} times: choose one option")
+    # Hydra can default to null in a group, but not be told to.
+    return [override for override in parsed if override.key_or_group not in options or override.value() is not None]
+
+
+def _parse(schema: type, options: dict[str, list[str]], text: str) -> Override:
+    known = dict(keys(schema))
+    name, equals, value = text.lstrip("+").partition("=")
+    if name.startswith("~"):
+        raise ConfigError(f"{text}: keys cannot be removed; set KEY=null where null is allowed")
+    if not name or not equals:
+        raise ConfigError(f"{text!r} is not KEY=VALUE")
+    if name in options:
+        return _parse_choice(name, value, options[name])
+    if name not in known:
+        raise ConfigError(_unknown_key(name, [*known, *options]))
+    key_type, is_text = known[name].type, known[name].metadata["text"]
+    if is_text and schema is not TrainConfig:
+        value = quoted(value) if value != "null" else value
+    if key_type in (list[str], list[int]) and value[:1] not in ("[", ""):
+        value = f"[{quoted(value) if key_type == list[str] else value}]"  # one value is a list of one
+    override = _parse_value(name, value, quoted(text.partition("=")[2]) if is_text else None)
+    if isinstance(override.value(), Glob):
+        raise ConfigError(f"{text}: glob() matches the options of a group; {name} is a key")
+    return override
+
+
+def _unknown_key(name: str, known: list[str]) -> str:
+    inside = [each for each in known if each.startswith(f"{name}.")]
+    if inside:
+        return f"{name} is a section: set its keys one by one, as in {inside[0]}=VALUE"
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near += [each for each in known if each.endswith(f".{name}") and each not in near]
+    return f"unknown key {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else " (--help lists all keys)")
+
+
+def _parse_choice(group: str, value: str, options: list[str]) -> Override:
+    override = _parse_value(group, value)
+    pattern: object = override.value()
+    if isinstance(pattern, Glob):
+        chosen = pattern.filter([option for option in options if option != "null"])
+        if chosen:
+            return _parse_value(group, f"choice({','.join(chosen)})")
+    else:
+        chosen = sweep_values(override) if override.is_sweep_override() else [override.get_value_element_as_str()]
+        chosen = [option.strip("'\"") for option in chosen]
+        if "null" in chosen and override.is_sweep_override():
+            raise ConfigError(f"{group}={value}: null cannot be part of a sweep")
+    if not chosen or not set(chosen) <= set(options):
+        raise ConfigError(f"{group}={value}: choose one of {', '.join(options)}")
+    return _parse_value(group, "null") if chosen == ["null"] else override
+
+
+def _parse_value(name: str, value: str, as_text: str | None = None) -> Override:
+    """Parse a value; use `as_text` for text that Hydra cannot read (`/data/{split}`) or reads as a number (1.10)."""
+    parse = OverridesParser.create().parse_override
+    try:
+        parsed = parse(f"{name}={value}")
+    except (HydraException, RecursionError) as error:
+        if as_text is not None:
+            return parse(f"{name}={as_text}")
+        called = " while evaluating " in str(error) and error.__cause__  # a function such as range()
+        detail = (
+            first_line(called)
+            if called
+            else "not a valid value; close quotes and brackets, and quote text, as in KEY='\"a, b\"'"
+        )
+        raise ConfigError(f"{name}={value}: {detail}") from error
+    return parse(f"{name}={as_text}") if as_text is not None and isinstance(parsed.value(), int | float) else parsed
+
+
+def quoted(text: str) -> str:
+    """Text as a Hydra string that means exactly that text, interpolations included."""
+    escaped = text.replace("${", "\\${")
+    backslashes = re.sub(r"(\\+)(?=\"|$)", r"\1\1", escaped)  # Hydra unescapes them only before a quote
+    return '"' + backslashes.replace('"', '\\"') + '"'
 
 
 def input_line(override: Override) -> str:
@@ -133,26 +197,54 @@ def input_line(override: Override) -> str:
     return override.input_line
 
 
-def reason(error: Exception) -> str:
-    """A Hydra or OmegaConf error in one line, led by the key at fault."""
-    cause: Any = error
+def sweep_values(override: Override) -> list[str]:
+    """The values of a sweep, as Hydra writes them; of an interval, its ends.
+
+    Raises:
+        ConfigError: it has no values, or no end.
+    """
+    if override.is_interval_sweep():
+        interval: Any = override.value()
+        return [str(interval.start), str(interval.end)]
+    try:
+        values = list(islice(override.sweep_string_iterator(), MOST_VALUES + 1))
+    except (HydraException, ValueError) as error:
+        raise ConfigError(f"{override.input_line}: {first_line(error)}") from error
+    if not 0 < len(values) <= MOST_VALUES:
+        raise ConfigError(f"{override.input_line}: {'too many values' if values else 'no value'} for a sweep")
+    return values
+
+
+def _wrong_type(schema: type, parsed: list[Override], error: Exception) -> str | None:
+    """The override whose value has the wrong type, and the right one; None for any other error."""
+    name = re.sub(r"\[\d+\]$", "", _key_at_fault(error)[0])
+    given = [input_line(override) for override in parsed if override.key_or_group == name]
+    if not given or name not in dict(keys(schema)):
+        return None
+    declared = dict(keys(schema))[name].type
+    allowed = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+    return f"{given[-1]}: must be {' or '.join(TYPE_NAMES[each] for each in allowed)}"
+
+
+def _key_at_fault(error: BaseException) -> tuple[str, BaseException]:
+    """The key that a Hydra or OmegaConf error is about ("" if it names none), and the error that names it."""
+    cause = error
     while cause.__cause__ is not None and not getattr(cause, "full_key", None):
         cause = cause.__cause__
-    key = getattr(cause, "full_key", None)
-    text = first_line(cause) if key else " ".join(str(error).split())
-    return f"{key}: {text}" if key else text
+    return getattr(cause, "full_key", None) or "", cause
 
 
-def to_yaml(config: Any) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def explanation(error: Exception) -> str:
+    """A Hydra or OmegaConf error in one line, led by the key at fault."""
+    name, cause = _key_at_fault(error)
+    text = first_line(cause) if name else " ".join(str(error).split())
+    text = text.replace("a ListConfig, list or tuple", "a list")
+    return f"{name}: {text}" if name else text
 
 
 def composed_values(schema: type, overrides: list[str]) -> dict[str, Any]:
-    """Every key with its value under `overrides`, `MISSING` where it has none yet: what `--help` shows."""
+    """The value of every key under `overrides`, as plain Python; keys without a value are absent."""
     composed = composition(schema, overrides)
     missing = OmegaConf.missing_keys(composed)
-    return {name: "" if name in missing else OmegaConf.select(composed, name) for name, _ in keys(schema)}
-
-
-def experiments() -> list[str]:
-    return sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+    values = {name: OmegaConf.select(composed, name) for name, _ in keys(schema) if name not in missing}
+    return {name: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for name, value in values.items()}

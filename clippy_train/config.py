@@ -1,15 +1,14 @@
 """The typed settings of every verb: one home for each key's meaning, unit, default and limits.
 
-Recipe values (learning rate, steps, batch, ...) have no default here: an experiment under `conf/` pins them. Dull
-knobs have their default here and are absent from `conf/`. `problems(config)` is pure: it reports everything that is
-wrong with a configuration at once and looks at nothing outside it (files and devices are `launch.start`'s).
+Recipe values (learning rate, steps, batch sizes, ...) have no default here: an experiment in `conf/` sets them. All
+other keys have their default here and do not appear in `conf/`. `training_problems` and `evaluation_problems` are pure:
+they report everything wrong with a configuration at once, and read neither files nor devices (`launch.start` does).
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,8 +20,10 @@ from clippy_train.errors import ConfigError
 T = TypeVar("T")
 WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]  # the model card's, in its order
 PROMPT = "def greet(name):\n  '''A function to greet user. Given a user name it should say hello'''\n"  # the card's
-STOP_SEQUENCES = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # those of the paper that introduced HumanEval
-Check = tuple[bool, str]  # whether it holds, and what to say where it does not
+STOP_SEQUENCES = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # from the paper that introduced HumanEval
+MAX_SEED = 2**31 - 1  # numpy's limit is 2**32 - 1, and each rank adds its number
+# Keys of `model` that must match the base model, as the Hugging Face configuration names them.
+SHAPE = ("num_layers", "hidden_size", "num_heads", "window_size", "max_position_embeddings")
 
 
 def key(
@@ -33,51 +34,55 @@ def key(
     text: bool = False,
     maximum: float | None = None,
 ) -> Any:
-    """Declare a key. Limits are inclusive; `text` marks free text, which the command line takes as it is typed."""
+    """Declare a key. Limits are inclusive; `text` marks free text, which needs no quoting on the command line."""
     metadata = {"meaning": meaning, "choices": choices, "minimum": minimum, "maximum": maximum, "text": text}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+# The docstring of a section is its heading in the help and in docs/configuration.md.
+
+
 @dataclass
 class RunConfig:
-    name: str = key("name of the run: its folder under run.root, so the same name resumes the same run", text=True)
-    root: str = key("folder that holds all runs", "runs", text=True)
+    """The run and its folder."""
 
-
-MAX_SEED = 2**31 - 1  # numpy's is 2**32 - 1, and ranks add their number
-# Keys of `model` that must describe the base model, by their name in the Hugging Face configuration.
-SHAPE = ("num_layers", "hidden_size", "num_heads", "window_size", "max_position_embeddings")
+    name: str = key("Name of the run and of its folder in run.root; the same name resumes the same run.", text=True)
+    root: str = key("Folder that holds all runs.", "runs", text=True)
 
 
 @dataclass
 class ModelConfig:
-    base: str | None = key("folder or hub name of the model to start from; null starts from random weights", text=True)
+    """The model, and how it is computed."""
+
+    base: str | None = key("Model to start from, a folder or a hub name; null starts from random weights.", text=True)
     base_optimizer: str = key(
-        "whether a new run goes on with the base's step and Adam moments (optimizer.safetensors, from clippy import); "
-        "data start at the beginning all the same",
+        "Whether a new run continues at the base model's step with its Adam moments (optimizer.safetensors, written by "
+        "clippy import). Data start at the beginning either way.",
         "ignore",
         choices=("ignore", "continue"),
     )
-    num_layers: int = key("transformer blocks, alternating global and local attention", minimum=1)
-    hidden_size: int = key("width of the residual stream", minimum=1)
-    num_heads: int = key("attention heads", minimum=1)
-    window_size: int = key("tokens that a local layer sees, itself included", minimum=1)
-    max_position_embeddings: int = key("longest sequence in tokens", minimum=2)
-    vocab_size: int = key("vocabulary before new tokens; with base=null the tokenizer decides", minimum=1)
+    num_layers: int = key("Transformer blocks, alternating global and local attention.", minimum=1)
+    hidden_size: int = key("Width of the residual stream.", minimum=1)
+    num_heads: int = key("Attention heads of a layer.", minimum=1)
+    window_size: int = key("Tokens that a local layer attends to, including the current one.", minimum=1)
+    max_position_embeddings: int = key("Longest sequence, in tokens.", minimum=2)
+    vocab_size: int = key(
+        "Vocabulary size before tokens are added; with model.base=null the tokenizer decides.", minimum=1
+    )
     attention: str = key(
-        "how attention is computed (docs/performance.md); auto is varlen on CUDA in bf16, else sdpa; eager is Hugging "
-        "Face's forward pass",
+        "Attention kernel (docs/performance.md). auto is varlen on CUDA in bf16, else sdpa; eager is Hugging Face's "
+        "forward pass.",
         "auto",
         choices=("auto", "eager", "sdpa", "flex", "varlen"),
     )
-    compile: bool = key("compile the forward and backward pass; takes a minute or two at the start", False)
+    compile: bool = key("Compile the forward and backward pass; takes a minute or two at the start.", False)
     checkpoint_activations: bool = key(
-        "recompute each layer's activations in the backward pass: less memory, about a third more time", False
+        "Recompute each layer's activations in the backward pass: less memory, about a third more time.", False
     )
     loss_dtype: str = key(
-        "precision of the log-softmax over the vocabulary; bf16, as in the original, rounds every token's loss",
+        "Precision of the log-softmax over the vocabulary. bf16, as in the original, rounds every token's loss.",
         "fp32",
         choices=("fp32", "bf16"),
     )
@@ -85,15 +90,19 @@ class ModelConfig:
 
 @dataclass
 class TokenizerConfig:
-    base: str | None = key("folder or hub name of the tokenizer; null takes model.base", None, text=True)
-    whitespace_tokens: list[str] = key("tokens added for runs of white space; none are added twice", WHITESPACE_TOKENS)
+    """The tokenizer, and the whitespace tokens added to it."""
+
+    base: str | None = key("Folder or hub name of the tokenizer; null uses that of model.base.", None, text=True)
+    whitespace_tokens: list[str] = key(
+        "Tokens to add for runs of whitespace, unless the tokenizer has them.", WHITESPACE_TOKENS
+    )
     matching: str = key(
-        "which white-space token wins where several fit: longest, or first_listed as in the released checkpoints",
+        "Which whitespace token wins where several match: the longest, or first_listed as in the released checkpoints.",
         "longest",
         choices=("longest", "first_listed"),
     )
     new_row_init: str = key(
-        "initial embedding of a new token: a copy of the tab token's row, or the mean of the token's former pieces",
+        "Initial embedding of a new token: a copy of the tab token's row, or the mean of the tokens that it replaces.",
         "tab",
         choices=("tab", "mean_of_pieces"),
     )
@@ -101,22 +110,22 @@ class TokenizerConfig:
 
 @dataclass
 class FilterConfig:
-    """Which documents are kept. Every rule is off unless set; what a document does not say counts as not fitting."""
+    """Which documents to keep. A rule is off unless set; a document that lacks what a set rule checks is dropped."""
 
-    extensions: list[str] = key("file endings to keep: [.py,.c]; none keeps all", [])
+    extensions: list[str] = key("File extensions to keep, as in [.py,.c]; [] keeps all.", [])
     languages: list[str] = key(
-        "programming languages to keep, as Pygments names them: [Python,C++]; none keeps all", []
+        "Programming languages to keep, by their Pygments names, as in [Python,C++]; [] keeps all.", []
     )
-    licences: list[str] = key("licences to keep, as SPDX ids: [MIT,Apache-2.0]; none keeps all", [])
-    min_stars: int | None = key("fewest stars of a document's repository", None, minimum=0)
-    min_bytes: int | None = key("smallest document, in bytes of UTF-8", None, minimum=0)
-    max_bytes: int | None = key("largest document, in bytes of UTF-8", None, minimum=1)
-    max_line_length: int | None = key("longest line, in characters (usual: 1000)", None, minimum=1)
+    licences: list[str] = key("Licences to keep, by their SPDX ids, as in [MIT,Apache-2.0]; [] keeps all.", [])
+    min_stars: int | None = key("Fewest stars of a document's repository.", None, minimum=0)
+    min_bytes: int | None = key("Smallest document, in bytes of UTF-8.", None, minimum=0)
+    max_bytes: int | None = key("Largest document, in bytes of UTF-8.", None, minimum=1)
+    max_line_length: int | None = key("Longest line, in characters (usual: 1000).", None, minimum=1)
     max_mean_line_length: float | None = key(
-        "largest mean length of lines, in characters (usual: 100)", None, minimum=0
+        "Largest mean line length of a document, in characters (usual: 100).", None, minimum=0
     )
     min_alphanumeric: float | None = key(
-        "smallest share of letters and digits (usual: 0.25)", None, minimum=0, maximum=1
+        "Smallest share of letters and digits (usual: 0.25).", None, minimum=0, maximum=1
     )
 
 
@@ -125,66 +134,73 @@ class SourceConfig:
     """Where documents come from."""
 
     path: str | None = key(
-        "where the corpus lies: a folder with train/ and validation/, or a pattern such as /data/{split}/*.parquet; a "
-        "path, or a URL that fsspec knows (https://, s3://, hf://datasets/...)",
+        "Corpus: a folder with train/ and validation/, or a pattern such as /data/{split}/*.parquet. Either a path or "
+        "a URL that fsspec can open (https://, s3://, hf://datasets/...).",
         None,
         text=True,
     )
-    hub: str | None = key("dataset of the hub instead of data.path: NAME or NAME@REVISION", None, text=True)
-    hub_config: str | None = key("configuration of the hub dataset; null takes its default", None, text=True)
+    hub: str | None = key("Hub dataset to read instead of data.path: NAME or NAME@REVISION.", None, text=True)
+    hub_config: str | None = key("Configuration of the hub dataset; null uses its default.", None, text=True)
     filter: FilterConfig = field(default_factory=FilterConfig)
-    text_column: str = key("name of the text field of a document", "text", text=True)
+    text_column: str = key("Field of a document that holds its text.", "text", text=True)
 
 
 @dataclass
 class DataConfig(SourceConfig):
-    """What a run reads, and in what order."""
+    """The documents that a run reads, and their order."""
 
-    validation_split: str = key("name of the split that is validated on", "validation", text=True)
-    seq_len: int = key("tokens in a block", minimum=2)
+    validation_split: str = key("Split to validate on.", "validation", text=True)
+    seq_len: int = key("Tokens in a block.", minimum=2)
     streams: int = key(
-        "logical streams that the corpus is read in: part of the order of the data, so keep it for the life of a run; "
-        "global_batch_size must be a multiple of it, and it of the number of processes",
+        "Logical streams that the corpus is read in. They define the order of the data, so keep the number for the "
+        "whole run. trainer.global_batch_size must be a multiple of it, and it a multiple of the number of ranks.",
         minimum=1,
     )
-    window: int = key("documents that a stream reads ahead and permutes", 256, minimum=1)
-    num_workers: int = key("loader processes for each rank; 0 tokenises in the training process", 1, minimum=0)
-    eos_between_documents: bool = key("end every document with the end-of-text token (the original did not)", True)
+    window: int = key("Documents that a stream reads ahead and permutes.", 256, minimum=1)
+    num_workers: int = key("Loader processes per rank; 0 tokenises in the training process.", 1, minimum=0)
+    eos_between_documents: bool = key("End every document with the end-of-text token (the original did not).", True)
     document_mask: bool = key(
-        "keep attention inside a document (the original did not); positions count from the start of the block all the "
-        "same",
+        "Attend only to tokens of the same document (the original did not). Positions still count from the start of "
+        "the block.",
         False,
     )
-    max_bad_fraction: float = key("share of unreadable lines beyond which the run stops", 0.01, minimum=0.0)
+    max_bad_fraction: float = key("Share of unreadable lines above which the run stops.", 0.01, minimum=0.0)
 
 
 @dataclass
 class OptimConfig:
-    name: str = key("optimizer", choices=("adamw", "adafactor"))
-    lr: float = key("peak learning rate; adafactor multiplies it by each tensor's root mean square", minimum=0.0)
-    betas: list[float] | None = key("AdamW's decay rates of the first and second moment", None)
-    eps: float | None = key("AdamW's epsilon, outside the square root", None, minimum=0.0)
+    """The optimizer and its schedule."""
+
+    name: str = key("Optimizer.", choices=("adamw", "adafactor"))
+    lr: float = key("Peak learning rate; Adafactor multiplies it by each tensor's root mean square.", minimum=0.0)
+    betas: list[float] | None = key("AdamW's decay rates of the first and second moments.", None)
+    eps: float | None = key("AdamW's epsilon, outside the square root.", None, minimum=0.0)
     weight_decay: float | None = key(
-        "AdamW's decoupled weight decay on everything but biases and LayerNorm scales", None, minimum=0.0
+        "AdamW's decoupled weight decay of everything but biases and LayerNorm scales.", None, minimum=0.0
     )
-    warmup_steps: int = key("steps of linear warm-up from 0", minimum=0)
-    decay_steps: int = key("steps of cosine decay after the warm-up", minimum=0)
-    min_lr_ratio: float = key("learning rate after the decay as a share of the peak", minimum=0.0)
-    grad_clip: float = key("largest global gradient norm; 0 turns clipping off", minimum=0.0)
+    warmup_steps: int = key("Steps of linear warm-up from 0.", minimum=0)
+    decay_steps: int = key("Steps of cosine decay after the warm-up.", minimum=0)
+    min_lr_ratio: float = key("Learning rate after the decay, as a share of the peak.", minimum=0.0, maximum=1.0)
+    grad_clip: float = key("Largest global gradient norm; 0 disables clipping.", minimum=0.0)
 
 
 @dataclass
 class StrategyConfig:
-    name: str = key("how ranks share the work", choices=("single", "ddp", "zero"))
-    stage: int = key("ZeRO stage: what is partitioned (1 optimizer, 2 + gradients, 3 + weights)", 0, minimum=0)
+    """How ranks share the work."""
+
+    name: str = key("Kind of data parallelism.", choices=("single", "ddp", "zero"))
+    stage: int = key(
+        "ZeRO stage, that is what is partitioned: 1 optimizer state, 2 also gradients, 3 also weights.", 0, minimum=0
+    )
     reduce_dtype: str = key(
-        "precision in which ranks sum their gradients: fp32 as in the original; bf16 halves the traffic and rounds the "
-        "sum (simulated: 0.4 % off at 8 ranks, 2.3 % at 512)",
+        "Precision in which ranks sum their gradients: fp32 as in the original. bf16 halves the traffic and rounds the "
+        "sum (simulated: 0.4 % off at 8 ranks, 2.3 % at 512).",
         "fp32",
         choices=("fp32", "bf16"),
     )
     reduce_bucket_size: int = key(
-        "gradient elements reduced at once; well below the model's size, so that reducing overlaps with backward",
+        "Gradient elements reduced at once. Keep it well below the size of the model, so that reduction overlaps with "
+        "the backward pass.",
         20_000_000,
         minimum=1,
     )
@@ -192,101 +208,117 @@ class StrategyConfig:
 
 @dataclass
 class TrainerConfig:
-    max_steps: int = key("optimizer steps of the whole run", minimum=1)
-    global_batch_size: int = key("sequences in an optimizer step, over all ranks", minimum=1)
-    micro_batch_size: int = key("sequences in one forward and backward pass of a rank", minimum=1)
-    eval_micro_batch_size: int = key("sequences in one validation pass of a rank", minimum=1)
+    """Steps, batches and devices."""
+
+    max_steps: int = key("Optimizer steps of the whole run.", minimum=1)
+    global_batch_size: int = key("Sequences in an optimizer step, over all ranks.", minimum=1)
+    micro_batch_size: int = key("Sequences in one forward and backward pass of a rank.", minimum=1)
+    eval_micro_batch_size: int = key("Sequences in one validation pass of a rank.", minimum=1)
     accelerator: str = key(
-        "device that ranks run on; auto is cuda where it is visible", "auto", choices=("auto", "cpu", "cuda")
+        "Device that ranks run on; auto is cuda if CUDA is visible.", "auto", choices=("auto", "cpu", "cuda")
     )
     devices: int | None = key(
-        "ranks on each node; null: its CUDA devices (those of the Slurm job, in one), or on CPU the job's tasks on a "
-        "node, or one",
+        "Ranks per node. null: the CUDA devices of the node (in a Slurm job, those of the job); on CPU, the job's "
+        "tasks per node, or 1.",
         None,
         minimum=1,
     )
-    num_nodes: int | None = key("nodes; null: those of the Slurm job, or one", None, minimum=1)
-    precision: str = key("arithmetic of the forward and backward pass", choices=("bf16", "fp32"))
-    log_every_steps: int = key("steps between two logged rows", minimum=1)
-    val_every_steps: int = key("steps between two validations", minimum=1)
-    val_samples: int = key("sequences of the validation split that a validation uses", minimum=1)
+    num_nodes: int | None = key("Nodes. null: those of the Slurm job, or 1.", None, minimum=1)
+    precision: str = key("Precision of the forward and backward pass.", choices=("bf16", "fp32"))
+    log_every_steps: int = key("Steps between two logged rows.", minimum=1)
+    val_every_steps: int = key("Steps between two validations.", minimum=1)
+    val_samples: int = key("Sequences of the validation split to validate on.", minimum=1)
     audit: bool = key(
-        "log every step, with a digest of its token ids (data/digest), and write to ledger.jsonl what it was cut from",
+        "Log every step, with a digest of its token ids (data/digest), and record the documents of each step in "
+        "ledger.jsonl.",
         False,
     )
     watchdog_seconds: int = key(
-        "longest time without progress of a rank, six times that at the start, in validation and in a save; then the "
-        "run ends and the stacks of all ranks lie in its folder; 0 never ends it",
+        "Abort if a rank makes no progress for this many seconds (six times as many during start-up, validation and "
+        "saves), and write the stacks of all ranks to the run folder; 0 disables it.",
         600,
         minimum=0,
     )
     profile_steps: int = key(
-        "steps that torch's profiler traces, from the fourth of this life on, into profile/ of the run folder; 0: none",
+        "Steps to trace with torch's profiler, from the fourth step of an attempt on, into profile/ of the run folder; "
+        "0 disables it.",
         0,
         minimum=0,
     )
     peak_tflops: float | None = key(
-        "dense peak of one device at trainer.precision in TFLOP/s, which throughput/mfu is a share of; null: that of "
-        "the GPU in bf16 if it is a common one, else there is no MFU",
+        "Dense peak of one device at trainer.precision, in TFLOP/s; throughput/mfu is a share of it. null: the bf16 "
+        "peak of common GPUs; on other devices no MFU is logged.",
         None,
         minimum=1e-9,
     )
-    deterministic: bool = key("refuse operations whose result varies from run to run", True)
+    deterministic: bool = key("Refuse operations whose result varies from run to run.", True)
 
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int = key("steps between two checkpoints", minimum=1)
+    """When to save, and what to keep."""
+
+    every_steps: int = key("Steps between two checkpoints.", minimum=1)
     every_minutes: float | None = key(
-        "minutes after which a checkpoint is due at the latest; null: steps decide", None, minimum=0
+        "Also save when the last checkpoint is this many minutes old; null saves by steps only.", None, minimum=0
     )
     asynchronous: bool = key(
-        "write checkpoints behind training, which stops only while state is copied to host memory; takes that memory",
+        "Write checkpoints beside training, which stops only while state is copied to host memory; takes that memory.",
         True,
     )
-    keep_last: int = key("newest checkpoints kept; older ones are deleted after a newer one is complete", minimum=1)
+    keep_last: int = key("Newest checkpoints to keep; older ones are deleted once a newer one is complete.", minimum=1)
     keep_every: int | None = key(
-        "checkpoints of every so many steps are never deleted; null: none is kept", None, minimum=1
+        "Never delete the checkpoints at multiples of this many steps; null deletes them like the others.",
+        None,
+        minimum=1,
     )
-    max_failed_saves: int = key("failed saves in a row after which a run stops; until then it goes on", 3, minimum=1)
+    max_failed_saves: int = key("The run stops after this many failed saves in a row.", 3, minimum=1)
 
 
 @dataclass
 class LauncherConfig:
+    """What starts ranks and trials."""
+
     name: str = key(
-        "what starts the ranks: this command on this machine, srun in a Slurm job, or the torchrun that runs this "
-        "command; auto is whichever of them it runs under",
+        "What starts the ranks: this command on this machine (local), srun in a Slurm job (slurm), or the torchrun "
+        "that runs this command (torchrun). auto is the one that this command runs under.",
         "auto",
         choices=("auto", "local", "slurm", "torchrun"),
     )
     preflight: bool = key(
-        "slurm: before training, count the devices of every node and time an all-reduce; takes seconds", True
+        "On Slurm, count the devices of every node and time an all-reduce before training; takes seconds.", True
     )
     parallel: int | None = key(
-        "sweep: trials that run at the same time; null: one on this machine, all of them on Slurm", None, minimum=1
+        "In a sweep, trials that run at the same time. null: one on this machine, all of them on Slurm.",
+        None,
+        minimum=1,
     )
-    sbatch: str = key("sweep with launcher=slurm: options of sbatch for each trial's job", "", text=True)
-    max_requeues: int = key("slurm: times that an interrupted job is put back into the queue", 100, minimum=0)
+    sbatch: str = key("In a sweep with launcher=slurm, options of sbatch for each trial's job.", "", text=True)
+    max_requeues: int = key("On Slurm, how often an interrupted job is requeued.", 100, minimum=0)
 
 
 @dataclass
 class SweepConfig:
+    """Sweeps (clippy train -m)."""
+
     trials: int | None = key(
-        "sweep: trials whose values Optuna chooses; null runs every combination of the values given", None, minimum=1
+        "Trials whose values Optuna chooses; null runs every combination of the values given.", None, minimum=1
     )
 
 
 @dataclass
 class LoggerConfig:
-    tensorboard: bool = key("write TensorBoard events to the run folder", True)
+    """Where numbers and samples go."""
+
+    tensorboard: bool = key("Write TensorBoard events to the run folder.", True)
     wandb: bool = key(
-        "log to Weights & Biases as well: needs clippy_train[wandb], and WANDB_API_KEY or WANDB_MODE=offline", False
+        "Also log to Weights & Biases; needs clippy_train[wandb], and WANDB_API_KEY or WANDB_MODE=offline.", False
     )
     sample_prompts: list[str] = key(
-        "prompts that the model in training completes, greedily, at every validation; [] for none", [PROMPT]
+        "Prompts that the model completes, greedily, at every validation; [] disables it.", [PROMPT]
     )
-    sample_tokens: int = key("tokens of such a completion; each costs a forward pass of a row", 64, minimum=1)
-    hparams: list[str] = key("NAME=VALUE of what TensorBoard's HPARAMS tab compares; a sweep sets what it varies", [])
+    sample_tokens: int = key("Tokens of such a completion; each costs a forward pass of one row.", 64, minimum=1)
+    hparams: list[str] = key("NAME=VALUE of what TensorBoard's HPARAMS tab compares; a sweep sets what it varies.", [])
 
 
 @dataclass
@@ -305,12 +337,12 @@ class TrainConfig:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     resume: str = key(
-        "auto continues from the last complete checkpoint if there is one, must needs one, never refuses one; "
-        "or a folder: the checkpoint that a run starts from which has none of its own",
+        "auto continues from the last complete checkpoint if there is one, must requires one, never refuses a run that "
+        "has one. A checkpoint folder: a run without a checkpoint starts from that one.",
         "auto",
         text=True,
     )
-    seed: int = key("seed of the data order, of new weights and of dropout", 42, minimum=0, maximum=MAX_SEED)
+    seed: int = key("Seed of the data order, of new weights and of dropout.", 42, minimum=0, maximum=MAX_SEED)
 
     @property
     def run_dir(self) -> Path:
@@ -318,10 +350,10 @@ class TrainConfig:
 
     @property
     def nodes_and_devices(self) -> tuple[int, int]:
-        """Nodes, and ranks on each of them."""
+        """The number of nodes, and of ranks on each."""
         nodes, devices = self.trainer.num_nodes, self.trainer.devices
         assert nodes is not None
-        assert devices is not None, "launch.resources fills these in when a configuration is composed"
+        assert devices is not None, "launch.resources sets these when a configuration is composed"
         return nodes, devices
 
     @property
@@ -331,12 +363,12 @@ class TrainConfig:
 
     @property
     def deepspeed(self) -> bool:
-        """Whether ranks run under DeepSpeed. Its ZeRO flattens parameters into one vector: Adafactor needs shapes."""
+        """Whether ranks run under DeepSpeed. Its ZeRO flattens parameters into one vector; Adafactor needs shapes."""
         return self.strategy.name == "zero" and self.optim.name != "adafactor"
 
     @property
     def attention(self) -> str:
-        """The kernel that `model.attention` stands for."""
+        """The attention kernel: `model.attention`, with `auto` resolved."""
         if self.model.attention != "auto":
             return self.model.attention
         return "varlen" if self.trainer.accelerator == "cuda" and self.trainer.precision == "bf16" else "sdpa"
@@ -353,25 +385,25 @@ class TrainConfig:
 
 @dataclass
 class DedupConfig:
-    """Which documents count as seen before. The first one is kept."""
+    """Which documents are duplicates. The first one is kept."""
 
     exact: bool = key(
-        "leave out a document with the same sequence of words as an earlier one, whatever lies between them, as the "
-        "original did; takes some 100 bytes of memory for each document",
+        "Drop a document with the same sequence of words as an earlier one, whatever separates the words, as the "
+        "original did. Takes about 100 bytes of memory per document.",
         True,
     )
     near: bool = key(
-        "leave out a document that is similar to an earlier one (MinHash LSH); takes kilobytes of memory for each",
+        "Drop a document that is similar to an earlier one (MinHash LSH). Takes kilobytes of memory per document.",
         False,
     )
     threshold: float = key(
-        "dedup.near: Jaccard similarity of two documents' runs of 5 words from which they count as similar",
+        "For dedup.near: Jaccard similarity of two documents' sequences of 5 words from which they count as similar.",
         0.7,
         minimum=0,
         maximum=1,
     )
     permutations: int = key(
-        "dedup.near: hash functions of a MinHash; more tell similarities more exactly", 256, minimum=2
+        "For dedup.near: hash functions of a MinHash; more of them estimate similarity better.", 256, minimum=2
     )
 
 
@@ -380,92 +412,94 @@ class CorpusConfig:
     """`clippy corpus`."""
 
     src: list[str] = key(
-        "folders of git repositories or of packages (SRC... on the command line); without any, and without hub, "
-        "the source code of this Python",
+        "Folders of git repositories or of packages (SRC... on the command line). With neither src nor hub: the source "
+        "code of this Python.",
         [],
     )
     hub: str | None = key(
-        "dataset to read: NAME or NAME@REVISION on the hub, or a folder of jsonl, parquet, ...", None, text=True
+        "Dataset to read: NAME or NAME@REVISION on the hub, or a folder of jsonl, parquet, ...", None, text=True
     )
-    hub_config: str | None = key("configuration of the hub dataset; null takes its default", None, text=True)
-    hub_split: str = key("split of the hub dataset to read", "train", text=True)
-    text_column: str = key("column of the hub dataset that holds the text", "text", text=True)
-    out: str = key("new folder for the shards", text=True)
+    hub_config: str | None = key("Configuration of the hub dataset; null uses its default.", None, text=True)
+    hub_split: str = key("Split of the hub dataset to read.", "train", text=True)
+    text_column: str = key("Column of the hub dataset that holds the text.", "text", text=True)
+    out: str = key("New folder for the shards.", text=True)
     filter: FilterConfig = field(default_factory=lambda: FilterConfig(min_bytes=64, max_bytes=1_000_000))
     dedup: DedupConfig = field(default_factory=DedupConfig)
     validation_fraction: float = key(
-        "share of repositories (or packages) held out for validation, at least one of them", 0.05, minimum=0.0
+        "Share of repositories (or packages) held out for validation, at least one of them.", 0.05, minimum=0.0
     )
     test_fraction: float = key(
-        "share of repositories (or packages) held out for testing, at least one of them", 0.05, minimum=0.0
+        "Share of repositories (or packages) held out for testing, at least one of them.", 0.05, minimum=0.0
     )
-    shard_bytes: int = key("largest shard, in bytes before compression", 8_000_000, minimum=1)
-    seed: int = key("seed of the split and of the order of documents", 42, minimum=0, maximum=MAX_SEED)
+    shard_bytes: int = key("Largest shard, in bytes before compression.", 8_000_000, minimum=1)
+    seed: int = key("Seed of the split and of the order of documents.", 42, minimum=0, maximum=MAX_SEED)
 
 
 @dataclass
 class ExtendConfig:
     """`clippy extend`."""
 
-    base: str = key("folder or hub name of the model and tokenizer to extend", text=True)
-    out: str = key("new folder for the extended model and tokenizer", text=True)
-    whitespace_tokens: list[str] = key("tokens to add", WHITESPACE_TOKENS)
-    matching: str = key("see tokenizer.matching of train", "longest", choices=("longest", "first_listed"))
-    new_row_init: str = key("see tokenizer.new_row_init of train", "tab", choices=("tab", "mean_of_pieces"))
+    base: str = key("Folder or hub name of the model and tokenizer to extend.", text=True)
+    out: str = key("New folder for the extended model and tokenizer.", text=True)
+    whitespace_tokens: list[str] = key("Tokens to add.", WHITESPACE_TOKENS)
+    matching: str = key("As tokenizer.matching of clippy train.", "longest", choices=("longest", "first_listed"))
+    new_row_init: str = key("As tokenizer.new_row_init of clippy train.", "tab", choices=("tab", "mean_of_pieces"))
 
 
 @dataclass
 class ImportConfig:
     """`clippy import`."""
 
-    flax: str = key("checkpoint folder of the original Flax script: config.json, flax_model.msgpack, ...", text=True)
-    out: str = key("new folder for the Hugging Face model", text=True)
+    flax: str = key("Checkpoint folder of the original Flax script: config.json, flax_model.msgpack, ...", text=True)
+    out: str = key("New folder for the Hugging Face model.", text=True)
 
 
 @dataclass
 class CheckpointsConfig:
     """`clippy checkpoint`."""
 
-    action: str = key("ls lists them by their sizes, verify reads every byte", choices=("ls", "verify"))
-    run: str = key("run folder", text=True)
+    action: str = key("ls checks the size of every file; verify reads and hashes every byte.", choices=("ls", "verify"))
+    run: str = key("Run folder.", text=True)
 
 
 @dataclass
 class ExportConfig:
     """`clippy export`."""
 
-    run: str = key("run folder", text=True)
-    out: str = key("new folder for the Hugging Face model", text=True)
+    run: str = key("Run folder.", text=True)
+    out: str = key("New folder for the Hugging Face model.", text=True)
     step: str | None = key(
-        "step to export, or best (the lowest val/bits_per_byte); null takes the last complete checkpoint",
+        "Step to export, or best (the lowest val/bits_per_byte); null exports the last complete checkpoint.",
         None,
         text=True,
     )
-    dtype: str = key("precision of the exported weights", "fp32", choices=("fp32", "bf16"))
-    evaluations: list[str] = key("results for the model card, from clippy evaluate out=FILE on these weights", [])
-    push_to: str | None = key(
-        "repository of the hub (NAME/NAME) to publish the folder in; takes the token from HF_TOKEN", None, text=True
+    dtype: str = key("Precision of the exported weights.", "fp32", choices=("fp32", "bf16"))
+    evaluations: list[str] = key(
+        "Results for the model card, written by clippy evaluate out=FILE for these weights.", []
     )
-    public: bool = key("whether push_to may be seen by everybody", False)
+    push_to: str | None = key(
+        "Hub repository (NAME/NAME) to publish the folder in; needs HF_TOKEN in the environment.", None, text=True
+    )
+    public: bool = key("Whether the repository in push_to is public.", False)
 
 
 @dataclass
 class GenerateConfig:
     """`clippy generate`."""
 
-    model: str = key("folder or hub name of a model with its tokenizer", text=True)
-    prompt: str | None = key("text to continue; - reads standard input", None, text=True)
-    file: str | None = key("file with the text to continue, instead of prompt", None, text=True)
-    max_new_tokens: int = key("longest completion in tokens", 128, minimum=1)
-    temperature: float = key("sampling temperature; 0 is greedy", 0.0, minimum=0.0)
-    top_p: float = key("share of probability mass to sample from", 0.95, minimum=0.0, maximum=1.0)
-    num_samples: int = key("completions; a single one is shown while it grows", 1, minimum=1)
+    model: str = key("Folder or hub name of a model with its tokenizer.", text=True)
+    prompt: str | None = key("Text to complete; - reads standard input.", None, text=True)
+    file: str | None = key("File with the text to complete, instead of prompt.", None, text=True)
+    max_new_tokens: int = key("Longest completion, in tokens.", 128, minimum=1)
+    temperature: float = key("Sampling temperature; 0 is greedy.", 0.0, minimum=0.0)
+    top_p: float = key("Share of probability mass to sample from.", 0.95, minimum=0.0, maximum=1.0)
+    num_samples: int = key("Completions; a single one is printed as it is generated.", 1, minimum=1)
     stop: str = key(
-        "where a completion ends before max_new_tokens: at the end of the function that it writes, or none",
+        "Where a completion ends before max_new_tokens: at the end of the function that it writes, or nowhere (none).",
         "function",
         choices=("function", "none"),
     )
-    seed: int = key("seed of the sampling", 42, minimum=0, maximum=MAX_SEED)
+    seed: int = key("Seed of the sampling.", 42, minimum=0, maximum=MAX_SEED)
 
 
 @dataclass
@@ -473,60 +507,61 @@ class EvaluateConfig:
     """`clippy evaluate`."""
 
     task: str = key(
-        "perplexity: loss and bits per byte on a split; humaneval: share of programming problems that samples solve",
+        "perplexity: loss and bits per byte on a split. humaneval: share of programming problems that samples solve.",
         choices=("perplexity", "humaneval"),
     )
-    model: list[str] = key("folders or hub names of models with their tokenizers; [A,B] compares them", [])
-    out: str | None = key("file for the results as JSON", None, text=True)
-    batch_size: int = key("sequences in one forward pass", 8, minimum=1)
+    model: list[str] = key("Folders or hub names of models with their tokenizers; [A,B] compares them.", [])
+    out: str | None = key("File for the results, as JSON.", None, text=True)
+    batch_size: int = key("Sequences in one forward pass.", 8, minimum=1)
     data: SourceConfig = field(default_factory=lambda: SourceConfig())
-    split: str = key("perplexity: split to score", "validation", text=True)
-    seq_len: int | None = key("perplexity: tokens in a row; null takes what all models can", None, minimum=2)
+    split: str = key("perplexity: split to score.", "validation", text=True)
+    seq_len: int | None = key("perplexity: tokens in a row; null uses the most that all models take.", None, minimum=2)
     max_rows: int | None = key(
-        "perplexity: rows to score, from the start of the split; null takes all", None, minimum=1
+        "perplexity: rows to score, from the start of the split; null scores all.", None, minimum=1
     )
     stride: int | None = key(
-        "perplexity: null scores blocks, as validation during training does; a number scores each document by itself, "
-        "in windows of seq_len tokens that move on by so many, of which a window scores the new ones",
+        "perplexity: null scores blocks, as validation during training does. A number scores each document by itself, "
+        "in windows of seq_len tokens that advance by this many tokens; each window scores its new tokens.",
         None,
         minimum=1,
     )
-    eos_between_documents: bool = key("perplexity: end documents in blocks with the end-of-text token", True)
+    eos_between_documents: bool = key("perplexity: end documents in blocks with the end-of-text token.", True)
     problems: str | None = key(
-        "humaneval: file in HumanEval's format (.jsonl, .jsonl.gz), or a dataset of the hub", None, text=True
+        "humaneval: file in HumanEval's format (.jsonl, .jsonl.gz), or a hub dataset.", None, text=True
     )
     samples: str | None = key(
-        "humaneval: file of samples (JSON lines of task_id and completion); with a model, what it lacks is added to it",
+        "humaneval: file of samples (JSON lines of task_id and completion). With a model, missing samples are "
+        "generated and added to it.",
         None,
         text=True,
     )
-    n: int = key("humaneval: samples for each problem", 1, minimum=1)
-    ks: list[int] = key("humaneval: k of pass@k; those above the number of samples are left out", [1, 10, 100])
-    temperature: float = key("humaneval: sampling temperature; 0 is greedy", 0.0, minimum=0.0)
-    top_p: float = key("humaneval: share of probability mass to sample from", 0.95, minimum=0.0, maximum=1.0)
-    max_new_tokens: int = key("humaneval: longest completion in tokens", 384, minimum=1)
-    stop: list[str] = key("humaneval: strings that end a completion", STOP_SEQUENCES)
-    seed: int = key("humaneval: seed of the sampling", 42, minimum=0, maximum=MAX_SEED)
+    n: int = key("humaneval: samples per problem.", 1, minimum=1)
+    ks: list[int] = key("humaneval: k of pass@k; those above the number of samples are skipped.", [1, 10, 100])
+    temperature: float = key("humaneval: sampling temperature; 0 is greedy.", 0.0, minimum=0.0)
+    top_p: float = key("humaneval: share of probability mass to sample from.", 0.95, minimum=0.0, maximum=1.0)
+    max_new_tokens: int = key("humaneval: longest completion, in tokens.", 384, minimum=1)
+    stop: list[str] = key("humaneval: strings that end a completion.", STOP_SEQUENCES)
+    seed: int = key("humaneval: seed of the sampling.", 42, minimum=0, maximum=MAX_SEED)
     allow_code_execution: bool = key(
-        "humaneval: run the samples, which are programs that nobody has read, to score them (docs/evaluate.md tells "
-        "what the sandbox does not stop)",
+        "humaneval: run the samples, unreviewed programs, to score them (docs/evaluate.md says what the sandbox does "
+        "not stop).",
         False,
     )
-    timeout: float = key("humaneval: seconds for one sample and its checks", 5.0, minimum=0.1)
-    memory_mb: int = key("humaneval: memory of one process of a sample, in MB", 1024, minimum=64)
-    workers: int | None = key("humaneval: samples run at a time; null takes the number of cores", None, minimum=1)
+    timeout: float = key("humaneval: seconds for one sample and its checks.", 5.0, minimum=0.1)
+    memory_mb: int = key("humaneval: memory of one process of a sample, in MB.", 1024, minimum=64)
+    workers: int | None = key("humaneval: samples run at a time; null uses the number of cores.", None, minimum=1)
 
 
 @dataclass
 class DemoConfig:
     """`clippy demo`."""
 
-    root: str = key("folder for the demo's corpus and tokenizer; its name is the run's as well", "demo", text=True)
-    vocab_size: int = key("size of the byte-level BPE before the white-space tokens", 4096, minimum=300)
-    prompt: str = key("prompt for the trained model (the model card's)", PROMPT, text=True)
+    root: str = key("Folder for the demo's corpus and tokenizer; its name is also the run's.", "demo", text=True)
+    vocab_size: int = key("Size of the byte-level BPE before the whitespace tokens.", 4096, minimum=300)
+    prompt: str = key("Prompt for the trained model (the model card's).", PROMPT, text=True)
 
 
-def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """Every key of a schema as (dotted name, field), sections flattened."""
     for item in dataclasses.fields(schema):
         if dataclasses.is_dataclass(item.type):
@@ -535,20 +570,21 @@ def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
             yield prefix + item.name, item
 
 
-def typed(composed: DictConfig, schema: type[T]) -> T:
-    """A composed configuration as an instance of its schema.
+def to_schema(composed: DictConfig, schema: type[T]) -> T:
+    """Convert a composed configuration to its schema, and check it.
 
     Raises:
-        ConfigError: a key is not set, or has no valid value; all of them are named at once.
+        ConfigError: keys are not set, or values are wrong or contradict each other; names all of them.
     """
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
-        hint = "; choose a recipe with experiment=NAME" if schema is TrainConfig else ""
+        hint = ", or choose a recipe with experiment=NAME" if schema is TrainConfig else ""
         raise ConfigError(f"not set: {', '.join(missing)}. Add KEY=VALUE{hint} (--help explains every key)")
     config = cast(T, OmegaConf.to_object(composed))
-    found = limits_broken(config)
+    OmegaConf.structured(config)  # checks types again: an interpolation may have put anything into a list
+    found = limit_problems(config)
     if isinstance(config, TrainConfig):
-        found += problems(config)
+        found += training_problems(config)
     if isinstance(config, EvaluateConfig):
         found += evaluation_problems(config)
     if found:
@@ -556,18 +592,18 @@ def typed(composed: DictConfig, schema: type[T]) -> T:
     return config
 
 
-def limits_broken(config: Any) -> list[str]:
+def limit_problems(config: object) -> list[str]:
     """Values outside the `choices` or the limits that their key declares."""
     found = []
     for name, item in keys(type(config)):
-        value = config
+        value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
         choices, minimum, maximum = (item.metadata[part] for part in ("choices", "minimum", "maximum"))
         if isinstance(value, float) and not math.isfinite(value):
             found.append(f"{name}={value}: must be a finite number")
         if choices and value not in choices:
-            found.append(f"{name}={value}: choose one of {', '.join(choices)}")
+            found.append(f"{name}={value}: must be one of {', '.join(choices)}")
         if minimum is not None and value is not None and value < minimum:
             found.append(f"{name}={value}: must be at least {minimum}")
         if maximum is not None and value is not None and value > maximum:
@@ -575,189 +611,176 @@ def limits_broken(config: Any) -> list[str]:
     return found
 
 
-def problems(config: TrainConfig) -> list[str]:
-    """What contradicts what in a training configuration: one line each, naming the keys and the fix."""
-    groups = (
-        _model_checks,
-        _kernel_checks,
-        _data_checks,
-        _batch_checks,
-        _optimizer_checks,
-        _strategy_checks,
-        _checkpoint_checks,
-        _logger_checks,
-    )
-    checks = chain.from_iterable(group(config) for group in groups)
-    return [message for holds, message in checks if not holds]
+def training_problems(config: TrainConfig) -> list[str]:
+    """Contradictions in a training configuration: one line each, naming the keys and the fix."""
+    return [
+        *_model_problems(config),
+        *_kernel_problems(config),
+        *_data_problems(config.data),
+        *_batch_problems(config),
+        *_optimizer_problems(config.optim),
+        *_strategy_problems(config),
+        *_checkpoint_problems(config.checkpoint),
+        *_logger_problems(config.logger),
+    ]
 
 
 def evaluation_problems(config: EvaluateConfig) -> list[str]:
-    """What contradicts what in an evaluation."""
-    group = _perplexity_checks if config.task == "perplexity" else _humaneval_checks
-    return [message for holds, message in group(config) if not holds]
+    """Contradictions in an evaluation, as `training_problems`."""
+    return list(_perplexity_problems(config) if config.task == "perplexity" else _humaneval_problems(config))
 
 
-def _perplexity_checks(config: EvaluateConfig) -> Iterator[Check]:
-    yield bool(config.model), "task=perplexity needs model=DIR, or model=[A,B]"
-    yield from _data_checks(config)
+def _perplexity_problems(config: EvaluateConfig) -> Iterator[str]:
+    if not config.model:
+        yield "task=perplexity needs model=DIR, or model=[A,B]"
+    yield from _data_problems(config.data)
 
 
-def _humaneval_checks(config: EvaluateConfig) -> Iterator[Check]:
-    yield bool(config.problems), "task=humaneval needs problems=FILE"
-    yield len(config.model) <= 1, f"model={config.model}: task=humaneval takes one model"
-    yield bool(config.samples), "task=humaneval needs samples=FILE: where samples are, or are to be written"
-    yield all(k >= 1 for k in config.ks), f"ks={config.ks}: each must be at least 1"
-    yield (
-        bool(config.model) or config.allow_code_execution,
-        "scoring samples runs them: add allow_code_execution=true if you mean it, after reading docs/evaluate.md "
-        "(or model=DIR to generate samples only)",
-    )
+def _humaneval_problems(config: EvaluateConfig) -> Iterator[str]:
+    if not config.problems:
+        yield "task=humaneval needs problems=FILE"
+    if len(config.model) > 1:
+        yield f"model=[{','.join(config.model)}]: task=humaneval takes one model"
+    if not config.samples:
+        yield "task=humaneval needs samples=FILE: samples to score, or a file to write them to"
+    if min(config.ks, default=1) < 1:
+        yield f"ks={config.ks}: each must be at least 1"
+    if not config.model and not config.allow_code_execution:
+        yield (
+            "scoring samples runs them: read docs/evaluate.md, then add allow_code_execution=true; or add model=DIR to "
+            "generate samples without scoring them"
+        )
 
 
-def _model_checks(config: TrainConfig) -> Iterator[Check]:
+def _model_problems(config: TrainConfig) -> Iterator[str]:
     model, data, name = config.model, config.data, config.run.name
-    yield (
-        bool(name) and name == Path(name).name and name not in (".", ".."),
-        f"run.name={name!r}: must be one folder name, without slashes",
-    )
-    yield (
-        data.seq_len <= model.max_position_embeddings,
-        f"data.seq_len={data.seq_len} is longer than model.max_position_embeddings={model.max_position_embeddings}: "
-        "lower data.seq_len",
-    )
-    yield (
-        model.hidden_size % max(1, model.num_heads) == 0,
-        f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}",
-    )
-    yield (
-        model.loss_dtype == "fp32" or config.trainer.precision == "bf16",
-        f"model.loss_dtype={model.loss_dtype} rounds what trainer.precision={config.trainer.precision} keeps: set "
-        "model.loss_dtype=fp32",
-    )
-    yield (
-        model.base_optimizer == "ignore" or (model.base is not None and config.optim.name == "adamw"),
-        f"model.base_optimizer={model.base_optimizer} needs a model.base and optim=adamw, but model.base={model.base} "
-        f"and optim.name={config.optim.name}",
-    )
+    if name in ("", ".", "..") or name != Path(name).name:
+        yield f"run.name={name!r}: must be the name of one folder, without slashes"
+    if data.seq_len > model.max_position_embeddings:
+        yield (
+            f"data.seq_len={data.seq_len} is longer than model.max_position_embeddings="
+            f"{model.max_position_embeddings}: lower data.seq_len"
+        )
+    if model.hidden_size % max(1, model.num_heads):
+        yield f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}"
+    if model.loss_dtype == "bf16" and config.trainer.precision != "bf16":
+        yield (
+            f"model.loss_dtype=bf16 rounds what trainer.precision={config.trainer.precision} keeps: set "
+            "model.loss_dtype=fp32"
+        )
+    if model.base_optimizer == "continue" and (model.base is None or config.optim.name != "adamw"):
+        yield (
+            "model.base_optimizer=continue needs a model.base and optim=adamw, but "
+            f"model.base={model.base or 'null'} and optim.name={config.optim.name}"
+        )
 
 
-def _kernel_checks(config: TrainConfig) -> Iterator[Check]:
+def _kernel_problems(config: TrainConfig) -> Iterator[str]:
     model, trainer = config.model, config.trainer
-    yield (
-        model.attention not in ("flex", "varlen") or trainer.accelerator == "cuda",
-        f"model.attention={model.attention} runs on CUDA only, but trainer.accelerator={trainer.accelerator}: set "
-        "model.attention=auto",
-    )
-    yield (
-        model.attention != "varlen" or trainer.precision == "bf16",
-        f"model.attention=varlen computes in bf16 only, but trainer.precision={trainer.precision}: set "
-        "model.attention=auto",
-    )
-    yield (
-        not config.data.document_mask or model.attention not in ("eager", "flex"),
-        f"data.document_mask=true: model.attention={model.attention} has no mask for documents; set "
-        "model.attention=auto",
-    )
-    yield (
-        not config.data.document_mask or config.data.eos_between_documents,
-        "data.document_mask=true finds documents by the token that ends them: set data.eos_between_documents=true",
-    )
-    yield (
-        not model.compile or config.strategy.stage != 3,
-        "model.compile=true: ZeRO-3 fetches weights between modules, which breaks every graph; choose strategy=zero2, "
-        "zero1 or ddp, or set model.compile=false",
-    )
+    if model.attention in ("flex", "varlen") and trainer.accelerator != "cuda":
+        yield (
+            f"model.attention={model.attention} runs on CUDA only, but trainer.accelerator={trainer.accelerator}: set "
+            "model.attention=auto"
+        )
+    if model.attention == "varlen" and trainer.precision != "bf16":
+        yield (
+            f"model.attention=varlen computes in bf16 only, but trainer.precision={trainer.precision}: set "
+            "model.attention=auto"
+        )
+    if config.data.document_mask and model.attention in ("eager", "flex"):
+        yield (
+            f"data.document_mask=true: model.attention={model.attention} has no mask for documents; set "
+            "model.attention=auto"
+        )
+    if config.data.document_mask and not config.data.eos_between_documents:
+        yield "data.document_mask=true needs the token that ends a document: set data.eos_between_documents=true"
+    if model.compile and config.strategy.stage == 3:
+        yield (
+            "model.compile=true: ZeRO-3 fetches weights between modules, which breaks every graph; choose "
+            "strategy=zero2, zero1 or ddp, or set model.compile=false"
+        )
 
 
-def _data_checks(config: Any) -> Iterator[Check]:
-    data: SourceConfig = config.data
-    yield (
-        bool(data.path) != bool(data.hub),
-        f"data.path={data.path} and data.hub={data.hub}: set one of them, and the other to null",
-    )
-    yield (
-        bool(data.hub) or data.hub_config is None,
-        f"data.hub_config={data.hub_config} is a configuration of data.hub, which is not set",
-    )
+def _data_problems(data: SourceConfig) -> Iterator[str]:
+    if bool(data.path) == bool(data.hub):
+        path, hub = data.path or "null", data.hub or "null"
+        yield f"data.path={path} and data.hub={hub}: set exactly one of them; the other must be null"
+    if data.hub_config is not None and not data.hub:
+        yield f"data.hub_config={data.hub_config} needs data.hub, which is not set"
 
 
-def _batch_checks(config: TrainConfig) -> Iterator[Check]:
-    trainer, streams = config.trainer, config.data.streams
-    per_pass = trainer.micro_batch_size * config.world_size
-    yield (
-        trainer.global_batch_size % max(1, per_pass) == 0,
-        f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of trainer.micro_batch_size x ranks "
-        f"= {trainer.micro_batch_size} x {config.world_size} = {per_pass}: change one of them",
-    )
-    yield (
-        trainer.global_batch_size % max(1, streams) == 0,
-        f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of data.streams={streams}: "
-        "every step takes the same number of blocks from every stream",
-    )
-    yield (
-        streams % max(1, config.world_size) == 0,
-        f"data.streams={streams} is not a multiple of the {config.world_size} ranks "
-        "(trainer.num_nodes x trainer.devices): every rank owns the same number of streams. Change the ranks, or, for "
-        f"a run that has not started yet, set data.streams={nearest_streams(config)}",
-    )
+def _batch_problems(config: TrainConfig) -> Iterator[str]:
+    trainer, streams, ranks = config.trainer, config.data.streams, config.world_size
+    per_pass = trainer.micro_batch_size * ranks
+    if trainer.global_batch_size % max(1, per_pass):
+        yield (
+            f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of trainer.micro_batch_size x "
+            f"ranks = {trainer.micro_batch_size} x {ranks} = {per_pass}: change one of them"
+        )
+    if trainer.global_batch_size % max(1, streams):
+        yield (
+            f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of data.streams={streams}: "
+            "every step takes the same number of blocks from every stream"
+        )
+    if streams % max(1, ranks):
+        yield (
+            f"data.streams={streams} is not a multiple of the {ranks} ranks (trainer.num_nodes x trainer.devices): "
+            "every rank owns the same number of streams. Change the number of ranks or, for a new run, set "
+            f"data.streams={nearest_streams(config)}"
+        )
 
 
 def nearest_streams(config: TrainConfig) -> int:
-    """The fewest streams, no fewer than now, that every rank can own the same number of."""
+    """`data.streams`, rounded up to a multiple of the number of ranks."""
     ranks = max(1, config.world_size)
     return -(-config.data.streams // ranks) * ranks
 
 
-def _optimizer_checks(config: TrainConfig) -> Iterator[Check]:
-    optim = config.optim
-    yield (
-        optim.betas is None or (len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)),
-        f"optim.betas={optim.betas}: must be two numbers in [0, 1)",
-    )
-    for adamw_key in ("betas", "eps", "weight_decay"):
-        is_set = getattr(optim, adamw_key) is not None
-        yield (
-            is_set == (optim.name == "adamw"),
-            f"optim.{adamw_key} is {'set' if is_set else 'not set'}, but only AdamW has it and optim.name is "
-            f"{optim.name}: choose optim=adamw or optim=adafactor, which sets all of an optimizer's keys",
-        )
-    yield optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={optim.min_lr_ratio}: must be at most 1"
+def _optimizer_problems(optim: OptimConfig) -> Iterator[str]:
+    if optim.betas is not None and (len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas)):
+        yield f"optim.betas={optim.betas}: must be two numbers in [0, 1)"
+    values = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    for name, value in values.items():
+        if (value is not None) != (optim.name == "adamw"):
+            yield (
+                f"optim.{name} is {'not set' if value is None else 'set'}, but only AdamW has it, and optim.name="
+                f"{optim.name}: choose optim=adamw or optim=adafactor, which set all keys of an optimizer"
+            )
 
 
-def _strategy_checks(config: TrainConfig) -> Iterator[Check]:
+def _strategy_problems(config: TrainConfig) -> Iterator[str]:
     strategy = config.strategy
-    yield (
-        (strategy.name == "zero") == (strategy.stage in (1, 2, 3)),
-        f"strategy.stage={strategy.stage} does not fit strategy.name={strategy.name}: choose strategy=zero1, zero2, "
-        "zero3, ddp or single",
-    )
-    yield (
-        config.optim.name != "adafactor" or strategy.stage <= 1,
-        f"strategy=zero{strategy.stage} cuts weights or gradients anywhere, but optim=adafactor needs whole tensors: "
-        "choose strategy=zero1 or ddp",
-    )
-    yield (
-        strategy.reduce_dtype == "fp32" or strategy.name != "ddp" or config.trainer.accelerator == "cuda",
-        "strategy.reduce_dtype=bf16 with strategy=ddp works on CUDA only: set strategy.reduce_dtype=fp32, or choose a "
-        "zero stage",
-    )
-    yield (
-        strategy.name != "single" or config.world_size == 1,
-        f"strategy=single runs one rank, but trainer.num_nodes x trainer.devices is {config.world_size}: "
-        "choose strategy=ddp or a zero stage, or trainer.devices=1",
-    )
+    if (strategy.name == "zero") != (strategy.stage in (1, 2, 3)):
+        yield (
+            f"strategy.stage={strategy.stage} does not fit strategy.name={strategy.name}: choose strategy=zero1, "
+            "zero2, zero3, ddp or single"
+        )
+    if config.optim.name == "adafactor" and strategy.stage > 1:
+        yield (
+            f"strategy=zero{strategy.stage} splits tensors between ranks, but optim=adafactor needs whole ones: choose "
+            "strategy=zero1 or ddp"
+        )
+    if strategy.reduce_dtype == "bf16" and strategy.name == "ddp" and config.trainer.accelerator != "cuda":
+        yield (
+            "strategy.reduce_dtype=bf16 with strategy=ddp works on CUDA only: set strategy.reduce_dtype=fp32, or a "
+            "ZeRO stage"
+        )
+    if strategy.name == "single" and config.world_size > 1:
+        yield (
+            f"strategy=single runs one rank, but trainer.num_nodes x trainer.devices is {config.world_size}: choose "
+            "strategy=ddp or a ZeRO stage, or set trainer.devices=1"
+        )
 
 
-def _checkpoint_checks(config: TrainConfig) -> Iterator[Check]:
-    every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every
-    yield (
-        kept is None or kept % max(1, every) == 0,
-        f"checkpoint.keep_every={kept} is not a multiple of checkpoint.every_steps={every}: some would not be saved",
-    )
+def _checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[str]:
+    every, kept = checkpoint.every_steps, checkpoint.keep_every
+    if kept is not None and kept % max(1, every):
+        yield f"checkpoint.keep_every={kept} is not a multiple of checkpoint.every_steps={every}: some are never saved"
 
 
-def _logger_checks(config: TrainConfig) -> Iterator[Check]:
-    yield all(config.logger.sample_prompts), "logger.sample_prompts: a prompt is empty; [] turns samples off"
+def _logger_problems(logger: LoggerConfig) -> Iterator[str]:
+    if not all(logger.sample_prompts):
+        yield "logger.sample_prompts: a prompt is empty; [] disables samples"
 
 
 def save(config: TrainConfig, path: Path) -> None:
@@ -766,8 +789,12 @@ def save(config: TrainConfig, path: Path) -> None:
 
 
 def load(path: Path) -> TrainConfig:
-    """Read what `save` wrote."""
+    """Read what `save` wrote.
+
+    Raises:
+        ConfigError: it cannot be read, or another version wrote it.
+    """
     try:
-        return typed(cast(DictConfig, OmegaConf.merge(TrainConfig, OmegaConf.load(path))), TrainConfig)
+        return to_schema(cast(DictConfig, OmegaConf.merge(TrainConfig, OmegaConf.load(path))), TrainConfig)
     except (OmegaConfBaseException, OSError) as error:
         raise ConfigError(f"{path} is not a configuration of this version: {error}") from error

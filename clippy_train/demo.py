@@ -1,6 +1,6 @@
-"""`clippy demo`: the whole pipeline on the source code that this Python carries, on two CPU processes, in minutes.
+"""`clippy demo`: the whole pipeline on the source code of this Python, on two CPU processes, in minutes.
 
-Every step is skipped when its result is there, so a second call continues, or says that all is done.
+A step whose result exists is skipped, so a second call continues, or reports that everything is done.
 """
 
 import json
@@ -37,7 +37,7 @@ EXTENSIONS = [".py", ".c", ".h"]
 
 
 def demo(config: DemoConfig) -> int:
-    """Corpus, tokenizer, training, export, generation, and a table of what came out; returns an exit code."""
+    """Run all steps and print a table of results; return the exit code."""
     started = time.monotonic()
     root = Path(config.root)
     corpus, tokenizer = root / "corpus", root / "tokenizer"
@@ -70,7 +70,7 @@ def demo(config: DemoConfig) -> int:
 
 
 def make_tokenizer(corpus: Path, out: Path, vocab_size: int, settings: TokenizerConfig, max_length: int) -> None:
-    """Train a byte-level BPE on the training split and add the white-space tokens, as `clippy extend` does."""
+    """Train a byte-level BPE on the training split and add the whitespace tokens, as `clippy extend` does."""
     texts = open_corpus(DataConfig(path=str(corpus)), "train").texts()
     with new_folder(out, "root") as folder:
         tokenizer = train_bpe(texts, vocab_size, max_length)
@@ -79,7 +79,7 @@ def make_tokenizer(corpus: Path, out: Path, vocab_size: int, settings: Tokenizer
 
 
 def results(run: TrainConfig, corpus: Path) -> list[tuple[str, str]]:
-    """What a finished run achieved, from its metrics."""
+    """Rows of the table: what a finished run achieved, from its metrics."""
     manifest = json.loads((corpus / MANIFEST).read_text())
     rows = list(read_rows(run.run_dir / METRICS))
     training = [row for row in rows if "train/loss" in row]

@@ -1,24 +1,37 @@
 """The command line: what a person types, what they are told, and the exit code."""
 
+import contextlib
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import MISSING
+from tools import make_configuration_docs
 
 from clippy_train import config
 from clippy_train.cli import VERBS, main
-from clippy_train.compose import CONF, compose, experiments
+from clippy_train.compose import CONF, compose, composed_values, groups, parse_overrides
 from clippy_train.errors import ConfigError
+from clippy_train.help import as_yaml, limits
 
 DEMO = ["train", "experiment=demo"]
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
-def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
+def packed(text: str) -> str:
+    """Text without any whitespace: what a page of any width must contain."""
+    return "".join(text.split())
+
+
+def fails(capsys: Capture, code: int, *arguments: str) -> str:
     """Run a command that must fail with `code`; the message, which is never a traceback."""
     assert main(list(arguments)) == code
     message = capsys.readouterr().err
@@ -27,24 +40,108 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_shows_every_key_with_its_meaning(verb: str, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
+@pytest.mark.parametrize("columns", [80, 50])
+def test_help_shows_every_key_with_its_meaning(verb: str, columns: int, capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main([verb, "--help"]) == 0
     shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.startswith(f"usage: clippy {verb}")
+    page, values = packed(shown), composed_values(VERBS[verb].schema, [])
     for name, field in config.keys(VERBS[verb].schema):
-        assert name in shown
-        assert field.metadata["meaning"] in shown
+        value = as_yaml(values[name]) if name in values else "(required)"
+        assert f"\n  {name}:" in shown  # on one line
+        assert packed(f"{name}: {value} {field.metadata['meaning']} {limits(field)}") in page
 
 
-def test_help_of_train_shows_the_values_of_the_experiment(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
+def test_help_shows_values_as_a_configuration_file_writes_them(capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["train", "experiment=code_clippy_125m", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any("trainer.global_batch_size" in line and "1024" in line for line in lines)
+    for line in (
+        "trainer.global_batch_size: 1024", "optim.lr: 0.0001", "optim.betas: [0.9, 0.95]", "model.compile: false",
+        "data.hub: null", "launcher.sbatch: ''", r'tokenizer.whitespace_tokens: ["\t\t", "  ", "    ", "        "]',
+    ):  # fmt: skip
+        assert f"  {line}" in lines
 
 
-@pytest.mark.parametrize("experiment", experiments())
-def test_every_experiment_composes_validates_and_prints_its_plan(experiment: str, capsys) -> None:
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_value_in_the_help_reads_back_equal(verb: str) -> None:
+    for value in composed_values(VERBS[verb].schema, []).values():
+        assert yaml.safe_load(as_yaml(value)) == value
+
+
+def test_help_names_every_group_and_its_options(capsys: Capture) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert {path.name for path in CONF.iterdir() if path.is_dir()} == set(groups())
+    for group, options in groups().items():
+        assert f"{group} {', '.join(options)}" in shown
+
+
+def test_the_overview_shows_every_verb_on_its_own_line(capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for verb in VERBS.values():
+        assert f"  {verb.usage}" in lines
+
+
+def test_an_option_that_does_not_exist_is_refused_with_the_usage_of_the_verb(capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "experiment=demo", "--dry-runs"])
+    assert capsys.readouterr().err.splitlines() == [
+        "usage: clippy train experiment=NAME data.path=DIR [KEY=VALUE ...]",
+        "clippy train: error: unrecognized arguments: --dry-runs",
+    ]
+
+
+def test_errors_wrap_at_words_on_a_terminal(capsys: Capture, monkeypatch: Patch) -> None:
+    arguments = ["train", "experiment=demo", "data.seq_len=512", "trainer.micro_batch_size=3"]
+    assert main(arguments) == 2
+    whole = capsys.readouterr().err
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(arguments) == 2
+    wrapped = capsys.readouterr().err
+    assert max(map(len, wrapped.splitlines())) <= 80 < max(map(len, whole.splitlines()))
+    assert wrapped.split() == whole.split()
+
+
+def test_the_configuration_page_is_current() -> None:
+    assert make_configuration_docs.PAGE.read_text() == make_configuration_docs.page(), "run make docs"
+
+
+def complete(line: str, folder: Path) -> list[str]:
+    """What a shell is offered after `line`."""
+    answer = folder / "completions"
+    answer.touch()
+    environment = {
+        **os.environ, "_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_COMP_WORDBREAKS": " =:",
+        "COMP_LINE": line, "COMP_POINT": str(len(line)),
+    }  # fmt: skip
+    subprocess.run([sys.executable, "-m", "clippy_train.cli"], env=environment, check=True)
+    return answer.read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("clippy tr", ["train"]),
+        ("clippy train trainer.max_", ["trainer.max_steps="]),
+        ("clippy train experiment=demo -m --dry-run strategy=ze", ["zero1", "zero2", "zero3"]),
+        ("clippy evaluate task=", ["perplexity", "humaneval"]),
+        ("clippy generate --inter", ["--interactive"]),
+    ],
+)
+def test_a_shell_completes_keys_options_and_choices(line: str, expected: list[str], tmp_path: Path) -> None:
+    assert complete(line, tmp_path) == expected
+
+
+@pytest.mark.parametrize("experiment", groups()["experiment"][1:])
+def test_every_experiment_composes_validates_and_prints_its_plan(experiment: str, capsys: Capture) -> None:
     assert main(["train", f"experiment={experiment}", "--dry-run"]) == 0
     assert "parameters" in capsys.readouterr().out
 
@@ -55,7 +152,7 @@ def test_every_strategy_composes(strategy: str) -> None:
     assert composed.strategy.name in strategy
 
 
-def test_the_recipe_is_planned_without_a_gpu_or_a_network(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_the_recipe_is_planned_without_a_gpu_or_a_network(capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["plan", "experiment=code_clippy_125m", "trainer.devices=8"]) == 0
     plan = capsys.readouterr().out
@@ -84,10 +181,159 @@ def test_one_gpu_runs_the_recipe_with_more_accumulation() -> None:
         ("strategi=zero1", "strategy"),
     ],
 )
-def test_an_unknown_key_names_the_nearest(typed: str, nearest: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_key_names_the_nearest(typed: str, nearest: str, capsys: Capture) -> None:
     message = fails(capsys, 2, *DEMO, typed)
-    assert f"unknown key {typed.split('=')[0]}" in message
+    assert f"unknown key '{typed.split('=')[0]}'" in message
     assert nearest in message
+
+
+SYNTAX = [  # what Hydra's grammar allows, and what it does not: an override, and what clippy says; None: it works
+    ("seed=7", None),
+    ("seed= 7", None),
+    ("+seed=7", None),
+    ("++seed=7", None),
+    ("+experiment=demo", None),
+    ("seed=int(7.9)", None),
+    ("seed=sort([7])", "must be a whole number"),
+    ("seed=float(7)", "must be a whole number"),
+    ("seed=", "must be a whole number"),
+    ("seed=null", "must be a whole number"),
+    ("seed={a:1}", "must be a whole number"),
+    ("seed=[1,2]", "must be a whole number"),
+    ("seed=7 8", "must be a whole number"),
+    ("seed=é", "not a valid value"),
+    ("seed=#", "not a valid value"),
+    ("seed=(7)", "not a valid value"),
+    ("seed='7", "not a valid value"),
+    ('seed="7', "not a valid value"),
+    ("seed==7", "not a valid value"),
+    ("seed=7,", "not a valid value"),
+    ("seed=7,,8", "not a valid value"),
+    ("seed=" + "[" * 2000, "not a valid value"),
+    ("seed=${nope}", "seed: Interpolation key 'nope' not found"),
+    ("seed=${optim.lr}", "could not be converted to Integer"),
+    ("seed=???", "not set: seed"),
+    ("seed=glob(*)", "glob() matches the options of a group"),
+    ("seed=choice()", "empty choice"),
+    ("seed=sort(1,a)", "seed=sort(1,a): "),
+    ("seed=nothing(1)", "Unknown function 'nothing'"),
+    ("seed=interval(a,b)", "seed=interval(a,b): "),
+    ("trainer.devices=", "must be a whole number or null"),
+    ("model.compile=maybe", "must be true or false"),
+    ("optim.betas=0.9", "must be a list of numbers or null"),
+    ("optim.betas={a:1}", "must be a list of numbers or null"),
+    ("optim.betas=[a,b]", "must be a list of numbers or null"),
+    ("optim.betas=[0.9", "not a valid value"),
+    ("optim.betas=${seed}", "betas: Invalid value assigned: int is not a list"),
+    ("logger.sample_prompts=", "must be a list of texts"),
+    ("run.name=", "run.name=''"),
+    ("run.name=[a]", "must be text"),
+    ("run.name={a:1}", "must be text"),
+    ("run.name='a", None),
+    ("run.name=${oc.env:NOWHERE}", "'NOWHERE' not found"),
+    ("run.name=${run.name}", "run.name: "),
+    ("run={name:a}", "run is a section: set its keys one by one, as in run.name=VALUE"),
+    ("data.filter={}", "data.filter is a section"),
+    ("optim={lr:1}", "choose one of adamw, adafactor"),
+    ("optim=[adamw]", "choose one of adamw, adafactor"),
+    ("optim=null", "choose one of adamw, adafactor"),
+    ("optim=", "choose one of adamw, adafactor"),
+    ("recipe=null", None),
+    ("recipe='null'", None),
+    ("recipe=null,original", "null cannot be part of a sweep"),
+    ("strategy=1", "choose one of zero1"),
+    ("strategy='zero2'", None),
+    ("strategy='glob(*)'", "choose one of zero1"),
+    ("strategy=glob(nothing*)", "choose one of zero1"),
+    ("strategy=${seed}", "choose one of zero1"),
+    ("experiment=../demo", "choose one of null, code_clippy_125m"),
+    ("experiment=demo.yaml", "choose one of null, code_clippy_125m"),
+    ("model@foo=tiny", "unknown key 'model@foo'"),
+    ("optim@a:b=adamw", "unknown key 'optim@a:b'"),
+    ("~seed", "keys cannot be removed"),
+    ("~seed=7", "keys cannot be removed"),
+    ("~experiment", "keys cannot be removed"),
+    ("+new=1", "unknown key 'new'"),
+    ("++a.b=1", "unknown key 'a.b'"),
+    ("hydra.run.dir=x", "unknown key 'hydra.run.dir'"),
+    ("hydra/launcher=basic", "unknown key 'hydra/launcher'"),
+    ("hydra.verbose=true", "unknown key 'hydra.verbose'"),
+    ("seed", "is not KEY=VALUE"),
+    ("=7", "is not KEY=VALUE"),
+    ("==", "is not KEY=VALUE"),
+    ("seed =7", "unknown key 'seed '; did you mean seed?"),
+]
+SWEEPS = [  # several values: refused without -m; with it, what clippy says, or None: it works
+    ("experiment=glob(*)", "a sweep over experiment needs run.name=NAME"),
+    ("experiment=demo,demo", "a sweep over experiment needs run.name=NAME"),
+    ("experiment=glob([demo])", "a sweep over experiment needs run.name=NAME"),
+    ("strategy=glob(*)", "strategy=single runs one rank"),
+    ("strategy=glob([zero*],exclude=zero3)", None),
+    ("seed=choice(1)", None),
+    ("seed=choice(1,a)", "seed=a: must be a whole number"),
+    ("seed=range(1,3)", None),
+    ("seed=range(3,1)", "seed=range(3,1): no value"),
+    ("seed=range(1,3,0)", "range() arg 3 must not be zero"),
+    ("seed=range(1.5,3,0)", "seed=range(1.5,3,0): "),
+    ("seed=range(1,inf)", "too many values"),
+    ("seed=sort(2,1)", None),
+    ("seed=shuffle(1,2)", None),
+    ("seed=tag(a,choice(1,2))", None),
+    ("seed=1,a", "seed=a: must be a whole number"),
+    ("optim.lr=interval(1e-5,1e-3)", "an interval needs sweep.trials=N"),
+    ("run.name=a,b", "a sweep has one folder"),
+    ("run.root=a,b", "a sweep has one folder"),
+    ("sweep.trials=${seed},a", "sweep.trials"),
+    ("optim.betas=[0.9,0.9],[0.8,0.8]", None),
+    ("optim.betas=[0.9,0.9],[0.8]", "must be two numbers"),
+    ("seed='1,2',3", "must be a whole number"),
+]
+
+
+def experiment_for(override: str) -> list[str]:
+    return [] if override.lstrip("+~").startswith("experiment") else ["experiment=demo"]
+
+
+@pytest.mark.parametrize(("override", "expected"), SYNTAX)
+def test_any_override_works_or_is_refused_in_one_message(override: str, expected: str | None, capsys: Capture) -> None:
+    arguments = ["plan", *experiment_for(override), override]
+    if expected is None:
+        assert main(arguments) == 0
+    else:
+        assert expected in fails(capsys, 2, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"), [*SWEEPS, *((override, expected) for override, expected in SYNTAX if expected)]
+)
+def test_any_override_of_a_sweep_works_or_is_refused_in_one_message(
+    override: str, expected: str | None, capsys: Capture, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["plan", "-m", *experiment_for(override), override]
+    if expected is None:
+        assert main(arguments) == 0
+    else:
+        assert expected in fails(capsys, 2, *arguments)
+
+
+@pytest.mark.parametrize("override", [override for override, _ in SWEEPS])
+def test_several_values_without_a_sweep_are_refused(override: str, capsys: Capture) -> None:
+    message = fails(capsys, 2, "plan", *experiment_for(override), override)
+    assert f"{override}: give one value" in message
+    assert "add -m" in message
+
+
+@pytest.mark.parametrize("name", ["seed", "optim.lr", "optim.betas", "run.name", "strategy", "logger.hparams"])
+@settings(max_examples=40)
+@given(value=st.text("[]{}(),'\"\\$:=+~@#%!.? a1\n\x00", max_size=12))
+def test_no_value_is_a_traceback(name: str, value: str) -> None:
+    with contextlib.suppress(ConfigError):
+        parse_overrides(config.TrainConfig, [f"{name}={value}"])
+
+
+def test_two_options_of_a_group_are_refused(capsys: Capture) -> None:
+    assert "experiment is given 2 times" in fails(capsys, 2, *DEMO, "experiment=code_clippy_125m")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +342,7 @@ def test_an_unknown_key_names_the_nearest(typed: str, nearest: str, capsys: pyte
         (["optim.lr=fast"], "optim.lr"),
         (["trainer.devices=two"], "trainer.devices"),
         (["optim.lr=-1"], "optim.lr=-1.0: must be at least 0"),
-        (["model.attention=flash"], "choose one of auto, eager, sdpa, flex, varlen"),
+        (["model.attention=flash"], "must be one of auto, eager, sdpa, flex, varlen"),
         (["data.seq_len=512"], "model.max_position_embeddings=256"),
         (["trainer.micro_batch_size=3"], "trainer.global_batch_size=16 is not a multiple of trainer.micro_batch_size"),
         (["data.streams=5"], "data.streams=5"),
@@ -114,7 +360,7 @@ def test_an_unknown_key_names_the_nearest(typed: str, nearest: str, capsys: pyte
         (["run.name=${nope}"], "nope"),
     ],
 )
-def test_a_wrong_setting_names_its_key_and_the_fix(overrides: list[str], expected: str, capsys) -> None:
+def test_a_wrong_setting_names_its_key_and_the_fix(overrides: list[str], expected: str, capsys: Capture) -> None:
     assert expected in fails(capsys, 2, *DEMO, *overrides)
 
 
@@ -131,7 +377,7 @@ def test_a_name_is_what_was_typed() -> None:
         (["evaluate", "--interactive"], "generate"),
     ],
 )
-def test_a_flag_of_another_verb_is_refused(arguments: list[str], owner: str, tmp_path: Path, capsys) -> None:
+def test_a_flag_of_another_verb_is_refused(arguments: list[str], owner: str, tmp_path: Path, capsys: Capture) -> None:
     assert f"is for clippy {owner}" in fails(capsys, 2, *(each.format(tmp_path) for each in arguments))
     assert not list(tmp_path.iterdir())
 
@@ -153,7 +399,7 @@ def test_a_plan_of_many_trials_trains_none(tmp_path: Path) -> None:
     ],
 )
 def test_a_place_that_cannot_be_written_is_named(
-    arguments: list[str], tmp_path: Path, source_tree: Path, capsys
+    arguments: list[str], tmp_path: Path, source_tree: Path, capsys: Capture
 ) -> None:
     file = tmp_path / "file"
     file.touch()
@@ -161,20 +407,22 @@ def test_a_place_that_cannot_be_written_is_named(
     assert arguments[-1].partition("=")[2].format(folder=source_tree, file=file).removesuffix("/x") in said
 
 
-def test_all_problems_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_are_reported_at_once(capsys: Capture) -> None:
     message = fails(capsys, 2, *DEMO, "data.seq_len=512", "trainer.micro_batch_size=3", "model.attention=x")
     message += fails(capsys, 2, *DEMO, "data.seq_len=512", "trainer.micro_batch_size=3")
     for key in ("data.seq_len", "trainer.micro_batch_size", "model.attention"):
         assert key in message
 
 
-def test_train_without_an_experiment_says_what_to_add(capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_without_an_experiment_says_what_to_add(capsys: Capture) -> None:
     message = fails(capsys, 2, "train")
     assert "data.seq_len" in message
     assert "experiment=NAME" in message
 
 
-def test_a_missing_corpus_names_the_key_and_how_to_make_one(capsys, tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_corpus_names_the_key_and_how_to_make_one(
+    capsys: Capture, tmp_path: Path, monkeypatch: Patch
+) -> None:
     monkeypatch.chdir(tmp_path)
     message = fails(capsys, 3, *DEMO, f"data.path={tmp_path / 'none'}", "model.base=null", "tokenizer.base=org/name")
     assert "data.path=" in message
@@ -187,7 +435,9 @@ def test_a_missing_corpus_names_the_key_and_how_to_make_one(capsys, tmp_path: Pa
     [[], [("train", b"")], [("train", zstandard.compress(b'{"text": "x"}'))]],
     ids=["no split", "empty", "no validation"],
 )
-def test_an_empty_corpus_is_refused_before_anything_starts(content: list, capsys, tmp_path: Path, monkeypatch) -> None:
+def test_an_empty_corpus_is_refused_before_anything_starts(
+    content: list[tuple[str, bytes]], capsys: Capture, tmp_path: Path, monkeypatch: Patch
+) -> None:
     monkeypatch.chdir(tmp_path)
     corpus = tmp_path / "corpus"
     corpus.mkdir()
@@ -204,7 +454,7 @@ def test_an_empty_corpus_is_refused_before_anything_starts(content: list, capsys
     [(b'{"text": "x"}', "code", "no_text"), (b"no json", "text", "not_json"), (None, "text", "damaged_shard")],
 )
 def test_a_corpus_of_another_format_is_refused_before_anything_starts(
-    line: bytes | None, column: str, expected: str, capsys, tmp_path: Path, monkeypatch
+    line: bytes | None, column: str, expected: str, capsys: Capture, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for split in ("train", "validation"):
@@ -217,7 +467,9 @@ def test_a_corpus_of_another_format_is_refused_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_cuda_run_without_cuda_is_refused(capsys, tiny_corpus: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_cuda_run_without_cuda_is_refused(
+    capsys: Capture, tiny_corpus: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -229,20 +481,24 @@ def test_a_cuda_run_without_cuda_is_refused(capsys, tiny_corpus: Path, tmp_path:
     assert "trainer.accelerator=cpu" in message
 
 
-def test_several_nodes_are_planned_but_not_started(capsys, tiny_corpus: Path, tmp_path: Path, monkeypatch) -> None:
+def test_several_nodes_are_planned_but_not_started(
+    capsys: Capture, tiny_corpus: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
     monkeypatch.chdir(tmp_path)
     settings = ["experiment=demo", f"data.path={tiny_corpus}", "trainer.num_nodes=2", "tokenizer.base=org/name"]
     assert "trainer.num_nodes=2" in fails(capsys, 2, "train", *settings)
     assert main(["train", *settings, "--dry-run"]) == 0
 
 
-def test_a_corpus_is_a_path_or_a_dataset_and_not_both(capsys) -> None:
+def test_a_corpus_is_a_path_or_a_dataset_and_not_both(capsys: Capture) -> None:
     both = fails(capsys, 2, *DEMO, "data.path=somewhere", "data.hub=org/name")
-    assert "data.path=somewhere and data.hub=org/name: set one of them, and the other to null" in both
-    assert "data.path=None and data.hub=None" in fails(capsys, 2, *DEMO, "data.path=null")
+    assert "data.path=somewhere and data.hub=org/name: set exactly one of them; the other must be null" in both
+    assert "data.path=null and data.hub=null" in fails(capsys, 2, *DEMO, "data.path=null")
 
 
-def test_a_dataset_without_a_validation_split_is_told_at_the_start(capsys, tmp_path: Path, monkeypatch) -> None:
+def test_a_dataset_without_a_validation_split_is_told_at_the_start(
+    capsys: Capture, tmp_path: Path, monkeypatch: Patch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dataset").mkdir()
     for split in ("train", "test"):
@@ -250,7 +506,7 @@ def test_a_dataset_without_a_validation_split_is_told_at_the_start(capsys, tmp_p
     settings = [*DEMO, "data.path=null", "data.hub=./dataset", "tokenizer.base=org/name"]
     assert "data.validation_split" in fails(capsys, 3, *settings)
     assert main([*settings, "data.validation_split=test", "--dry-run"]) == 0
-    assert "before it can run here" not in capsys.readouterr().out
+    assert "not ready to run here" not in capsys.readouterr().out
 
 
 def test_a_pattern_is_taken_as_it_is_typed() -> None:
@@ -258,7 +514,9 @@ def test_a_pattern_is_taken_as_it_is_typed() -> None:
         assert compose(config.TrainConfig, ["experiment=demo", f"data.path={path}"]).data.path == path
 
 
-def test_a_tokenizer_folder_that_is_not_there_is_named(capsys, tiny_corpus: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_tokenizer_folder_that_is_not_there_is_named(
+    capsys: Capture, tiny_corpus: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
     monkeypatch.chdir(tmp_path)
     message = fails(capsys, 2, *DEMO, f"data.path={tiny_corpus}", "tokenizer.base=./none")
     assert "tokenizer.base=./none: no such folder" in message
@@ -272,7 +530,7 @@ def test_a_tokenizer_folder_that_is_not_there_is_named(capsys, tiny_corpus: Path
         ["export", "run={run}", "out={full}"],
     ],
 )
-def test_nothing_is_written_over(arguments: list[str], capsys, tmp_path: Path) -> None:
+def test_nothing_is_written_over(arguments: list[str], capsys: Capture, tmp_path: Path) -> None:
     full, run = tmp_path / "full", tmp_path / "run"
     for folder, name in ((full, "precious"), (run, "config.yaml")):
         folder.mkdir()
@@ -283,20 +541,20 @@ def test_nothing_is_written_over(arguments: list[str], capsys, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("full", "run")] == []
 
 
-def test_corpus_and_export_name_the_folder_that_is_in_the_way(capsys, tmp_path: Path) -> None:
+def test_corpus_and_export_name_the_folder_that_is_in_the_way(capsys: Capture, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("keep")
     assert "is not empty" in fails(capsys, 2, "corpus", f"out={tmp_path}")
 
 
-def test_export_of_a_folder_that_is_no_run_is_refused(capsys, tmp_path: Path) -> None:
+def test_export_of_a_folder_that_is_no_run_is_refused(capsys: Capture, tmp_path: Path) -> None:
     assert "not a run folder" in fails(capsys, 2, "export", f"run={tmp_path}", f"out={tmp_path / 'x'}")
 
 
-def test_corpus_of_a_missing_folder_is_refused(capsys, tmp_path: Path) -> None:
+def test_corpus_of_a_missing_folder_is_refused(capsys: Capture, tmp_path: Path) -> None:
     assert "no such folder" in fails(capsys, 3, "corpus", str(tmp_path / "none"), f"out={tmp_path / 'x'}")
 
 
-def test_a_model_that_cannot_be_loaded_is_refused(capsys, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_refused(capsys: Capture, tmp_path: Path) -> None:
     assert "no model could be loaded" in fails(capsys, 2, "generate", f"model={tmp_path}", "prompt=x")
 
 
@@ -350,7 +608,7 @@ def test_a_value_has_one_home() -> None:
     defaults = {
         name: field.default
         for name, field in config.keys(config.TrainConfig)
-        if field.default is not dataclasses.MISSING and field.default != config.MISSING
+        if field.default is not dataclasses.MISSING and field.default != MISSING
     }
     for path in CONF.rglob("*.yaml"):
         content = OmegaConf.load(path)
@@ -361,12 +619,14 @@ def test_a_value_has_one_home() -> None:
                 assert value is None or value != default, f"{path} repeats {name}={default}"
 
 
-def test_no_verb_prints_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_verb_prints_the_verbs(capsys: Capture) -> None:
     assert main([]) == 2
     assert "corpus" in capsys.readouterr().out
 
 
-def test_a_sweep_refuses_a_bad_value_before_its_first_trial(capsys, tmp_path: Path, monkeypatch) -> None:
+def test_a_sweep_refuses_a_bad_value_before_its_first_trial(
+    capsys: Capture, tmp_path: Path, monkeypatch: Patch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert "optim.lr" in fails(capsys, 2, "train", "-m", "experiment=demo", "optim.lr=1e-3,fast")
     assert list(tmp_path.iterdir()) == []
@@ -381,7 +641,9 @@ def test_a_sweep_refuses_a_bad_value_before_its_first_trial(capsys, tmp_path: Pa
         (["seed=1,2", "trainer.micro_batch_size=3"], "trainer.global_batch_size=16 is not a multiple"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused(overrides: list[str], expected: str, capsys, tmp_path, monkeypatch) -> None:
+def test_a_sweep_that_cannot_be_is_refused(
+    overrides: list[str], expected: str, capsys: Capture, tmp_path: Path, monkeypatch: Patch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert expected in fails(capsys, 2, "train", "-m", "experiment=demo", *overrides)
     assert list(tmp_path.iterdir()) == []

@@ -11,15 +11,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import DictConfig
 from support import processes
 from support.runs import Runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
+from clippy_train.compose import composition
 from clippy_train.config import TrainConfig
 from clippy_train.errors import Interrupted
 from clippy_train.run.folder import (
@@ -28,7 +31,7 @@ from clippy_train.run.folder import (
     TENSORBOARD,
     checkpoint_folder,
 )
-from clippy_train.sweep.sweep import TABLE, _multirun, _plugins, composition, trial_name
+from clippy_train.sweep.sweep import TABLE, _multirun, _plugins, trial_name
 from clippy_train.sweep.trials import (
     FOLLOWS,
     OBJECTIVE,
@@ -37,6 +40,7 @@ from clippy_train.sweep.trials import (
 from clippy_train.train.loggers import CHARTS
 
 STEPS = 80
+Outcome = tuple[int, str, list[dict[str, str]]]  # exit code, output, table
 SETTINGS = [
     "run.name=swept", "strategy=single", "trainer.devices=1", f"trainer.max_steps={STEPS}", "trainer.val_samples=2",
     "trainer.val_every_steps=20", "checkpoint.every_steps=1000", "trainer.log_every_steps=1", "data.num_workers=0",
@@ -49,9 +53,9 @@ FIRST, SECOND = "swept/optim.lr=0.0001", "swept/optim.lr=0.001"  # the second is
 class Swept:
     """The same sweep three times: interrupted in its first trial, continued two at a time, and once more."""
 
-    interrupted: tuple[int, str, list[dict]]  # exit code, output, table
-    continued: tuple[int, str, list[dict]]
-    again: tuple[int, str, list[dict]]
+    interrupted: Outcome
+    continued: Outcome
+    again: Outcome
     seconds_again: float
 
 
@@ -74,11 +78,11 @@ def swept(runs: Runs) -> Swept:
     return Swept(interrupted, continued, again, time.monotonic() - started)
 
 
-def start(runs: Runs, *overrides: str) -> subprocess.Popen:
+def start(runs: Runs, *overrides: str) -> subprocess.Popen[str]:
     return runs.start_command("train", "-m", *runs.settings, *SETTINGS, *overrides)
 
 
-def outcome(runs: Runs, process: subprocess.Popen) -> tuple[int, str, list[dict]]:
+def outcome(runs: Runs, process: subprocess.Popen[str]) -> Outcome:
     output = process.communicate(timeout=150)[0]
     with (runs.folder("swept") / TABLE).open() as file:
         return process.returncode, output, list(csv.DictReader(file))
@@ -168,9 +172,9 @@ def test_a_trial_ends_when_its_sweep_was_killed() -> None:
         stdout=subprocess.PIPE,
         env={**os.environ, FOLLOWS: "1"},
     )
-    assert trial.stdout.read(1)
+    assert cast(IO[bytes], trial.stdout).read(1)
     assert trial.poll() is None
-    trial.stdin.close()  # what the kernel does for a process that was killed
+    cast(IO[bytes], trial.stdin).close()  # what the kernel does for a process that was killed
     assert trial.wait(20) == -signal.SIGTERM
 
 
@@ -185,7 +189,7 @@ def test_optuna_approaches_the_best_value_and_continues_its_study(tmp_path: Path
     """A quadratic in the logarithm of the learning rate; the third trial is interrupted, the fifth fails once."""
     trials, tried = 8, []
 
-    def objective(jobs: list) -> list[float | None]:
+    def objective(jobs: list[DictConfig]) -> list[float | None]:
         results = []
         for job in jobs:
             tried.append(job.optim.lr)

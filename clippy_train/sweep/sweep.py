@@ -1,9 +1,7 @@
-"""`clippy train -m`: a sweep. Hydra (or Optuna) chooses the values; each trial is a run in the folder
-`run.root`/`run.name`/VALUES.
+"""`clippy train -m`: a sweep. Hydra or Optuna chooses the values; each trial is a run in `run.root`/`run.name`/VALUES.
 
-The same command again runs the trials that are not done, from where they stopped. A trial that failed or was
-interrupted has a state and no result. `sweep.csv` is kept up to date while trials run. Costs a composition for each
-trial, and no torch.
+The same command again continues the trials that are not done. A trial that failed or was interrupted has a state and no
+result. `sweep.csv` is updated while trials run. Costs a composition per trial, and no torch.
 """
 
 import csv
@@ -29,11 +27,12 @@ from clippy_train.compose import (
     CONF,
     checked,
     composition,
+    explanation,
     input_line,
+    parse_overrides,
     quoted,
-    reason,
-    register,
-    validated,
+    register_schema,
+    sweep_values,
 )
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError, Interrupted
@@ -51,25 +50,29 @@ from clippy_train.sweep.trials import (
 )
 
 TABLE = "sweep.csv"
-LONGEST_NAME = 120  # of a trial's folder, in characters
+LONGEST_NAME = 120  # characters of a trial's folder name, before the hash
 COLUMNS = ["state", "step", "bits per byte", "at step", "at the end", "folder"]
 
 
 def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None) -> int:
-    """Run every trial that is not done; print and write the table. With `plan`, call that for each trial instead.
+    """Run every trial that is not done; print and write the table. With `plan`, call it for each trial instead.
 
     Returns:
-        The exit code of the first trial that failed, or else that of an interruption if any trial is not done, or 0.
+        The exit code of the first failed trial; else that of an interruption if a trial is not done; else 0.
 
     Raises:
         ConfigError: a trial's configuration is wrong; no trial has started.
     """
-    parsed = checked(TrainConfig, overrides)
+    parsed = parse_overrides(TrainConfig, overrides, sweep=True)
+    _require_one_folder(parsed)
     firsts = [composition(TrainConfig, first) for first in first_values(parsed)]
     settings = firsts[0]
     varied = [override.key_or_group for override in parsed if override.is_sweep_override()]
-    _require_fit(parsed, settings)
-    run = Sweep(varied, Local(1) if plan else _runner(settings.launcher), plan)
+    try:
+        _require_sweepable(parsed, settings)
+        run = Sweep(varied, Local(1) if plan else _runner(settings.launcher), plan)
+    except OmegaConfBaseException as error:  # an interpolation that has no value or the wrong type
+        raise ConfigError(explanation(error)) from error
     for first in firsts:
         run.check(first)
     if isinstance(run.runner, Local) and not plan:
@@ -85,22 +88,36 @@ def _runner(settings: DictConfig) -> "Local | Slurm":
     return Local(settings.parallel or 1)
 
 
-def _require_fit(parsed: list[Override], settings: DictConfig) -> None:
-    """Raises ConfigError where what varies does not fit who chooses the values."""
+def _require_one_folder(parsed: list[Override]) -> None:
+    """Raises ConfigError if the trials would not share one folder."""
+    varied = {override.key_or_group: override for override in parsed if override.is_sweep_override()}
+    for name in {"run.name", "run.root"} & varied.keys():
+        raise ConfigError(f"{varied[name].input_line}: a sweep has one folder; give one value")
+    if "experiment" in varied and "run.name" not in (override.key_or_group for override in parsed):
+        raise ConfigError("a sweep over experiment needs run.name=NAME: the folder of its trials")
+
+
+def _require_sweepable(parsed: list[Override], settings: DictConfig) -> None:
+    """Raises ConfigError if Optuna (with `sweep.trials`) or Hydra (without) cannot choose from the values given."""
     varied, trials = [override for override in parsed if override.is_sweep_override()], settings.sweep.trials
     if trials is not None and not varied:
         raise ConfigError(f"sweep.trials={trials}: no key has several values, as in 'optim.lr=interval(1e-5,1e-3)'")
     if trials is not None and settings.launcher.name == "slurm" and settings.launcher.parallel is None:
-        raise ConfigError(f"sweep.trials={trials} on Slurm: set launcher.parallel, how many are chosen at a time")
-    for override in varied:
-        if trials is None and override.is_interval_sweep():
+        raise ConfigError(
+            f"sweep.trials={trials} on Slurm: set launcher.parallel, the number of trials chosen at a time"
+        )
+    for override in filter(Override.is_interval_sweep, varied):
+        interval: Any = override.value()
+        if trials is None:
             raise ConfigError(f"{override.input_line}: an interval needs sweep.trials=N; or list the values")
+        if interval.start > interval.end or ("log" in interval.tags and interval.start <= 0):
+            raise ConfigError(f"{override.input_line}: write interval(LOW,HIGH), with LOW above 0 for tag(log,...)")
 
 
 def first_values(parsed: list[Override]) -> list[list[str]]:
-    """One override list for each value of each sweep, so that a bad value is refused before the first trial runs."""
+    """One list of overrides per value of a sweep, so that a wrong value is rejected before the first trial runs."""
     fixed = [input_line(override) for override in parsed if not override.is_sweep_override()]
-    sweeps = {override.key_or_group: _values(override) for override in parsed if override.is_sweep_override()}
+    sweeps = {override.key_or_group: sweep_values(override) for override in parsed if override.is_sweep_override()}
     firsts = {key: values[0] for key, values in sweeps.items()}
     return [
         [*fixed, *(f"{k}={value if k == key else first}" for k, first in firsts.items())]
@@ -109,15 +126,8 @@ def first_values(parsed: list[Override]) -> list[list[str]]:
     ] or [fixed]
 
 
-def _values(override: Override) -> list[str]:
-    if override.is_interval_sweep():
-        interval: Any = override.value()
-        return [str(interval.start), str(interval.end)]
-    return list(map(str, override.sweep_string_iterator()))
-
-
 def _plugins(settings: DictConfig, parallel: int) -> list[str]:
-    """Hydra's own overrides: who chooses the values, and who gets them."""
+    """Hydra's own overrides: the sweeper, which chooses the values, and the launcher, which receives them."""
     launcher = "hydra/launcher=trials"
     if settings.sweep.trials is None:
         return [launcher]
@@ -131,14 +141,14 @@ def _plugins(settings: DictConfig, parallel: int) -> list[str]:
 
 
 def _multirun(task: Callable[[list[DictConfig]], list[float | None]], arguments: list[str]) -> None:
-    """Have Hydra choose the trials; errors come out as they are."""
-    register(TrainConfig)
+    """Have Hydra choose the trials and call `task` with each batch of them; errors of `task` pass through."""
+    register_schema(TrainConfig)
     argv, sys.argv = sys.argv, ["clippy train", "--multirun", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise it prints them and exits
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(task)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(reason(error)) from error
+        raise ConfigError(explanation(error)) from error
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
@@ -148,29 +158,29 @@ def _multirun(task: Callable[[list[DictConfig]], list[float | None]], arguments:
 
 
 class Sweep:
-    """The trials of one command, batch by batch: a grid has one batch, Optuna several."""
+    """The trials of one command, in batches: one for a grid, several with Optuna."""
 
     def __init__(
         self, varied: list[str], runner: "Local | Slurm", plan: Callable[[TrainConfig], int] | None = None
     ) -> None:
         self.varied, self.runner, self.plan = varied, runner, plan
-        self._trials: dict[Path, Trial] = {}  # by their folders
+        self._trials: dict[Path, Trial] = {}  # by folder
         self.stopped = False
 
     def check(self, composed: DictConfig) -> TrainConfig | None:
-        """The configuration of a trial, if it can be known here: a job finds out by itself what it has.
+        """The configuration of a trial; None for a Slurm job, whose devices are known inside the job only.
 
         Raises:
-            ConfigError: it is wrong.
+            ConfigError: the configuration is wrong.
         """
-        return None if isinstance(self.runner, Slurm) else validated(composed, TrainConfig)
+        return None if isinstance(self.runner, Slurm) else checked(composed, TrainConfig)
 
     def batch(self, jobs: list[DictConfig]) -> list[float | None]:
-        """Run what is not done of these trials; the result of each that is done now.
+        """Run those of these trials that are not done; return each trial's result, None where it has none.
 
         Raises:
-            ConfigError: the configuration of one is wrong; none has started.
-            Interrupted: a signal came; no other batch may follow.
+            ConfigError: a configuration is wrong; none of these trials has started.
+            Interrupted: a signal arrived; no other batch may follow.
         """
         trials = [self._trial(job) for job in jobs]
         if self.plan:
@@ -199,9 +209,9 @@ class Sweep:
     def _run(self, pending: list[Trial]) -> None:
         running: list[Trial] = []
 
-        def stop(number: int, frame: FrameType | None) -> None:
+        def stop(signal_number: int, frame: FrameType | None) -> None:
             self.stopped = True
-            self.runner.stop(number)
+            self.runner.stop(signal_number)
 
         with handling_signals(stop):
             while running or (pending and not self.stopped):
@@ -209,32 +219,32 @@ class Sweep:
                     running.append(pending.pop(0))
                     self.runner.start(running[-1])
                 time.sleep(self.runner.poll_seconds)
-                running = self._left(running)
+                running = self._poll(running)
 
-    def _left(self, running: list[Trial]) -> list[Trial]:
-        """The trials that go on; the others are written down."""
-        left = self.runner.left(running)
+    def _poll(self, running: list[Trial]) -> list[Trial]:
+        """The trials that are still running; the others are reported, and the table updated."""
+        still_running = self.runner.poll(running)
         for trial in running:
-            if trial not in left:
+            if trial not in still_running:
                 print(f"{trial.run_dir}: {trial.state}", flush=True)
                 self.write()
-        return left
+        return still_running
 
     @property
     def _folder(self) -> Path:
         return next(iter(self._trials)).parent
 
     def write(self) -> None:
-        """Write the table as it is now, the best trial first."""
+        """Write the current table, the best trial first."""
         with atomic_write(self._folder / TABLE) as file:
             csv.writer(file).writerows([[*self.varied, *COLUMNS], *(row(trial) for trial in self._ranked())])
 
     def _ranked(self) -> list[Trial]:
-        """Trials that are done by their result, then the others as they were chosen."""
+        """Trials with a result, best first, then the others in the order in which they were chosen."""
         return sorted(self._trials.values(), key=lambda trial: inf if trial.result is None else trial.result)
 
     def end(self) -> int:
-        """Print and write the table; the exit code of the sweep."""
+        """Print and write the table; return the exit code of the sweep."""
         if not self._trials:
             return 0
         self.write()
@@ -247,14 +257,14 @@ class Sweep:
 
 
 def trial_name(varied: dict[str, str]) -> str:
-    """A folder for these values: as they are written, and where a path cannot be, with a hash that tells them apart."""
+    """The folder name of a trial: its values; if no path can hold them, an approximation with a hash."""
     text = ",".join(f"{key}={value}" for key, value in varied.items()) or "trial"
     name = re.sub(r"[^\w.=,+-]+", "_", text)[:LONGEST_NAME]
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def row(trial: Trial) -> list[Any]:
-    """A trial's line of the table: the values that it varies, then `COLUMNS`."""
+    """A trial's row of the table: the values that it varies, then `COLUMNS`."""
     shown: list[Any] = [*trial.varied.values(), trial.state, last_step(trial.run_dir)]
     if trial.result is None:
         return [*shown, None, None, None, trial.run_dir]

@@ -1,6 +1,6 @@
-"""The trials of a sweep as processes, on this machine or as Slurm jobs: each is a `clippy train` with its own folder.
+"""The trials of a sweep, as processes on this machine or as Slurm jobs. Each is a `clippy train` with its own folder.
 
-A trial is done when the checkpoint of its last step is there, whoever wrote it.
+A trial is done when the checkpoint of its last step exists, whichever command wrote it.
 """
 
 import os
@@ -20,8 +20,8 @@ from clippy_train.launch.slurm import job_facts
 from clippy_train.run.folder import JOB_FILE, METRICS, OUTPUT, last_step
 from clippy_train.run.rows import read_rows
 
-FOLLOWS = "CLIPPY_SWEEP"  # in the environment of a trial's process: its standard input is a pipe to the sweep
-OBJECTIVE = "val/bits_per_byte"  # its lowest validation decides, whose checkpoint is the run's best
+FOLLOWS = "CLIPPY_SWEEP"  # environment variable of a trial's process: its standard input is a pipe from the sweep
+OBJECTIVE = "val/bits_per_byte"  # trials are ranked by their lowest validation, that of the run's best checkpoint
 
 
 @dataclass
@@ -29,10 +29,10 @@ class Trial:
     """One point of a sweep.
 
     Attributes:
-        varied: the values that are its own, by key.
-        arguments: of its `clippy train`.
-        code: exit code; None while there is none.
-        job: id of its Slurm job, if it has one that has not ended.
+        varied: the values that it does not share with the other trials, by key.
+        arguments: the arguments of its `clippy train`.
+        code: exit code; None before it has ended.
+        job: id of its Slurm job; empty if it has none, or the job has ended.
     """
 
     varied: dict[str, str]
@@ -55,24 +55,24 @@ class Trial:
         return "interrupted" if self.code == Interrupted.exit_code else f"failed: exit code {self.code}"
 
     def validations(self) -> list[tuple[float, int]]:
-        """Bits per byte and step of each validation after a step."""
+        """Bits per byte and step of each validation, except the one before the first step."""
         rows = read_rows(self.run_dir / METRICS)
         return [(row[OBJECTIVE], row["step"]) for row in rows if OBJECTIVE in row and row["step"] > 0]
 
     @property
     def result(self) -> float | None:
-        """The objective; None unless the trial is done, and has its metrics still."""
+        """The objective; None if the trial is not done, or its metrics are gone."""
         return min(self.validations(), default=(None, 0))[0] if self.done else None
 
 
 class Local:
-    """Trials as child processes: one after another on this terminal, or `parallel` at a time, with a file for each."""
+    """Trials as child processes: one at a time on this terminal, or `parallel` at a time, each with an output file."""
 
     poll_seconds = 0.1
 
     def __init__(self, parallel: int) -> None:
         self.parallel = parallel
-        self._processes: dict[Path, subprocess.Popen] = {}
+        self._processes: dict[Path, subprocess.Popen[bytes]] = {}
 
     def start(self, trial: Trial) -> None:
         trial.run_dir.mkdir(parents=True, exist_ok=True)
@@ -87,25 +87,25 @@ class Local:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # a terminal's Ctrl-C reaches it once, through `stop`
+                start_new_session=True,  # so that a terminal's Ctrl-C reaches it once, through `stop`
             )
 
-    def left(self, running: list[Trial]) -> list[Trial]:
-        """The trials that have not ended; the others get their exit code."""
+    def poll(self, running: list[Trial]) -> list[Trial]:
+        """The trials that are still running; sets the exit code of the others."""
         for trial in running:
             code = self._processes[trial.run_dir].poll()
             trial.code = 128 - code if code is not None and code < 0 else code
         return [trial for trial in running if trial.code is None]
 
-    def stop(self, number: int) -> None:
-        """Have all trials save and end."""
+    def stop(self, signal_number: int) -> None:
+        """Pass the signal on to all trials: they save and exit."""
         for process in self._processes.values():
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(signal_number)
 
 
 def follow_sweep() -> None:
-    """In a trial's process: save and end when the sweep has gone, however it ended."""
+    """In a trial's process: save and exit once the sweep has ended, for whatever reason."""
     if os.environ.pop(FOLLOWS, None):
         threading.Thread(target=_wait_for_end, daemon=True).start()
 
@@ -116,20 +116,22 @@ def _wait_for_end() -> None:
 
 
 class Slurm:
-    """Trials as jobs of launch/train.sbatch, which go back into the queue by themselves.
+    """Trials as jobs of launch/train.sbatch, which requeue themselves.
 
-    A job outlives the sweep that submitted it; the same sweep later waits for it, instead of submitting another one.
+    A job outlives the sweep that submitted it; the same sweep later waits for it instead of submitting another one.
     """
 
     poll_seconds = 5.0
-    ENDED = (  # the states that a job does not come back from
+    ENDED = (  # final states of a job
         "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
         "REVOKED", "TIMEOUT",
     )  # fmt: skip
 
     def __init__(self, parallel: int | None, options: str) -> None:
         if shutil.which("sbatch") is None:
-            raise ConfigError("launcher=slurm: there is no sbatch on the PATH; leave launcher out to run trials here")
+            raise ConfigError(
+                "launcher=slurm: sbatch is not on the PATH; omit launcher to run the trials on this machine"
+            )
         self.parallel, self.options = parallel or sys.maxsize, shlex.split(options)
         self._detached = False
 
@@ -152,20 +154,20 @@ class Slurm:
         known.write_text(trial.job)
         print(f"{trial.run_dir}: job {trial.job}", flush=True)
 
-    def left(self, running: list[Trial]) -> list[Trial]:
-        """The trials that have not ended; the others get their exit code. None, once the sweep is to end."""
+    def poll(self, running: list[Trial]) -> list[Trial]:
+        """As `Local.poll`; after `stop`, no trial counts as running."""
         states = self._states([trial.job for trial in running if trial.job])
         for trial in running:
             if trial.job and states.get(trial.job, "COMPLETED") in self.ENDED:
                 trial.code, trial.job = self._code(trial.job), ""
         return [] if self._detached else [trial for trial in running if trial.code is None]
 
-    def stop(self, number: int) -> None:
-        """Leave the jobs to Slurm."""
+    def stop(self, signal_number: int) -> None:
+        """Stop waiting; the jobs go on."""
         self._detached = True
 
     def _states(self, jobs: list[str]) -> dict[str, str]:
-        """The state of each job that Slurm still knows; `UNKNOWN` for all while it does not answer."""
+        """The state of each job that Slurm still knows; `UNKNOWN` for all of them while Slurm does not answer."""
         command = ["squeue", "--noheader", "--states=all", "--format=%i %T", f"--jobs={','.join(jobs)}"]
         asked = subprocess.run(command, capture_output=True, text=True, check=False)
         if asked.returncode and "Invalid job id" not in asked.stderr:
@@ -173,7 +175,7 @@ class Slurm:
         return dict(line.split() for line in asked.stdout.splitlines())
 
     def _code(self, job: str) -> int:
-        """The exit code of a job that ended by itself; otherwise, or if Slurm has forgotten it, of an interruption."""
+        """The exit code of a job; that of an interruption if it did not end by itself or Slurm has forgotten it."""
         facts = job_facts(job)
         if facts.get("JobState") not in ("COMPLETED", "FAILED"):
             return Interrupted.exit_code

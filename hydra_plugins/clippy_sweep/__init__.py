@@ -1,12 +1,12 @@
-"""Hydra's plugins for `clippy train -m`; Hydra looks for them in packages of `hydra_plugins` only, at every start.
+"""Hydra plugins of `clippy train -m`. Hydra loads plugins from packages of `hydra_plugins` only, at every start.
 
-The launcher only composes: what a trial is and how it runs is `clippy_train.sweep`'s. The Optuna sweeper takes the
-place of hydra-optuna-sweeper 1.3.0, which needs Optuna 2, and so can store no study beside SQLAlchemy 2 (2026-11-23).
+The launcher only composes; `clippy_train.sweep` defines what a trial is and runs it. The Optuna sweeper replaces
+hydra-optuna-sweeper 1.3.0, which needs Optuna 2 and therefore cannot store a study beside SQLAlchemy 2 (2026-11-23).
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,11 +17,15 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext
 from omegaconf import MISSING, DictConfig
 
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+
 STUDY = "optuna.log"  # in the sweep's folder
 
 
 class TrialLauncher(Launcher):
-    """Composes each job of a batch once, and gives them to the task function together: it returns a value for each."""
+    """Composes the jobs of a batch and passes them to the task function together; it returns one value per job."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: Callable[[Any], Any], config: DictConfig) -> None:
         self.loader, self.task_function, self.config = hydra_context.config_loader, task_function, config
@@ -35,14 +39,14 @@ class TrialLauncher(Launcher):
 
 
 class OptunaSweeper(Sweeper):
-    """Has Optuna choose the values, by the lowest value that the task function returns.
+    """Has Optuna choose the values that minimise what the task function returns.
 
-    The study lies in the sweep's folder. A trial without a value stays open in it: the next sweep runs it again first.
+    The study is a file in the sweep's folder. A trial without a value stays open in it; the next sweep runs it first.
 
     Args:
-        trials: how many are to have a value in the end.
-        parallel: how many are chosen at a time, all from the same knowledge.
-        seed: of Optuna's choice.
+        trials: number of trials that have a value in the end.
+        parallel: number of trials chosen at a time, all from the same results.
+        seed: seed of Optuna's sampler.
     """
 
     def __init__(self, trials: int, parallel: int, seed: int) -> None:
@@ -59,7 +63,7 @@ class OptunaSweeper(Sweeper):
         space = {each.get_key_element(): distribution(each) for each in overrides if each.is_sweep_override()}
         study = self._study()
         finished, opened = _trials(study, "COMPLETE"), _trials(study, "RUNNING")
-        self.trial_launcher.launch([_job(fixed, trial) for trial in finished], 0)  # they have run: for the table
+        self.trial_launcher.launch([_job(fixed, trial) for trial in finished], 0)  # done: not run again, only listed
         for first in range(len(finished), self.trials, self.parallel):
             size = min(self.parallel, self.trials - first)
             batch = [opened.pop(0) if opened else study.ask(space) for _ in range(size)]
@@ -68,7 +72,7 @@ class OptunaSweeper(Sweeper):
                 if result.return_value is not None:
                     study.tell(trial, result.return_value)
 
-    def _study(self) -> Any:
+    def _study(self) -> "optuna.Study":
         import optuna
         from optuna.storages.journal import JournalFileBackend, JournalStorage
 
@@ -76,26 +80,26 @@ class OptunaSweeper(Sweeper):
         self.folder.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(self.folder / STUDY)))
         study = optuna.create_study(study_name="sweep", storage=storage, load_if_exists=True)
-        # Another seed each time: a sampler that began anew would choose the first values once more.
+        # A seed per call: with the same one, the sampler would repeat its first choices.
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.get_trials(deepcopy=False)))
         return study
 
 
-def _trials(study: Any, state: str) -> list[Any]:
-    """A study's trials in a state, in the order in which they were chosen."""
+def _trials(study: "optuna.Study", state: str) -> "list[optuna.Trial]":
+    """The trials of a study that are in a state, in the order in which they were chosen."""
     from optuna.trial import Trial, TrialState
 
     return [Trial(study, each._trial_id) for each in study.get_trials(deepcopy=False, states=[TrialState[state]])]
 
 
-def _job(fixed: list[str], trial: Any) -> list[str]:
-    """The overrides of a trial; four digits of a number are enough, and make names of folders that can be read."""
+def _job(fixed: list[str], trial: "optuna.Trial") -> list[str]:
+    """The overrides of a trial. Floats are cut to four digits, which keeps folder names readable."""
     chosen = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in trial.params.items()}
     return [*fixed, *(f"{key}={value}" for key, value in chosen.items())]
 
 
-def distribution(override: Override) -> Any:
-    """What Optuna may choose from: `interval(a,b)`, `tag(log,interval(a,b))`, or any list of values."""
+def distribution(override: Override) -> "BaseDistribution":
+    """The Optuna distribution of `interval(a,b)`, `tag(log,interval(a,b))`, or any list of values."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if not override.is_interval_sweep():
