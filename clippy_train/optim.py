@@ -33,7 +33,8 @@ class DeviceAdafactor(Adafactor):
     @staticmethod
     def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> Tensor:
         scale: Tensor = param_state["RMS"].clamp(min=param_group["eps"][1])  # `ADAFACTOR` sets scale_parameter
-        return scale * param_group["lr"]
+        lr: Tensor = scale * param_group["lr"]
+        return lr
 
 
 def lr_at(step: int, settings: OptimConfig) -> float:
@@ -72,7 +73,7 @@ class Schedule(LRScheduler):
 def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
     """Build the optimizer that `settings.name` names, over all parameters of the model."""
     if settings.name == "adafactor":
-        return DeviceAdafactor(model.parameters(), lr=settings.lr, **ADAFACTOR)
+        return DeviceAdafactor(model.parameters(), lr=settings.lr, **ADAFACTOR)  # type: ignore[no-untyped-call]  # untyped in transformers
     return build_adamw(model, settings)
 
 

@@ -112,7 +112,8 @@ def test_the_key_reaches_the_model(train_config: Callable[..., TrainConfig]) -> 
 
 def trained(config: TrainConfig) -> tuple[list[tuple[float, float]], int]:
     """Loss and gradient norm of each step, and how often the first block was computed."""
-    fit, calls = Fit(config), []
+    fit = Fit(config)
+    calls: list[None] = []
     first = fit.module.model.transformer.h[0]
     assert isinstance(first, GPTNeoBlock)
     first.ln_1.register_forward_hook(lambda *_: calls.append(None))

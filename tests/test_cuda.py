@@ -56,7 +56,7 @@ def test_what_would_wait_or_fail_is_noticed(outcomes: dict[str, Outcome], fault:
     assert found.error or found.waits or found.wrong
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flex"])
 def test_a_compiled_step_has_kernels_for_an_h100(guard: Path, kernel: str) -> None:
     """Built by Triton for sm_90 and never run."""
     if importlib.util.find_spec("triton") is None:
@@ -64,4 +64,6 @@ def test_a_compiled_step_has_kernels_for_an_h100(guard: Path, kernel: str) -> No
     found = in_process(guard, kernel)
     assert not found["error"], found["error"]
     assert len(found["kernels"]) > 20
-    assert all(name.startswith("triton_") for name in found["kernels"])
+    fused = [name for name in found["kernels"] if "flex_attention" in name]
+    assert bool(fused) == (kernel == "flex")
+    assert any("backward" in name for name in fused) == (kernel == "flex")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from support.models import gpt_neo, token_ids
 from torch import Tensor
+from torch.nn.attention import varlen
 from transformers import GPTNeoForCausalLM
 
 from clippy_train.config import TrainConfig
@@ -214,7 +215,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *settings: int, **options: object) -> Tensor:
         return (q + k + v) / 3 + bounds.float().mean() / 1e3
 
-    monkeypatch.setattr(attention.varlen, "varlen_attn", attend)
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
 
 
 def batches(eos: int) -> list[Batch]:

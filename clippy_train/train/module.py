@@ -1,7 +1,7 @@
 """What one rank computes: loss of a micro-batch, validation sums, optimizer. Lightning and the strategy do the rest."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -79,8 +79,7 @@ class CodeLM(pl.LightningModule):
     @property
     def _eos(self) -> int | None:
         """The token that ends a document, if attention stays within documents."""
-        eos: int = self.model.config.eos_token_id
-        return eos if self.config.data.document_mask else None
+        return cast(int, self.model.config.eos_token_id) if self.config.data.document_mask else None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.model, self.config.optim)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.cuda.amp.common
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -84,7 +85,7 @@ class Recording(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, outcome: Outcome) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.outcome = outcome
 
     @classmethod
@@ -192,7 +193,9 @@ def main(out: Path) -> None:
     torch.cuda.get_rng_state = lambda device="cuda": torch.zeros(16, dtype=torch.uint8)
     torch.cuda.set_rng_state = lambda new_state, device="cuda": None
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
-    torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    attention.compiled_flex = lambda: flex.flex_attention  # its compiled form needs a GPU
+    amp: Any = torch.cuda.amp.common
+    amp.amp_definitely_not_available = lambda: False
+    ours: Any = attention
+    ours.compiled_flex = lambda: flex.flex_attention  # its compiled form needs a GPU
     found = {name: run_case(*case) for name, case in CASES.items()} | {name: run_fault(name) for name in FAULTS}
     out.write_text(json.dumps({name: asdict(outcome) for name, outcome in found.items()}))

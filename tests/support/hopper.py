@@ -3,6 +3,7 @@
 Started by `support.cuda_guard`.
 """
 
+import importlib
 import json
 import os
 import traceback
@@ -19,18 +20,19 @@ import torch._inductor.config
 import torch._inductor.fx_passes.joint_graph
 import torch._inductor.fx_passes.post_grad
 import torch.cuda.random
-import triton
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.runtime import triton_helpers, triton_heuristics
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPTNeoForCausalLM
-from triton.backends.compiler import GPUTarget
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
 from clippy_train.model.build import gpt_neo_config
 from clippy_train.train.module import CodeLM
 from support.fake_cuda import EOS, SHAPE, VOCAB_SIZE, move_to_cuda
+
+# By name, because a torch without CUDA does not install it.
+triton, compiler = map(importlib.import_module, ("triton", "triton.backends.compiler"))
 
 H100 = {
     "name": "NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 80 << 30,
@@ -56,8 +58,8 @@ class Driver:
         load_binary=lambda *args: (0, 0, 0, 0, 1024),
     )  # fmt: skip
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+    def get_current_target(self) -> Any:
+        return compiler.GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -100,17 +102,18 @@ def pretend(kernels: list[str]) -> None:
         method = "_cuda_" + name[0].lower() + name[1:]
         setattr(internal, method, lambda *args: 0)
     internal._cuda_getDeviceCount, internal._cuda_isInBadFork = (lambda: 1), (lambda: False)
-    torch.cuda.random._lazy_init = lambda: None
+    cuda.random._lazy_init = lambda: None
     cuda.amp.common.amp_definitely_not_available = lambda: False
     version: Any = torch.version
     version.cuda = "13.0"
     triton.runtime.driver.set_active(Driver())
 
-    def launchers(autotuner: Any) -> None:
-        kernels.append(autotuner.fn.__name__)
-        autotuner.launchers = [lambda *args, **kwargs: None]
+    def launchers(tuner: Any) -> None:
+        kernels.append(tuner.fn.__name__)
+        tuner.launchers = [lambda *args, **kwargs: None]
 
-    triton_heuristics.CachingAutotuner._make_launchers = launchers
+    autotuner: Any = triton_heuristics.CachingAutotuner
+    autotuner._make_launchers = launchers
     triton_helpers.set_driver_to_gpu = lambda: None
     inductor: Any = torch._inductor.config
     inductor.pattern_matcher = inductor.joint_graph_constant_folding = inductor.fx_graph_cache = False
