@@ -13,7 +13,8 @@ What depends on the batch (`Masks`) is made before a compiled graph starts, not 
 rebuilt in every step, and every number of documents would need another graph.
 
 Attention dropout, which no published GPT-Neo has, always uses sdpa. varlen and flex have not been run on CUDA yet: on
-CPU, tests check the arguments that varlen passes to its kernel, and the values of uncompiled flex.
+CPU, tests check the arguments that varlen passes to its kernel, the values of uncompiled flex, and, on
+fake CUDA tensors, devices and dtypes.
 """
 
 from collections.abc import Callable, Iterable
