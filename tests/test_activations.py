@@ -122,6 +122,7 @@ def trained(config: TrainConfig) -> tuple[list[tuple[float, float]], int]:
     return [(row["train/loss"], row["train/grad_norm"]) for row in rows], len(calls)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("strategy", "kernel"),
     [("single", "sdpa"), ("ddp", "sdpa"), ("zero1", "sdpa"), ("zero2", "sdpa"), ("zero3", "sdpa"), ("zero3", "eager")],

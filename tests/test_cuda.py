@@ -13,6 +13,8 @@ import torch
 from support import cuda_guard
 from support.fake_cuda import CASES, FAULTS, Outcome
 
+pytestmark = pytest.mark.processes
+
 HERE = Path(__file__).parent
 
 
