@@ -128,9 +128,9 @@ def test_keys_that_are_named_exist(path: Path) -> None:
 @every_doc
 def test_choices_of_groups_that_are_named_exist(path: Path) -> None:
     for text in code(path):
-        for group, values in re.findall(rf"(?<![\w.])({'|'.join(GROUPS)})=([a-z]\w*(?:,[a-z]\w*)*)", text):
+        for group, values in re.findall(rf"(?<![\w.])({'|'.join(GROUPS)})=([a-z]\w*(?:,[a-z]\w*)*)\b(?!\()", text):
             if group not in KEYS:  # `model=` is also a key of other verbs
-                for value in values.split(","):
+                for value in set(values.split(",")) - {"null"}:
                     assert (CONF / group / f"{value}.yaml").exists(), f"{group}={value} in {text}"
 
 

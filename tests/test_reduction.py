@@ -23,7 +23,7 @@ class Traffic(TorchDispatchMode):
     """Counts elements that reductions of the training group take, by type. (Norms and flags are single numbers.)"""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.elements: dict[torch.dtype, int] = {}
 
     def __torch_dispatch__(
