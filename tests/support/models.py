@@ -32,7 +32,10 @@ def gpt_neo(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> GPTNeoForCausalLM:
-    """A random GPT-Neo with weights large enough that attention is far from uniform and biases are not zero."""
+    """A random GPT-Neo with weights large enough that attention is far from uniform and biases are not zero.
+
+    The weights are a function of the arguments: torch's own seed differs from process to process.
+    """
     config = GPTNeoConfig(
         vocab_size=vocab_size,
         max_position_embeddings=positions,
@@ -45,11 +48,11 @@ def gpt_neo(
         attention_dropout=dropout,
         resid_dropout=dropout,
     )
-    model = GPTNeoForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = GPTNeoForCausalLM(config)
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
     return model
 
 
