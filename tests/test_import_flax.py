@@ -362,7 +362,7 @@ def test_the_first_update_is_that_of_an_uninterrupted_adamw(
     weights, optim = expected_update
     output = runs.train(strategy, "trainer.precision=fp32", *LAYOUTS[strategy]).stdout
     assert f"starting runs/{strategy} at step {UPDATES} with the moments in" in output
-    assert "data start at the beginning" in output
+    assert "data start from the beginning" in output
     rows = runs.rows(strategy)
     assert [row["step"] for row in rows] == [UPDATES + 1, UPDATES + 2]
     assert [row["train/lr"] for row in rows] == pytest.approx([lr_at(FIRST, optim), lr_at(FIRST + 1, optim)], rel=1e-12)
@@ -404,7 +404,7 @@ def test_by_default_only_the_weights_of_a_base_are_used(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["trainer.max_steps=3"], "has made 3 steps"),
+        (["trainer.max_steps=3"], "is at step 3"),
         (["model.base_optimizer=continue", "model.base=null"], "needs a model.base"),
     ],
 )
