@@ -67,9 +67,9 @@ def run_checkpoint(settings: config.CheckpointsConfig) -> int:
 
 def run_plan(settings: config.TrainConfig) -> int:
     from clippy_train.launch.start import preflight_problems
-    from clippy_train.plan import plan
+    from clippy_train.plan import make_plan, plan_rows
 
-    print_table("plan", plan(settings))
+    print_table("plan", plan_rows(settings, make_plan(settings)))
     for error in preflight_problems(settings):
         print(f"not ready to run here: {error}")
     return 0

@@ -4,6 +4,8 @@ What depends on hardware is a range, from the assumptions that stand here as con
 them was measured on a GPU by this project.
 """
 
+from dataclasses import dataclass
+
 from clippy_train.config import TrainConfig
 from clippy_train.model.flops import count_parameters
 from clippy_train.optim import lr_at
@@ -20,7 +22,7 @@ NETWORK: Range = (25e9, 50e9)  # bytes a second that a GPU exchanges with other 
 # scores, which SDPA does not keep); of the loss, times the vocabulary (logits in bf16 and fp32, log-softmax, gradient).
 LAYER_BYTES, LOSS_BYTES = 34, 12
 TOKENS_PER_CORE: Range = (0.5e6, 1e6)  # that a core tokenises in a second; the upper end: benchmarks/data-speed.md
-TEXT_BYTES_PER_TOKEN = 3.0  # of code, with white-space tokens
+TEXT_BYTES_PER_TOKEN = 3.0  # of code, with whitespace tokens
 COMPRESSION = 4.0  # of code, by zstd
 DISK: Range = (0.5e9, 2e9)  # bytes a second that a shared file system takes from a job
 HASHING = 1e9  # bytes a second that a core reads back and hashes
@@ -43,19 +45,91 @@ def state_bytes(num_parameters: int, config: TrainConfig) -> dict[str, int]:
     return {"device": weights + gradients + optimizer, "checkpoint": (low + master) * num_parameters}
 
 
-def plan(config: TrainConfig) -> list[tuple[str, str]]:
-    """Rows of the plan: what will be trained, on how much, with what."""
+@dataclass(frozen=True)
+class Estimate:
+    """What depends on hardware; ranges from the assumptions above.
+
+    Attributes:
+        tokens_per_second: of all ranks together.
+        memory_bytes_per_gpu: states and activations.
+        save_seconds: until a checkpoint is complete; training goes on meanwhile.
+        read_bytes_per_second: of zstd shards, all ranks together.
+        tokenizing_cores_per_node: cores that keep up with that speed.
+    """
+
+    tokens_per_second: Range
+    hours: Range
+    memory_bytes_per_gpu: int
+    save_seconds: Range
+    read_bytes_per_second: Range
+    tokenizing_cores_per_node: Range
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes, as numbers.
+
+    Attributes:
+        vocab_size: with the whitespace tokens.
+        state_bytes_per_device: weights, gradients and optimizer state.
+        checkpoints: the most that are kept at a time.
+        disk_bytes: of those, and one that is being written.
+        estimate: None on CPU.
+    """
+
+    vocab_size: int
+    parameters: int
+    tokens: int
+    state_bytes_per_device: int
+    checkpoint_bytes: int
+    checkpoints: int
+    disk_bytes: int
+    estimate: Estimate | None
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    vocab_size = config.model.vocab_size + len(config.tokenizer.whitespace_tokens)
+    num_parameters = count_parameters(config, vocab_size)
+    sizes, kept = state_bytes(num_parameters, config), checkpoints_kept(config)
+    return Plan(
+        vocab_size=vocab_size,
+        parameters=num_parameters,
+        tokens=config.trainer.max_steps * config.tokens_per_step,
+        state_bytes_per_device=sizes["device"],
+        checkpoint_bytes=sizes["checkpoint"],
+        checkpoints=kept,
+        disk_bytes=sizes["checkpoint"] * (kept + 1),
+        estimate=None if config.trainer.accelerator == "cpu" else estimate(config, num_parameters, vocab_size),
+    )
+
+
+def estimate(config: TrainConfig, num_parameters: int, vocab_size: int) -> Estimate:
+    low, high = tokens_per_second(config, num_parameters)
+    nodes, _ = config.nodes_and_devices
+    tokens, sizes = config.trainer.max_steps * config.tokens_per_step, state_bytes(num_parameters, config)
+    slow, fast = (sizes["checkpoint"] * (1 / speed + 1 / HASHING) for speed in DISK)
+    return Estimate(
+        tokens_per_second=(low, high),
+        hours=(tokens / high / 3600, tokens / low / 3600),
+        memory_bytes_per_gpu=sizes["device"] + activation_bytes(config, vocab_size),
+        save_seconds=(fast, slow),
+        read_bytes_per_second=(low * TEXT_BYTES_PER_TOKEN / COMPRESSION, high * TEXT_BYTES_PER_TOKEN / COMPRESSION),
+        tokenizing_cores_per_node=(low / nodes / TOKENS_PER_CORE[1], high / nodes / TOKENS_PER_CORE[0]),
+    )
+
+
+def plan_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
+    """The plan as a table for people: what will be trained, on how much, with what."""
     trainer, optim, model = config.trainer, config.optim, config.model
-    vocab_size = model.vocab_size + len(config.tokenizer.whitespace_tokens)
-    count = count_parameters(config, vocab_size)
-    sizes = state_bytes(count, config)
-    kept, size = checkpoints_kept(config), f"{sizes['checkpoint'] / 1e9:,.3g} GB"
     return [
         ("run folder", str(config.run_dir)),
         ("start from", model.base or "random weights"),
-        ("tokenizer", f"{config.tokenizer.base or model.base}, {vocab_size:,} tokens"),
+        ("tokenizer", f"{config.tokenizer.base or model.base}, {plan.vocab_size:,} tokens"),
         ("recipe", rules(config)),
-        ("model", f"GPT-Neo, {model.num_layers} layers of {model.hidden_size}, {count / 1e6:,.1f} M parameters"),
+        (
+            "model",
+            f"GPT-Neo, {model.num_layers} layers of {model.hidden_size}, {plan.parameters / 1e6:,.1f} M parameters",
+        ),
         (
             "ranks",
             f"{trainer.num_nodes} nodes x {trainer.devices} {trainer.accelerator}, {trainer.precision}, "
@@ -66,7 +140,7 @@ def plan(config: TrainConfig) -> list[tuple[str, str]]:
             f"{trainer.global_batch_size} sequences of {config.data.seq_len} = {config.tokens_per_step:,} tokens: "
             f"{config.world_size} ranks x {trainer.micro_batch_size} x {config.micro_steps} accumulated",
         ),
-        ("run", f"{trainer.max_steps:,} steps = {trainer.max_steps * config.tokens_per_step / 1e9:,.4g} B tokens"),
+        ("run", f"{trainer.max_steps:,} steps = {plan.tokens / 1e9:,.4g} B tokens"),
         (
             "learning rate",
             f"0 -> {optim.lr:g} in {optim.warmup_steps} steps, cosine to "
@@ -77,27 +151,21 @@ def plan(config: TrainConfig) -> list[tuple[str, str]]:
             f"{trainer.val_samples:,} sequences = {trainer.val_samples * config.data.seq_len / 1e6:,.4g} M tokens "
             f"(or the whole split) every {trainer.val_every_steps} steps",
         ),
-        ("states on a device", f"{sizes['device'] / 1e9:,.3g} GB (activations come on top)"),
+        ("states on a device", f"{plan.state_bytes_per_device / 1e9:,.3g} GB, without activations"),
         (
             "checkpoints",
-            f"{when_saved(config)}, {size} each; at most {kept} kept and one being written: "
-            f"{sizes['checkpoint'] * (kept + 1) / 1e9:,.3g} GB",
+            f"{when_saved(config)}, {plan.checkpoint_bytes / 1e9:,.3g} GB each; at most {plan.checkpoints} kept and "
+            f"one being written: {plan.disk_bytes / 1e9:,.3g} GB",
         ),
-        *([] if trainer.accelerator == "cpu" else expected(config, count, vocab_size)),
+        *(estimate_rows(config, plan.estimate) if plan.estimate else []),
     ]
 
 
-def expected(config: TrainConfig, num_parameters: int, vocab_size: int) -> list[tuple[str, str]]:
-    """Rows of the plan that are estimates: speed, time, memory, and what the file system and the cores must give."""
-    trainer, ranks, (nodes, devices) = config.trainer, config.world_size, config.nodes_and_devices
-    low, high = tokens_per_second(config, num_parameters)
-    tokens = trainer.max_steps * config.tokens_per_step
-    hours = tokens / high / 3600, tokens / low / 3600
-    sizes = state_bytes(num_parameters, config)
-    memory = sizes["device"] + activation_bytes(config, vocab_size)
-    stall = [sizes["checkpoint"] * (1 / speed + 1 / HASHING) for speed in reversed(DISK)]
-    read = [speed * TEXT_BYTES_PER_TOKEN / COMPRESSION for speed in (low, high)]
-    cores = low / nodes / TOKENS_PER_CORE[1], high / nodes / TOKENS_PER_CORE[0]
+def estimate_rows(config: TrainConfig, estimate: Estimate) -> list[tuple[str, str]]:
+    """Rows for speed, time, memory, and what the file system and the cores must provide."""
+    ranks, (nodes, devices) = config.world_size, config.nodes_and_devices
+    (low, high), hours = estimate.tokens_per_second, estimate.hours
+    read = estimate.read_bytes_per_second
     return [
         (
             "speed (estimate)",
@@ -107,13 +175,16 @@ def expected(config: TrainConfig, num_parameters: int, vocab_size: int) -> list[
         ),
         (
             "time (estimate)",
-            f"{span(*hours)} hours, {span(hours[0] * ranks, hours[1] * ranks)} GPU-hours; validation and checkpoints "
-            "come on top",
+            f"{span(*hours)} hours, {span(hours[0] * ranks, hours[1] * ranks)} GPU-hours, without validation",
         ),
-        ("memory of a GPU (estimate)", f"{memory / 1e9:,.3g} GB with micro-batches of {trainer.micro_batch_size}"),
         (
-            "stall of a checkpoint (estimate)",
-            f"{span(*stall)} s: written at {span(*DISK, 1e9)} GB/s, hashed at {HASHING / 1e9:g} GB/s",
+            "memory of a GPU (estimate)",
+            f"{estimate.memory_bytes_per_gpu / 1e9:,.3g} GB with micro-batches of {config.trainer.micro_batch_size}",
+        ),
+        (
+            "seconds to save (estimate)",
+            f"{span(*estimate.save_seconds)} s beside training: written at {span(*DISK, 1e9)} GB/s, hashed at "
+            f"{HASHING / 1e9:g} GB/s",
         ),
         (
             "reading (estimate)",
@@ -122,14 +193,14 @@ def expected(config: TrainConfig, num_parameters: int, vocab_size: int) -> list[
         ),
         (
             "tokenizing (estimate)",
-            f"{span(*cores)} cores of each node at {span(*TOKENS_PER_CORE, 1e6)} M tokens/s a core; "
-            f"data.num_workers={config.data.num_workers} gives {devices * config.data.num_workers}",
+            f"{span(*estimate.tokenizing_cores_per_node)} cores of each node at {span(*TOKENS_PER_CORE, 1e6)} M "
+            f"tokens/s a core; data.num_workers={config.data.num_workers} gives {devices * config.data.num_workers}",
         ),
     ]
 
 
 def tokens_per_second(config: TrainConfig, num_parameters: int) -> Range:
-    """Of all ranks: at best, exchange between nodes hides behind computing; at worst, it comes on top."""
+    """Of all ranks. At best, exchange between nodes overlaps with computation; at worst, it adds to it."""
     model, ranks, (nodes, _) = config.model, config.world_size, config.nodes_and_devices
     flops = 6 * num_parameters + 12 * model.num_layers * model.hidden_size * config.data.seq_len
     slow, fast = (config.tokens_per_step * flops / (ranks * share * PEAK_FLOPS) for share in UTILISATION)
@@ -165,4 +236,4 @@ def when_saved(config: TrainConfig) -> str:
 def rules(config: TrainConfig) -> str:
     """How text becomes tokens and tokens a loss, in words: what `recipe` chooses."""
     end = "end-of-text after each document" if config.data.eos_between_documents else "nothing between documents"
-    return f"{config.tokenizer.matching} white space, {end}, loss in {config.model.loss_dtype}"
+    return f"{config.tokenizer.matching} whitespace, {end}, loss in {config.model.loss_dtype}"

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
-from support.fits import ALONE, SETTINGS, Fit
+from support.fits import ALONE, SETTINGS, SINGLE, Fit
 
 from clippy_train.config import TrainConfig
 from clippy_train.errors import NonFinite
@@ -32,7 +32,7 @@ def run(
         monkeypatch.setenv(name, value)
 
     def build(*swapped: type) -> Fit:
-        fit = Fit(train_config(*SETTINGS, f"run.root={tmp_path}", "run.name=run"))
+        fit = Fit(train_config(*SETTINGS, *SINGLE, f"run.root={tmp_path}", "run.name=run"))
         if swapped:
             first, second = (kinds(fit).index(each) for each in swapped)
             fit.callbacks[first], fit.callbacks[second] = fit.callbacks[second], fit.callbacks[first]

@@ -26,7 +26,7 @@ from clippy_train.launch.agent import (
     run_ranks,
 )
 from clippy_train.launch.lock import lock_folder
-from clippy_train.plan import plan, tokens_per_second
+from clippy_train.plan import make_plan, plan_rows, tokens_per_second
 from clippy_train.run.folder import CONFIG
 from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train.callbacks.progress import fresh_cursors
@@ -217,7 +217,7 @@ def test_512_ranks_get_consecutive_numbers_and_separate_streams(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["trainer.global_batch_size=1024", "data.streams=64"], "a run that has not started yet, set data.streams=512"),
+        (["trainer.global_batch_size=1024", "data.streams=64"], "for a new run, set data.streams=512"),
         (
             ["trainer.global_batch_size=1000", "data.streams=500"],
             "is not a multiple of trainer.micro_batch_size",
@@ -242,11 +242,11 @@ def test_a_plan_estimates_large_runs(train_config: Callable[..., TrainConfig]) -
     for fewer, more in ((1, 8), (8, 64)):
         for slow, fast in zip(speeds[fewer], speeds[more], strict=True):
             assert slow < fast <= slow * more / fewer  # never better than in proportion
-    rows = dict(plan(sizes[64]))
+    rows = dict(plan_rows(sizes[64], make_plan(sizes[64])))
     assert "512 ranks x 2 x 1 accumulated" in rows["step"]
     assert {name for name in rows if name.endswith("(estimate)")} == {
         f"{name} (estimate)"
-        for name in ("speed", "time", "memory of a GPU", "stall of a checkpoint", "reading", "tokenizing")
+        for name in ("speed", "time", "memory of a GPU", "seconds to save", "reading", "tokenizing")
     }
 
 

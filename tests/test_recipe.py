@@ -255,7 +255,7 @@ def test_the_plan_shows_the_rules_of_the_recipe(
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["train", *CARD, "recipe=original", "--dry-run"]) == 0
     plan = capsys.readouterr().out
-    assert "first_listed white space, nothing between documents, loss in bf16" in plan
+    assert "first_listed whitespace, nothing between documents, loss in bf16" in plan
     assert "256,000 sequences = 524.3 M tokens" in plan
 
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from support.distributed import run_distributed
-from support.fits import ALONE, SETTINGS, Fit
+from support.fits import ALONE, SETTINGS, SINGLE, Fit
 from support.runs import Runs
 from torch.utils._pytree import tree_leaves
 
@@ -126,7 +126,7 @@ def test_a_save_does_not_wait_for_its_validation(
 ) -> None:
     for name, value in ALONE.items():
         monkeypatch.setenv(name, value)
-    fit = Fit(train_config(*SETTINGS, f"run.root={tmp_path}"))
+    fit = Fit(train_config(*SETTINGS, *SINGLE, f"run.root={tmp_path}"))
 
     validate = fit.module.validation_step
 

@@ -27,8 +27,9 @@ from clippy_train.train.strategy import build_trainer
 C = TypeVar("C", bound=pl.Callback)
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+SINGLE = ["strategy=single", "trainer.devices=1"]
 SETTINGS = [
-    "strategy=single", "trainer.devices=1", "trainer.precision=fp32", "trainer.watchdog_seconds=0",
+    "trainer.precision=fp32", "trainer.watchdog_seconds=0",
     "model.num_layers=1", "model.hidden_size=16", "model.num_heads=2", "model.max_position_embeddings=32",
     "data.seq_len=16", "data.streams=2", "data.num_workers=0", "data.window=4",
     "trainer.global_batch_size=4", "trainer.micro_batch_size=2", "trainer.eval_micro_batch_size=2",
