@@ -26,6 +26,7 @@ from clippy_train.compose import composition
 from clippy_train.config import TrainConfig
 from clippy_train.errors import Interrupted
 from clippy_train.run.folder import (
+    CONFIG,
     METRICS,
     OUTPUT,
     TENSORBOARD,
@@ -68,11 +69,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 def swept(runs: Runs) -> Swept:
     process = start(runs)
     runs.wait_for_step(FIRST, 2, process)
+    process.send_signal(signal.SIGTERM)  # at once: the trial takes its 80 steps in seconds
+    interrupted = outcome(runs, process)
+    process = start(runs, "launcher.parallel=2")
+    while not (runs.folder(SECOND) / CONFIG).exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
     refused = runs.clippy("train", "-m", *runs.settings, *SETTINGS, code=2)
     assert f"run.name=swept: process {process.pid} on " in refused.stderr
-    process.send_signal(signal.SIGTERM)
-    interrupted = outcome(runs, process)
-    continued = outcome(runs, start(runs, "launcher.parallel=2"))
+    continued = outcome(runs, process)
     started = time.monotonic()
     again = outcome(runs, start(runs))
     return Swept(interrupted, continued, again, time.monotonic() - started)
