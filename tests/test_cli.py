@@ -126,6 +126,7 @@ def complete(line: str, folder: Path) -> list[str]:
     return answer.read_text().split()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -382,6 +383,7 @@ def test_a_flag_of_another_verb_is_refused(arguments: list[str], owner: str, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.processes
 def test_a_plan_of_many_trials_trains_none(tmp_path: Path) -> None:
     arguments = ["plan", "-m", "experiment=code_clippy_125m", f"run.root={tmp_path}/runs", "seed=1,2"]
     command = [sys.executable, "-m", "clippy_train.cli", *arguments]  # Hydra would set up this process's logging anew
