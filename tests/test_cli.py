@@ -656,6 +656,7 @@ def test_wrong_types_are_config_errors() -> None:
         compose(config.GenerateConfig, ["model=m", "prompt=p", "max_new_tokens=many"])
 
 
+@pytest.mark.processes
 def test_a_launcher_needs_no_torch() -> None:
     """It starts ranks, which take seconds to import it; before them come its checks, which a user waits for."""
     code = (
