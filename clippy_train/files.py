@@ -38,7 +38,11 @@ def replace_link(link: Path, target: Path) -> None:
     staging = link.with_name(link.name + STAGING)
     staging.unlink(missing_ok=True)
     staging.symlink_to(target.name)
-    staging.replace(link)
+    try:
+        staging.replace(link)
+    except OSError:
+        staging.unlink()
+        raise
 
 
 def fsync(path: Path) -> None:

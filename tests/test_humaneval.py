@@ -60,6 +60,7 @@ def evaluate(problems: Path, samples: Path, *arguments: str, code: int = 0) -> N
     assert main(["evaluate", "task=humaneval", f"problems={problems}", f"samples={samples}", *arguments]) == code
 
 
+@pytest.mark.processes
 def test_canned_solutions_get_their_exact_scores(problems: Path, tmp_path: Path) -> None:
     n, right = 5, [5, 2, 0]
     samples = write(tmp_path / "samples.jsonl", canned(right, n))

@@ -16,7 +16,10 @@ WRONG = "def square(x):\n    return x\n"
 LIMITS = Limits(seconds=10, memory_bytes=512 << 20)
 HURRIED = Limits(seconds=1, memory_bytes=512 << 20)
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is Linux's")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is Linux's"),
+]
 
 
 def outcome(program: str, limits: Limits = LIMITS, test: str = TEST) -> str:

@@ -72,7 +72,8 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
 
 def staging_folders(run_dir: Path) -> list[Path]:
     """What was left half-written among a run's checkpoints."""
-    return list((run_dir / CHECKPOINTS).glob(f"*{STAGING}"))
+    found = (run_dir / CHECKPOINTS).glob(f"*{STAGING}")
+    return [path for path in found if not path.is_symlink()]  # of `best`: the next one replaces it
 
 
 def last_step(run_dir: Path) -> int:
