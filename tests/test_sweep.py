@@ -168,6 +168,7 @@ def test_a_trial_that_fails_is_marked_and_does_not_end_the_sweep(runs: Runs) -> 
     assert output.count("failed: exit code 3") == 4  # when it ends, and in the table
 
 
+@pytest.mark.processes
 def test_a_trial_ends_when_its_sweep_was_killed() -> None:
     follow = "from clippy_train.sweep.trials import follow_sweep; follow_sweep()"
     code = f"import time; {follow}; print(flush=True); time.sleep(60)"

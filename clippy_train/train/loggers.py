@@ -38,10 +38,13 @@ CHARTS = {
         "model FLOP utilisation": ["throughput/mfu"],
         "share of time waiting for data": ["throughput/data_wait$"],
         "seconds a step": ["throughput/step_time"],
+        "slowest rank": ["slowest/.+"],
     },
     "Checkpoints": {
         "age of the last one, in seconds": ["checkpoint/age$"],
         "seconds to save": ["checkpoint/seconds$"],
+        "seconds that training waits for it": ["checkpoint/stall$"],
+        "step that was saved": ["checkpoint/step$"],
         "bytes": ["checkpoint/bytes$"],
         "failed saves in a row": ["checkpoint/failed$"],
     },
