@@ -56,6 +56,13 @@ def anchors(path: Path) -> set[str]:
 
 
 @every_doc
+def test_the_rows_of_a_table_have_as_many_cells_as_its_header(path: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", path.read_text()))  # code may hold a bar
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({row.replace(r"\|", "").count("|") for row in table.splitlines()}) == 1, table
+
+
+@every_doc
 def test_links_lead_to_files_and_headings(path: Path) -> None:
     for file, anchor in links(path):
         assert file.exists(), file
