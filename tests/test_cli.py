@@ -314,8 +314,15 @@ def test_any_override_of_a_sweep_works_or_is_refused_in_one_message(
     arguments = ["plan", "-m", *experiment_for(override), override]
     if expected is None:
         assert main(arguments) == 0
+        assert list(tmp_path.iterdir()) == []
     else:
         assert expected in fails(capsys, 2, *arguments)
+
+
+def test_an_unknown_task_is_the_only_problem(capsys: Capture) -> None:
+    text = fails(capsys, 2, "evaluate", "model=m", "task=nope")
+    assert "task=nope: must be one of" in text
+    assert "needs" not in text
 
 
 @pytest.mark.parametrize("override", [override for override, _ in SWEEPS])
@@ -359,6 +366,7 @@ def test_two_options_of_a_group_are_refused(capsys: Capture) -> None:
         (["checkpoint.every_minutes=inf"], "checkpoint.every_minutes=inf: must be a finite number"),
         (["seed=99999999999"], "seed=99999999999: must be at most"),
         (["run.name=${nope}"], "nope"),
+        (["data.filter.extensions=.py,.c"], "needs brackets: data.filter.extensions=[.py,.c]"),
     ],
 )
 def test_a_wrong_setting_names_its_key_and_the_fix(overrides: list[str], expected: str, capsys: Capture) -> None:
