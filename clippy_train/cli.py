@@ -293,7 +293,7 @@ def _call(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         return 0
     for option, flag in FLAGS.items():
         if getattr(options, option.strip("-").replace("-", "_")) and options.verb not in flag.verbs:
-            raise ConfigError(f"{option} is for clippy {flag.verbs[0]}")
+            raise ConfigError(f"{option} is for {' and '.join(f'clippy {verb}' for verb in flag.verbs)}")
     if options.report:
         return report_corpus(compose.compose(config.CorpusConfig, overrides))
     if options.interactive:

@@ -627,7 +627,8 @@ def training_problems(config: TrainConfig) -> list[str]:
 
 def evaluation_problems(config: EvaluateConfig) -> list[str]:
     """Contradictions in an evaluation, as `training_problems`."""
-    return list(_perplexity_problems(config) if config.task == "perplexity" else _humaneval_problems(config))
+    of_task = {"perplexity": _perplexity_problems, "humaneval": _humaneval_problems}
+    return list(of_task[config.task](config)) if config.task in of_task else []
 
 
 def _perplexity_problems(config: EvaluateConfig) -> Iterator[str]:

@@ -310,7 +310,7 @@ def serve() -> Iterator[Callable[..., Server]]:
         server = Server(folder, **settings)
         listener = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, server))
         server.url = f"http://127.0.0.1:{listener.server_port}"
-        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        threading.Thread(target=listener.serve_forever, args=(0.01,), daemon=True).start()
         running.append(listener)
         return server
 

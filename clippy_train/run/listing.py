@@ -10,6 +10,7 @@ from clippy_train.run.checkpoint import (
     read_checkpoint,
 )
 from clippy_train.run.folder import (
+    BEST,
     CHECKPOINTS,
     MANIFEST,
     checkpoint_folders,
@@ -34,7 +35,7 @@ def listing(run_dir: Path, content: bool) -> tuple[list[str], list[list[str]], b
     rows: list[list[str]] = []
     for path in checkpoint_folders(run_dir):
         pointers = ["last"] if not rows else []
-        pointers += ["best"] if path == best else []
+        pointers += [BEST] if path == best else []
         rows.append([*_facts(path), ", ".join(pointers), _state(path, content)])
     return HEADER, rows, all(row[-1] == _intact(content) for row in rows)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from math import inf
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -77,8 +78,11 @@ def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None
         run.check(first)
     if isinstance(run.runner, Local) and not plan:
         lock_folder(Path(settings.run.root) / settings.run.name, f"run.name={settings.run.name}")
-    with suppress(Interrupted):
-        _multirun(run.batch, [*_plugins(settings, run.runner.parallel), *map(input_line, parsed)])
+    arguments = [*_plugins(settings, run.runner.parallel), *map(input_line, parsed)]
+    with suppress(Interrupted), TemporaryDirectory() as scratch:
+        if plan:  # Hydra writes multirun.yaml
+            arguments.append(f"hydra.sweep.dir={quoted(scratch)}")
+        _multirun(run.batch, arguments)
     return run.end()
 
 

@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve() -> Iterator[Hub]:
     hub = Hub()
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield hub
