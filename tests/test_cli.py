@@ -568,7 +568,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(capsys: Capture, tmp_path: Pat
     assert "no model could be loaded" in fails(capsys, 2, "generate", f"model={tmp_path}", "prompt=x")
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00"), min_size=1))
 def test_a_prompt_is_taken_as_it_is_typed(prompt: str) -> None:
     if prompt == "null":

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,13 @@ def table(heading: str) -> list[list[str]]:
 
 
 def values(overrides: list[str]) -> dict[str, Any]:
-    """Every key of a composed configuration with its value."""
-    composed = OmegaConf.structured(compose(TrainConfig, overrides))
+    """Every key of a composed configuration with its value; do not write to it."""
+    return _values(tuple(overrides))
+
+
+@cache
+def _values(overrides: tuple[str, ...]) -> dict[str, Any]:
+    composed = OmegaConf.structured(compose(TrainConfig, list(overrides)))
     return {name: OmegaConf.select(composed, name) for name, _ in keys(TrainConfig)}
 
 
