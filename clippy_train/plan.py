@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from clippy_train.config import TrainConfig
 from clippy_train.model.flops import count_parameters
+from clippy_train.model.traffic import Collective, step_collectives
 from clippy_train.optim import lr_at
 from clippy_train.shards.format import READ_BYTES
 
@@ -74,6 +75,7 @@ class Plan:
         state_bytes_per_device: weights, gradients and optimizer state.
         checkpoints: the most that are kept at a time.
         disk_bytes: of those, and one that is being written.
+        collectives: that each rank takes part in, in an optimizer step.
         estimate: None on CPU.
     """
 
@@ -84,6 +86,7 @@ class Plan:
     checkpoint_bytes: int
     checkpoints: int
     disk_bytes: int
+    collectives: list[Collective]
     estimate: Estimate | None
 
 
@@ -99,6 +102,7 @@ def make_plan(config: TrainConfig) -> Plan:
         checkpoint_bytes=sizes["checkpoint"],
         checkpoints=kept,
         disk_bytes=sizes["checkpoint"] * (kept + 1),
+        collectives=step_collectives(config, vocab_size),
         estimate=None if config.trainer.accelerator == "cpu" else estimate(config, num_parameters, vocab_size),
     )
 
@@ -157,8 +161,17 @@ def plan_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
             f"{when_saved(config)}, {plan.checkpoint_bytes / 1e9:,.3g} GB each; at most {plan.checkpoints} kept and "
             f"one being written: {plan.disk_bytes / 1e9:,.3g} GB",
         ),
+        *([("communication", communication(config, plan.collectives))] if plan.collectives else []),
         *(estimate_rows(config, plan.estimate) if plan.estimate else []),
     ]
+
+
+def communication(config: TrainConfig, collectives: list[Collective]) -> str:
+    sent = sum(each.sent(config.world_size) for each in collectives)
+    return (
+        f"each rank sends {sent / 1e9:,.3g} GB in {sum(each.calls for each in collectives):,} calls in a step, "
+        f"gradients in {config.strategy.reduce_dtype}"
+    )
 
 
 def estimate_rows(config: TrainConfig, estimate: Estimate) -> list[tuple[str, str]]:

@@ -1,0 +1,145 @@
+"""Any rank of 8 to 512, on one core: our module, strategy and callbacks in the real engines, beside fake ranks.
+
+The figures of `clippy plan` for an optimizer step are compared with what a rank really asks its group for.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import pytest
+from support.fake_ranks import Call, FakeGroup, run_as
+from support.fits import SETTINGS, Fit
+
+from clippy_train.config import TrainConfig
+from clippy_train.files import STAGING
+from clippy_train.model import traffic
+from clippy_train.plan import make_plan
+from clippy_train.run.folder import checkpoint_folder
+from clippy_train.train.callbacks.checkpointer import make_staging
+
+pytestmark = pytest.mark.processes
+
+MICRO_STEPS, STEPS = 2, 3
+RANKS = [(8, 0), (64, 31), (512, 511)]  # first, middle, last
+CASES = [(strategy, *place) for strategy in ("ddp", "zero1", "zero2") for place in RANKS]
+# At the end of 512 ranks ZeRO-3's part of a small tensor is padding alone, which the fake ranks would send around
+CASES += [("zero3", *place) for place in [(8, 0), (64, 31), (64, 63), (512, 0)]]
+Sums = dict[tuple[str, str], tuple[int, int]]  # calls and bytes by collective and type
+
+
+class Seen(NamedTuple):
+    """What a rank sent in its last optimizer step and in the validation after it, and the state that it keeps."""
+
+    step: list[Call]
+    validation: list[Call]
+    shard: int
+    vocab_size: int
+
+
+class Marks(pl.Callback):
+    def __init__(self, group: FakeGroup) -> None:
+        self.group = group
+        self.steps: list[tuple[int, int]] = []
+        self.validations: list[tuple[int, int]] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.began = len(self.group.calls)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.steps.append((self.began, len(self.group.calls)))
+
+    def on_validation_start(self, *args: Any) -> None:
+        self.validation_began = len(self.group.calls)
+
+    def on_validation_epoch_end(self, *args: Any) -> None:
+        self.validations.append((self.validation_began, len(self.group.calls)))
+
+
+def settings(corpus: Path, runs: Path, strategy: str, world: int) -> list[str]:
+    return [
+        *SETTINGS, f"data.path={corpus}", f"run.root={runs}", f"strategy={strategy}", "trainer.precision=bf16",
+        "trainer.devices=8", f"trainer.num_nodes={world // 8}", f"data.streams={world}",
+        f"trainer.global_batch_size={MICRO_STEPS * world}", "trainer.micro_batch_size=1",
+        "trainer.eval_micro_batch_size=1", f"trainer.val_samples={world}",
+        "model.hidden_size=256", "model.num_heads=2", "model.num_layers=4",
+        f"trainer.max_steps={STEPS}", f"checkpoint.every_steps={STEPS}", f"trainer.val_every_steps={STEPS}",
+        "strategy.reduce_bucket_size=500000",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blocks for 512 ranks."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for split in ("train", "validation"):
+        (folder / split).mkdir()
+        lines = (json.dumps({"text": f"def f{i}(x):\n    return x + {i} * {i}\n" * 4}) for i in range(2048))
+        (folder / split / "0.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return folder
+
+
+def train(config: TrainConfig, group: FakeGroup) -> Seen:
+    fit = Fit(config)
+    make_staging(checkpoint_folder(config.run_dir, STEPS).with_suffix(STAGING), config.deepspeed)  # rank 0 makes it
+    marks = Marks(group)
+    fit.callbacks.insert(0, marks)
+    fit.fit()
+    (began, _), (_, ended) = marks.steps[-MICRO_STEPS], marks.steps[-1]
+    (validation,) = marks.validations[-1:]
+    return Seen(
+        group.calls[began:ended],
+        group.calls[slice(*validation)],
+        shard_elements(fit.module.trainer.optimizers[0]),
+        fit.module.model.config.vocab_size,
+    )
+
+
+def shard_elements(optimizer: Any) -> int:
+    """Elements, padding included, for which this rank keeps the optimizer's state."""
+    groups = getattr(optimizer, "optimizer", getattr(optimizer, "optim", optimizer)).param_groups
+    return sum(each.numel() for group in groups for each in group["params"])
+
+
+def sums(calls: Iterable[tuple[str, str, int, int]]) -> Sums:
+    count, size = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for name, dtype, number, num_bytes in calls:
+        count[name, dtype] += number
+        size[name, dtype] += num_bytes
+    return {key: (count[key], size[key]) for key in count}
+
+
+def seen(calls: list[Call]) -> Sums:
+    return sums((each.name, short(each), 1, each.num_bytes) for each in calls)
+
+
+def short(call: Call) -> str:
+    return str(call.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
+@pytest.mark.parametrize(("strategy", "world", "rank"), CASES)
+def test_a_rank_sends_in_a_step_what_the_plan_says_and_little_in_a_validation(
+    strategy: str, world: int, rank: int, corpus: Path, train_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = train_config(*settings(corpus, tmp_path, strategy, world))
+    found = run_as(lambda group: train(config, group), rank, world)
+    planned = traffic.step_collectives(config, found.vocab_size)
+    assert seen(found.step) == sums((each.name, each.dtype, each.calls, each.num_bytes) for each in planned)
+    # Validation: ZeRO-3 gathers weights; the sums of losses go through our own group
+    assert {each.name for each in found.validation} <= ({"all_gather"} if strategy == "zero3" else set())
+    if strategy in ("zero1", "zero2"):
+        assert found.shard == sum(traffic.flat_sizes(config, found.vocab_size)) // world
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("world", [8, 64, 512])
+def test_the_shards_of_all_ranks_are_the_model(
+    world: int, strategy: str, corpus: Path, train_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = train_config(*settings(corpus, tmp_path, strategy, world))
+    plan = make_plan(config)
+    shards = [traffic.shard_elements(config, plan.vocab_size, rank) for rank in range(world)]
+    assert sum(shards) == plan.parameters
