@@ -25,20 +25,24 @@ def build_guard(folder: Path) -> Path:
         raise FileNotFoundError("no C++ compiler")
     out, source = folder / "cuda_guard.so", Path(__file__).with_suffix(".cpp")
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    flags = ["-shared", "-fPIC", "-O1", "-std=c++20", *includes, *libraries, "-lc10", "-ltorch_cpu"]
+    flags = ["-shared", "-fPIC", "-O1", "-std=c++20", *includes, f"-L{torch_lib()}", "-lc10", "-ltorch_cpu"]
     subprocess.run([compiler, str(source), "-o", str(out), *flags], check=True)
     return out
+
+
+def torch_lib() -> Path:
+    """The folder of torch's shared objects, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "lib"
 
 
 def load_guard(guard: Path) -> None:
     """Give torch its device. torch looks for devices once, so this comes before its first import."""
     assert "torch" not in sys.modules
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
     for name in ("libc10.so", "libtorch_cpu.so"):
-        ctypes.CDLL(str(Path(spec.origin).parent / "lib" / name), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(torch_lib() / name), ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(guard), ctypes.RTLD_GLOBAL)
 
 
