@@ -367,6 +367,7 @@ def test_two_options_of_a_group_are_refused(capsys: Capture) -> None:
         (["seed=99999999999"], "seed=99999999999: must be at most"),
         (["run.name=${nope}"], "nope"),
         (["data.filter.extensions=.py,.c"], "needs brackets: data.filter.extensions=[.py,.c]"),
+        (["data.filter.extensions='.py','.c'"], "needs brackets: data.filter.extensions=['.py','.c']"),
     ],
 )
 def test_a_wrong_setting_names_its_key_and_the_fix(overrides: list[str], expected: str, capsys: Capture) -> None:
