@@ -18,7 +18,7 @@ PEAK_FLOPS = 989e12  # H100 and H200, dense bf16
 # Of the peak, with attention counted in full. Published for models of 125 M: 10 to 17 % with HF's eager attention, 45
 # to 51 % with flash attention and compilation.
 UTILISATION: Range = (0.15, 0.40)
-NETWORK: Range = (25e9, 50e9)  # bytes a second that a GPU exchanges with other nodes
+NETWORK: Range = (25e9, 50e9)  # bytes a second that a GPU sends to other nodes, and receives as many
 # Of activations, by the token: of a layer, times its width (Korthikanti et al., 2022, section 4.1, less the attention
 # scores, which SDPA does not keep); of the loss, times the vocabulary (logits in bf16 and fp32, log-softmax, gradient).
 LAYER_BYTES, LOSS_BYTES = 34, 12
@@ -94,6 +94,8 @@ def make_plan(config: TrainConfig) -> Plan:
     vocab_size = config.model.vocab_size + len(config.tokenizer.whitespace_tokens)
     num_parameters = count_parameters(config, vocab_size)
     sizes, kept = state_bytes(num_parameters, config), checkpoints_kept(config)
+    collectives = step_collectives(config, vocab_size)
+    on_gpu = config.trainer.accelerator != "cpu"
     return Plan(
         vocab_size=vocab_size,
         parameters=num_parameters,
@@ -102,13 +104,19 @@ def make_plan(config: TrainConfig) -> Plan:
         checkpoint_bytes=sizes["checkpoint"],
         checkpoints=kept,
         disk_bytes=sizes["checkpoint"] * (kept + 1),
-        collectives=step_collectives(config, vocab_size),
-        estimate=None if config.trainer.accelerator == "cpu" else estimate(config, num_parameters, vocab_size),
+        collectives=collectives,
+        estimate=estimate(config, num_parameters, vocab_size, sent_bytes(config, collectives)) if on_gpu else None,
     )
 
 
-def estimate(config: TrainConfig, num_parameters: int, vocab_size: int) -> Estimate:
-    low, high = tokens_per_second(config, num_parameters)
+def sent_bytes(config: TrainConfig, collectives: list[Collective]) -> float:
+    """Bytes that each rank sends in an optimizer step, and as many that it receives."""
+    return sum(each.sent(config.world_size) for each in collectives)
+
+
+def estimate(config: TrainConfig, num_parameters: int, vocab_size: int, sent: float) -> Estimate:
+    """What depends on hardware; `sent` is `sent_bytes`."""
+    low, high = tokens_per_second(config, num_parameters, sent)
     nodes, _ = config.nodes_and_devices
     tokens, sizes = config.trainer.max_steps * config.tokens_per_step, state_bytes(num_parameters, config)
     slow, fast = (sizes["checkpoint"] * (1 / speed + 1 / HASHING) for speed in DISK)
@@ -167,11 +175,9 @@ def plan_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
 
 
 def communication(config: TrainConfig, collectives: list[Collective]) -> str:
-    sent = sum(each.sent(config.world_size) for each in collectives)
-    return (
-        f"each rank sends {sent / 1e9:,.3g} GB in {sum(each.calls for each in collectives):,} calls in a step, "
-        f"gradients in {config.strategy.reduce_dtype}"
-    )
+    sent, calls = sent_bytes(config, collectives) / 1e9, sum(each.calls for each in collectives)
+    dtype = config.strategy.reduce_dtype
+    return f"each rank sends {sent:,.3g} GB in {calls:,} calls in a step, gradients in {dtype}"
 
 
 def estimate_rows(config: TrainConfig, estimate: Estimate) -> list[tuple[str, str]]:
@@ -212,12 +218,12 @@ def estimate_rows(config: TrainConfig, estimate: Estimate) -> list[tuple[str, st
     ]
 
 
-def tokens_per_second(config: TrainConfig, num_parameters: int) -> Range:
-    """Of all ranks. At best, exchange between nodes overlaps with computation; at worst, it adds to it."""
+def tokens_per_second(config: TrainConfig, num_parameters: int, sent: float) -> Range:
+    """Of all ranks. At best, what is sent between nodes overlaps with computation; at worst, it adds to it."""
     model, ranks, (nodes, _) = config.model, config.world_size, config.nodes_and_devices
     flops = 6 * num_parameters + 12 * model.num_layers * model.hidden_size * config.data.seq_len
     slow, fast = (config.tokens_per_step * flops / (ranks * share * PEAK_FLOPS) for share in UTILISATION)
-    exchanged = 6 * num_parameters if nodes > 1 else 0  # fp32 gradients there, bf16 weights back
+    exchanged = sent if nodes > 1 else 0
     slow, fast = slow + exchanged / NETWORK[0], max(fast, exchanged / NETWORK[1])
     return config.tokens_per_step / slow, config.tokens_per_step / fast
 

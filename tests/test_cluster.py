@@ -26,7 +26,7 @@ from clippy_train.launch.agent import (
     run_ranks,
 )
 from clippy_train.launch.lock import lock_folder
-from clippy_train.plan import make_plan, plan_rows, tokens_per_second
+from clippy_train.plan import make_plan, plan_rows
 from clippy_train.run.folder import CONFIG
 from clippy_train.tokenizer import load_tokenizer
 from clippy_train.train.callbacks.progress import fresh_cursors
@@ -238,7 +238,8 @@ def test_a_plan_estimates_large_runs(train_config: Callable[..., TrainConfig]) -
         nodes: compose(TrainConfig, [*card, f"trainer.num_nodes={nodes}", *more])
         for nodes, more in {1: [], 8: [], 64: ["trainer.micro_batch_size=2", "data.streams=512"]}.items()
     }
-    speeds = {nodes: tokens_per_second(config, 125_000_000) for nodes, config in sizes.items()}
+    estimates = {nodes: make_plan(config).estimate for nodes, config in sizes.items()}
+    speeds = {nodes: each.tokens_per_second for nodes, each in estimates.items() if each}
     for fewer, more in ((1, 8), (8, 64)):
         for slow, fast in zip(speeds[fewer], speeds[more], strict=True):
             assert slow < fast <= slow * more / fewer  # never better than in proportion
