@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 from support.fake_ranks import Call, FakeGroup, run_as
 from support.fits import SETTINGS, Fit
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from clippy_train.config import TrainConfig
 from clippy_train.files import STAGING
@@ -20,19 +21,21 @@ from clippy_train.model import traffic
 from clippy_train.plan import make_plan
 from clippy_train.run.folder import checkpoint_folder
 from clippy_train.train.callbacks.checkpointer import make_staging
-
-pytestmark = pytest.mark.processes
+from clippy_train.train.internals import own_part
 
 MICRO_STEPS, STEPS = 2, 3
 RANKS = [(8, 0), (64, 31), (512, 511)]  # first, middle, last
-CASES = [(strategy, *place) for strategy in ("ddp", "zero1", "zero2") for place in RANKS]
-# At the end of 512 ranks ZeRO-3's part of a small tensor is padding alone, which the fake ranks would send around
-CASES += [("zero3", *place) for place in [(8, 0), (64, 31), (64, 63), (512, 0)]]
+CASES = [(strategy, *place, "optim=adamw") for strategy in ("ddp", "zero1", "zero2", "zero3") for place in RANKS]
+CASES += [("zero3", 64, 63, "optim=adamw"), ("zero3", 512, 0, "optim=adamw")]
+CASES += [
+    ("zero1", 64, 31, "optim=adafactor"),
+    ("zero1", 8, 4, "trainer.precision=fp32"),
+]  # torch's, and DeepSpeed's for fp32
 Sums = dict[tuple[str, str], tuple[int, int]]  # calls and bytes by collective and type
 
 
 class Seen(NamedTuple):
-    """What a rank sent in its last optimizer step and in the validation after it, and the state that it keeps."""
+    """What a rank sent in its last optimizer step and in the validation after it, and its `shard`."""
 
     step: list[Call]
     validation: list[Call]
@@ -59,9 +62,9 @@ class Marks(pl.Callback):
         self.validations.append((self.validation_began, len(self.group.calls)))
 
 
-def settings(corpus: Path, runs: Path, strategy: str, world: int) -> list[str]:
+def settings(strategy: str, world: int) -> list[str]:
     return [
-        *SETTINGS, f"data.path={corpus}", f"run.root={runs}", f"strategy={strategy}", "trainer.precision=bf16",
+        *SETTINGS, f"strategy={strategy}", "trainer.precision=bf16",
         "trainer.devices=8", f"trainer.num_nodes={world // 8}", f"data.streams={world}",
         f"trainer.global_batch_size={MICRO_STEPS * world}", "trainer.micro_batch_size=1",
         "trainer.eval_micro_batch_size=1", f"trainer.val_samples={world}",
@@ -93,15 +96,23 @@ def train(config: TrainConfig, group: FakeGroup) -> Seen:
     return Seen(
         group.calls[began:ended],
         group.calls[slice(*validation)],
-        shard_elements(fit.module.trainer.optimizers[0]),
+        shard(fit),
         fit.module.model.config.vocab_size,
     )
 
 
-def shard_elements(optimizer: Any) -> int:
-    """Elements, padding included, for which this rank keeps the optimizer's state."""
-    groups = getattr(optimizer, "optimizer", getattr(optimizer, "optim", optimizer)).param_groups
-    return sum(each.numel() for group in groups for each in group["params"])
+def shard(fit: Fit) -> int:
+    """Elements that this rank keeps the optimizer's state for, without padding."""
+    optimizer: Any = fit.module.trainer.optimizers[0]
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        return sum(each.numel() for group in optimizer.optim.param_groups for each in group["params"])
+    return sum(own_elements(each) for each in fit.module.model.parameters())
+
+
+def own_elements(parameter: Any) -> int:
+    if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: its slice of DeepSpeed's flat partition, or None
+        return int(parameter._hp_mapping.lp_fragment_address.numel) if parameter._hp_mapping else 0
+    return own_part(parameter).numel()
 
 
 def sums(calls: Iterable[tuple[str, str, int, int]]) -> Sums:
@@ -120,26 +131,32 @@ def short(call: Call) -> str:
     return str(call.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 
-@pytest.mark.parametrize(("strategy", "world", "rank"), CASES)
-def test_a_rank_sends_in_a_step_what_the_plan_says_and_little_in_a_validation(
-    strategy: str, world: int, rank: int, corpus: Path, train_config: Callable[..., TrainConfig], tmp_path: Path
+@pytest.mark.processes
+@pytest.mark.parametrize(("strategy", "world", "rank", "more"), CASES)
+def test_a_rank_sends_and_keeps_what_the_plan_says(
+    strategy: str,
+    world: int,
+    rank: int,
+    more: str,
+    corpus: Path,
+    train_config: Callable[..., TrainConfig],
+    tmp_path: Path,
 ) -> None:
-    config = train_config(*settings(corpus, tmp_path, strategy, world))
+    config = train_config(*settings(strategy, world), more, f"data.path={corpus}", f"run.root={tmp_path}")
     found = run_as(lambda group: train(config, group), rank, world)
     planned = traffic.step_collectives(config, found.vocab_size)
     assert seen(found.step) == sums((each.name, each.dtype, each.calls, each.num_bytes) for each in planned)
     # Validation: ZeRO-3 gathers weights; the sums of losses go through our own group
-    assert {each.name for each in found.validation} <= ({"all_gather"} if strategy == "zero3" else set())
-    if strategy in ("zero1", "zero2"):
-        assert found.shard == sum(traffic.flat_sizes(config, found.vocab_size)) // world
+    assert {each.name for each in found.validation} == ({"all_gather"} if strategy == "zero3" else set())
+    assert found.shard == traffic.shard_elements(config, found.vocab_size, rank)
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("world", [8, 64, 512])
 def test_the_shards_of_all_ranks_are_the_model(
-    world: int, strategy: str, corpus: Path, train_config: Callable[..., TrainConfig], tmp_path: Path
+    world: int, strategy: str, train_config: Callable[..., TrainConfig]
 ) -> None:
-    config = train_config(*settings(corpus, tmp_path, strategy, world))
+    config = train_config(*settings(strategy, world))
     plan = make_plan(config)
     shards = [traffic.shard_elements(config, plan.vocab_size, rank) for rank in range(world)]
     assert sum(shards) == plan.parameters

@@ -33,12 +33,10 @@ class Collective:
     """A kind of collective in an optimizer step.
 
     Attributes:
-        purpose: `gradients`, `weights` or `checks` (norms and flags: single numbers).
         num_bytes: of all calls together: of the whole tensor, where a rank holds a part of it before or after.
     """
 
     name: str
-    purpose: str
     dtype: str
     calls: int
     num_bytes: int
@@ -144,9 +142,9 @@ def _ddp(config: TrainConfig, vocab_size: int) -> list[Collective]:
     """Whole gradients, in buckets, once per step. ZeRO-1 of whole tensors: then each tensor, from its rank."""
     every, dtype = gradients(config, vocab_size), config.strategy.reduce_dtype
     buckets = list(ddp_buckets(4 * each.numel for each in every))
-    found = [Collective("all_reduce", "gradients", dtype, len(buckets), sum(buckets) * BYTES[dtype] // 4)]
+    found = [Collective("all_reduce", dtype, len(buckets), sum(buckets) * BYTES[dtype] // 4)]
     if config.strategy.stage:
-        found.append(Collective("broadcast", "weights", "fp32", len(every), sum(buckets)))
+        found.append(Collective("broadcast", "fp32", len(every), sum(buckets)))
     return found
 
 
@@ -166,16 +164,16 @@ def _zero12(config: TrainConfig, vocab_size: int) -> list[Collective]:
     """Gradients once per step (stage 1) or after each micro-batch (stage 2); then the ranks' parts of the weights."""
     dtype, low = config.strategy.reduce_dtype, config.trainer.precision
     flat = flat_sizes(config, vocab_size)
-    gather = Collective("all_gather", "weights", low, len(flat), sum(flat) * BYTES[low])
+    gather = Collective("all_gather", low, len(flat), sum(flat) * BYTES[low])
     if low == "bf16" and config.strategy.stage == 1:  # DeepSpeed's BF16_Optimizer
         calls = len(list(buckets_over(flat, FLAT_BUCKET)))
-        return [Collective("all_reduce", "gradients", dtype, calls, sum(flat) * BYTES[dtype]), gather]
+        return [Collective("all_reduce", dtype, calls, sum(flat) * BYTES[dtype]), gather]
     times = config.micro_steps if config.strategy.stage == 2 else 1
     buckets = list(zero_buckets(gradients(config, vocab_size), config.strategy.reduce_bucket_size))
     return [
-        Collective("all_reduce", "gradients", dtype, times * len(buckets), times * sum(buckets) * BYTES[dtype]),
-        Collective("all_reduce", "checks", "fp32", len(flat), 4 * len(flat)),  # the norm of each flat tensor
-        *([Collective("all_reduce", "checks", "uint8", 1, 1)] if low == "bf16" else []),
+        Collective("all_reduce", dtype, times * len(buckets), times * sum(buckets) * BYTES[dtype]),
+        Collective("all_reduce", "fp32", len(flat), 4 * len(flat)),  # the norm of each flat tensor
+        *([Collective("all_reduce", "uint8", 1, 1)] if low == "bf16" else []),
         gather,
     ]
 
@@ -213,9 +211,9 @@ def _zero3(config: TrainConfig, vocab_size: int) -> list[Collective]:
     small = [padded(each.numel, ranks) for each in every if each.numel <= PERSISTENT]
     calls, elements = steps * len(gathers) + len(small), steps * sum(gathers) + sum(small)
     return [
-        Collective("all_gather", "weights", low, calls, elements * BYTES[low]),
-        Collective("reduce_scatter", "gradients", dtype, steps * len(scattered), steps * sum(scattered) * BYTES[dtype]),
-        Collective("all_reduce", "checks", "fp64", 2, 16),
+        Collective("all_gather", low, calls, elements * BYTES[low]),
+        Collective("reduce_scatter", dtype, steps * len(scattered), steps * sum(scattered) * BYTES[dtype]),
+        Collective("all_reduce", "fp64", 2, 16),
     ]
 
 
@@ -230,9 +228,9 @@ def zero3_gathers(forward: list[Module], ranks: int) -> Iterator[int]:
 class Zero3:
     """DeepSpeed's `PartitionedParameterCoordinator`: which tensors are on a rank while a micro-batch passes."""
 
-    def __init__(self, forward: list[Module], validated: bool = True) -> None:
+    def __init__(self, forward: list[Module]) -> None:
         self.order = [*forward, *reversed(forward)]
-        self.forward, self.validated = len(forward), validated
+        self.forward = len(forward)
         self.step = 0
         self.present = {each for module in forward for each in module if each.numel <= PERSISTENT}
         self.counted = 0  # elements: DeepSpeed's own count of what is present starts with 0 in each micro-batch
@@ -275,7 +273,7 @@ class Zero3:
 
     def _released(self, module: Module) -> set[Weight]:
         found = {each for each in module if each.numel > PERSISTENT}
-        if self.step <= self.forward and self.validated:
+        if self.step <= self.forward:  # as in the validation before, whose order DeepSpeed goes on with
             later = self.order[self.step : self.forward]
         else:
             found = {each for each in found if self.fetched_for.get(each, -1) <= self.step}
@@ -287,11 +285,3 @@ class Zero3:
             found -= set(other)
             passed += sum(each.numel for each in other)
         return found
-
-
-def zero3_live(forward: list[Module]) -> int:
-    """Elements that ZeRO-3 has gathered when the head runs, at the end of the forward pass."""
-    coordinator = Zero3(forward)
-    for _ in forward[:-1]:
-        coordinator.advance()
-    return sum(each.numel for each in coordinator.present | set(forward[-1]))

@@ -71,7 +71,8 @@ class FakeGroup(dist.ProcessGroup):
 
     def all_gather_single(self, output: Tensor, part: Tensor, opts: Any = None) -> Any:
         self._record("all_gather", [output])
-        output.view(self._world_size, -1).copy_(part.clone().view(1, -1))
+        # A rank whose part is padding alone holds uninitialised memory, which would be everybody's weights here
+        output.view(self._world_size, -1).copy_(part.nan_to_num().clamp(-1, 1).view(1, -1))
         return _done(output)
 
     def reduce_scatter_single(self, part: Tensor, whole: Tensor, opts: Any = None) -> Any:
