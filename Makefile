@@ -21,8 +21,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## corpus, tokenizer, training, export and generation on this Python's own source code, in minutes
 	$(BIN)/clippy demo
 
-check: lint ## lint, types and the tests that start no processes, in a minute: run it before every commit
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slurm and not processes'
+check: lint ## lint, types and the quick tests, in a minute: run it before every commit
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slurm and not processes and not slow'
 
 test: $(READY) ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

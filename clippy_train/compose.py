@@ -6,6 +6,7 @@ Overrides are Hydra's `KEY=VALUE`, except that an unknown key or option is rejec
 
 import difflib
 import re
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import NoneType, UnionType
@@ -80,6 +81,7 @@ def _search_path(schema: type) -> hydra.initialize | hydra.initialize_config_dir
     return hydra.initialize(None, version_base="1.3")
 
 
+@cache
 def register_schema(schema: type) -> str:
     """Make a schema known to Hydra; return the name of the configuration to compose."""
     name = schema.__name__.removesuffix("Config").lower()

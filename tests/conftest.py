@@ -42,7 +42,7 @@ def _starts_processes_only_if_marked(request: pytest.FixtureRequest) -> Iterator
         pytest.fail(f"starts processes ({first[0]}): mark it with pytest.mark.processes")
 
 
-OF_LIBRARIES = [("uname",), ("gcc",), ("ldconfig",)]  # asked once per process what machine this is
+OF_LIBRARIES = [("uname",), ("gcc",), ("ldconfig",), ("fc-list",)]  # asked once per process or machine what it is
 started: list[str] = []
 
 

@@ -91,6 +91,7 @@ def test_less_is_kept_for_the_backward_pass(kernel: str) -> None:
     assert kept(model) < everything / 4
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_one_graph_with_the_same_bits() -> None:
     """Traced and differentiated as with `model.compile=true`, but without minutes of code generation."""
     model = gpt_neo().train()

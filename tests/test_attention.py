@@ -83,7 +83,10 @@ def gradients(model: GPTNeoForCausalLM, scores: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("window", "seq", "kinds"),
-    [(*length, kinds) for length in LENGTHS for kinds in KINDS] + [(256, 2048, ("global", "local"))],
+    [
+        *((*length, kinds) for length in LENGTHS for kinds in KINDS),
+        pytest.param(256, 2048, ("global", "local"), marks=pytest.mark.slow),
+    ],
 )
 def test_logits_and_gradients_are_those_of_hugging_face(kinds: tuple[str, ...], window: int, seq: int) -> None:
     model = gpt_neo(kinds, window=window, positions=max(seq, 64))

@@ -295,6 +295,7 @@ def experiment_for(override: str) -> list[str]:
     return [] if override.lstrip("+~").startswith("experiment") else ["experiment=demo"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "expected"), SYNTAX)
 def test_any_override_works_or_is_refused_in_one_message(override: str, expected: str | None, capsys: Capture) -> None:
     arguments = ["plan", *experiment_for(override), override]
@@ -304,6 +305,7 @@ def test_any_override_works_or_is_refused_in_one_message(override: str, expected
         assert expected in fails(capsys, 2, *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "expected"), [*SWEEPS, *((override, expected) for override, expected in SYNTAX if expected)]
 )
@@ -569,6 +571,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(capsys: Capture, tmp_path: Pat
     assert "no model could be loaded" in fails(capsys, 2, "generate", f"model={tmp_path}", "prompt=x")
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00"), min_size=1))
 def test_a_prompt_is_taken_as_it_is_typed(prompt: str) -> None:

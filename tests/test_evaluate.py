@@ -184,6 +184,7 @@ def evaluated(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [None, 5])
 def test_scores_match_plain_transformers_one_row_at_a_time(
     stride: int | None, models: dict[str, Path], corpus: Path, tmp_path: Path

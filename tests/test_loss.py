@@ -166,6 +166,7 @@ def gradients(model: GPTNeoForCausalLM, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_training_steps_are_the_same_and_compile_once(
     train_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +229,7 @@ def batches(eos: int) -> list[Batch]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 def test_eight_batches_with_other_documents_are_one_graph(
@@ -255,6 +257,7 @@ def test_eight_batches_with_other_documents_are_one_graph(
     assert "nonzero" not in graphs.targets()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flex_masks_are_made_outside_of_the_graph() -> None:
     graphs, model = Graphs(), gpt_neo()

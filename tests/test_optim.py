@@ -227,7 +227,11 @@ def random_gradients(scale: float, *shapes: tuple[int, ...]) -> list[torch.Tenso
     return [scale * torch.randn(shape, generator=generator) for shape in shapes]
 
 
-@pytest.mark.parametrize("shapes", [[(1,)], [(7, 5), (5,), (3, 2, 2)], [(50261, 768), (768,)]], ids=str)
+@pytest.mark.parametrize(
+    "shapes",
+    [[(1,)], [(7, 5), (5,), (3, 2, 2)], pytest.param([(50261, 768), (768,)], marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_the_norm_is_that_of_all_gradients_in_float64(shapes: list[tuple[int, ...]]) -> None:
     gradients = random_gradients(1e-3, *shapes)
     rows = (row for gradient in gradients for row in gradient.reshape(-1, gradient.shape[-1]).numpy())

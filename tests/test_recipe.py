@@ -96,6 +96,12 @@ def _values(overrides: tuple[str, ...]) -> dict[str, Any]:
     return {name: OmegaConf.select(composed, name) for name, _ in keys(TrainConfig)}
 
 
+@cache
+def card() -> TrainConfig:
+    """The recipe of the card; do not write to it."""
+    return compose(TrainConfig, CARD)
+
+
 def differences(left: list[str], right: list[str]) -> dict[str, Any]:
     """The keys whose values differ, with the values on the right."""
     before = values(left)
@@ -114,7 +120,7 @@ def keys_in_file(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("flag", "value"), [each for each in card_flags() if each[0] in CARD_SAYS], ids=str)
 def test_the_experiment_has_the_value_of_the_card(flag: str, value: str) -> None:
-    assert number_or_text(CARD_SAYS[flag](compose(TrainConfig, CARD))) == number_or_text(value)
+    assert number_or_text(CARD_SAYS[flag](card())) == number_or_text(value)
 
 
 def test_only_these_flags_have_no_value_of_ours() -> None:
@@ -150,14 +156,13 @@ def test_a_row_that_names_a_key_gives_its_value(row: list[str]) -> None:
 
 
 def test_a_row_says_same_only_if_the_card_and_our_key_agree() -> None:
-    composed = compose(TrainConfig, CARD)
     for flag, value, _, verdict, _ in table("The card's command"):
         if verdict == "same" and flag in CARD_SAYS:
-            assert number_or_text(CARD_SAYS[flag](composed)) == number_or_text(value)
+            assert number_or_text(CARD_SAYS[flag](card())) == number_or_text(value)
 
 
 def test_values_that_the_original_hard_codes_are_ours() -> None:
-    optim = compose(TrainConfig, CARD).optim
+    optim = card().optim
     assert (optim.min_lr_ratio, optim.grad_clip, optim.eps, optim.name) == (0.1, 1.0, 1e-8, "adamw")
 
 
@@ -288,6 +293,7 @@ def test_the_document_mask_reaches_training(train_config: Callable[..., TrainCon
     )
 
 
+@pytest.mark.slow
 def test_a_bf16_loss_follows_the_recorded_bf16_run_closer_than_an_fp32_loss() -> None:
     """The original's bf16 losses differ from ours mainly because of their log-softmax."""
     recorded = json.loads((HERE / "data" / "flax_micro" / "losses_bf16.json").read_text())

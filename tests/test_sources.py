@@ -365,6 +365,7 @@ def test_without_a_manifest_the_listing_of_the_server_is_used(
     assert list(remote.texts()) == TEXTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", shard_format.SUFFIXES)
 @pytest.mark.parametrize("fault", ["error", "reset", "cut"])
 def test_failed_requests_are_retried(

@@ -169,6 +169,7 @@ def test_a_multiple_of_streams_shards_is_read_without_sharing() -> None:
     assert {part.stride for index in range(4) for part in stream_parts(12, 4, index, 0, 0)} == {1}
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(cases(shortest=1))
 def test_an_epoch_holds_every_document_once_and_in_full(case: Case) -> None:
@@ -198,6 +199,7 @@ def test_documents_are_permuted_within_their_window(case: Case, epoch: int) -> N
                 assert sorted(shown[window]) == sorted(read[window])
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cases())
 def test_blocks_are_the_tokens_cut_without_a_gap(case: Case) -> None:
@@ -213,6 +215,7 @@ def test_blocks_are_the_tokens_cut_without_a_gap(case: Case) -> None:
             assert len(blocks) == size // case.seq_len
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cases())
 def test_a_restart_at_any_cursor_gives_the_blocks_that_follow(case: Case) -> None:

@@ -191,6 +191,7 @@ def test_trials_have_folders_of_their_own_that_any_file_system_takes(points: lis
     assert all(re.fullmatch(r"[\w.=,+-]{1,200}", name) for name in names)
 
 
+@pytest.mark.slow
 def test_optuna_approaches_the_best_value_and_continues_its_study(tmp_path: Path) -> None:
     """A quadratic in the logarithm of the learning rate; the third trial is interrupted, the fifth fails once."""
     trials, tried = 8, []
