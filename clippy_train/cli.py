@@ -1,6 +1,7 @@
 """The `clippy` command: verb -> compose -> check -> call. Each verb imports what it needs when it runs."""
 
 import argparse
+import difflib
 import logging
 import os
 import re
@@ -220,7 +221,13 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     arguments = sys.argv[1:] if arguments is None else arguments
     _complete()
-    parser = _parser(next((each for each in arguments if not each.startswith("-")), ""))
+    verb = next((each for each in arguments if not each.startswith("-")), "")
+    parser = _parser(verb)
+    if verb and verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(VERBS)}"
+        print_error(parser.prog, f"unknown verb {verb!r}; {hint}")
+        return ConfigError.exit_code
     options = parser.parse_intermixed_args(arguments)
     if options.verb is None:
         parser.print_help()

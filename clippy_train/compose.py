@@ -135,7 +135,7 @@ def _parse(schema: type, options: dict[str, list[str]], text: str) -> Override:
     key_type, is_text = known[name].type, known[name].metadata["text"]
     if is_text and schema is not TrainConfig:
         value = quoted(value) if value != "null" else value
-    if key_type == list[str] and "," in value and value[0] != "[":
+    if key_type == list[str] and "," in value and value[0] != "[" and "(" not in value:
         raise ConfigError(f"{text}: a list of several values needs brackets: {name}=[{value}]")
     if key_type in (list[str], list[int]) and value[:1] not in ("[", ""):
         value = f"[{quoted(value) if key_type == list[str] else value}]"  # one value is a list of one

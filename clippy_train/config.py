@@ -593,12 +593,15 @@ def to_schema(composed: DictConfig, schema: type[T]) -> T:
 
 
 def limit_problems(config: object) -> list[str]:
-    """Values outside the `choices` or the limits that their key declares."""
+    """Empty texts, and values outside the `choices` or the limits that their key declares."""
     found = []
     for name, item in keys(type(config)):
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
+        if "" in (value if isinstance(value, list) else [value]) and item.default != "":
+            found.append(f"{name}={value}: must not be empty")
+            continue
         choices, minimum, maximum = (item.metadata[part] for part in ("choices", "minimum", "maximum"))
         if isinstance(value, float) and not math.isfinite(value):
             found.append(f"{name}={value}: must be a finite number")
@@ -621,7 +624,6 @@ def training_problems(config: TrainConfig) -> list[str]:
         *_optimizer_problems(config.optim),
         *_strategy_problems(config),
         *_checkpoint_problems(config.checkpoint),
-        *_logger_problems(config.logger),
     ]
 
 
@@ -655,7 +657,7 @@ def _humaneval_problems(config: EvaluateConfig) -> Iterator[str]:
 
 def _model_problems(config: TrainConfig) -> Iterator[str]:
     model, data, name = config.model, config.data, config.run.name
-    if name in ("", ".", "..") or name != Path(name).name:
+    if name in (".", "..") or name != Path(name).name:
         yield f"run.name={name!r}: must be the name of one folder, without slashes"
     if data.seq_len > model.max_position_embeddings:
         yield (
@@ -777,11 +779,6 @@ def _checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[str]:
     every, kept = checkpoint.every_steps, checkpoint.keep_every
     if kept is not None and kept % max(1, every):
         yield f"checkpoint.keep_every={kept} is not a multiple of checkpoint.every_steps={every}: some are never saved"
-
-
-def _logger_problems(logger: LoggerConfig) -> Iterator[str]:
-    if not all(logger.sample_prompts):
-        yield "logger.sample_prompts: a prompt is empty; [] disables samples"
 
 
 def save(config: TrainConfig, path: Path) -> None:

@@ -62,12 +62,15 @@ def new_folder(path: Path, setting: str) -> Iterator[Path]:
         setting: the key that names `path`, for the message.
 
     Raises:
-        ConfigError: `path` holds something; nothing is ever overwritten.
+        ConfigError: `path` holds something, since nothing is ever overwritten; or it cannot be made.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{setting}={path} exists and is not empty: choose another folder or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ConfigError(f"{setting}={path} cannot be made: {error.strerror}") from error
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())

@@ -227,7 +227,7 @@ SYNTAX = [  # what Hydra's grammar allows, and what it does not: an override, an
     ("optim.betas=[0.9", "not a valid value"),
     ("optim.betas=${seed}", "betas: Invalid value assigned: int is not a list"),
     ("logger.sample_prompts=", "must be a list of texts"),
-    ("run.name=", "run.name=''"),
+    ("run.name=", "run.name=: must not be empty"),
     ("run.name=[a]", "must be text"),
     ("run.name={a:1}", "must be text"),
     ("run.name='a", None),
@@ -321,6 +321,13 @@ def test_any_override_of_a_sweep_works_or_is_refused_in_one_message(
         assert expected in fails(capsys, 2, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("typed", "hint"), [("trian", "did you mean train?"), ("chekpoint", "did you mean checkpoint?"), ("xx", "choose")]
+)
+def test_an_unknown_verb_names_the_nearest(typed: str, hint: str, capsys: Capture) -> None:
+    assert f"unknown verb {typed!r}; {hint}" in fails(capsys, 2, typed)
+
+
 def test_an_unknown_task_is_the_only_problem(capsys: Capture) -> None:
     text = fails(capsys, 2, "evaluate", "model=m", "task=nope")
     assert "task=nope: must be one of" in text
@@ -363,7 +370,10 @@ def test_two_options_of_a_group_are_refused(capsys: Capture) -> None:
         (["run.name=a/b"], "run.name='a/b'"),
         (["trainer.max_steps"], "is not KEY=VALUE"),
         (["optim.betas=[0.9]"], "must be two numbers"),
-        (["logger.sample_prompts=[a,'']"], "logger.sample_prompts: a prompt is empty"),
+        (["logger.sample_prompts=[a,'']"], "logger.sample_prompts=['a', '']: must not be empty"),
+        (["tokenizer.whitespace_tokens=['']"], "tokenizer.whitespace_tokens=['']: must not be empty"),
+        (["resume="], "resume=: must not be empty"),
+        (["run.root="], "run.root=: must not be empty"),
         (["optim.lr=nan"], "optim.lr=nan: must be a finite number"),
         (["checkpoint.every_minutes=inf"], "checkpoint.every_minutes=inf: must be a finite number"),
         (["seed=99999999999"], "seed=99999999999: must be at most"),
@@ -407,6 +417,7 @@ def test_a_plan_of_many_trials_trains_none(tmp_path: Path) -> None:
     "arguments",
     [
         ["corpus", "{folder}", "out={file}/x"],
+        ["corpus", "{folder}", "out=/proc/x"],
         ["evaluate", "task=perplexity", "model={folder}", "data.path={folder}", "out={file}/x.json"],
         ["evaluate", "task=perplexity", "model={folder}", "data.path={folder}", "out={folder}"],
     ],

@@ -262,7 +262,8 @@ def test_too_few_repositories_are_an_error_that_leaves_no_files(
     for package in packages.iterdir():
         if package.name not in left:
             (package / "good.py").write_text("too small")
-    with pytest.raises(DataError, match=rf"src=.*code.*: {len(left)} repositories .*{', '.join(left)}.*'too_small': "):
+    names = ", ".join(left)
+    with pytest.raises(DataError, match=rf"src=.*code.*: {len(left)} repositories .*{names}.*rejected: .* too_small"):
         build(packages, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [packages]
 

@@ -108,11 +108,12 @@ def split_repositories(repositories: list[str], tally: Tally, config: CorpusConf
     num_validation = max(1, round(config.validation_fraction * len(repositories)))
     num_test = max(1, round(config.test_fraction * len(repositories)))
     if len(repositories) <= num_validation + num_test:
-        examples = ", ".join(sorted(repositories)[:5])
+        examples = f" ({', '.join(sorted(repositories)[:5])})" if repositories else ""
+        rejected = ", ".join(f"{count:,} {rule}" for rule, count in tally.rejected.items()) or "none"
         raise DataError(
-            f"src={config.src}, hub={config.hub}: {len(repositories)} repositories or packages ({examples}) have "
-            f"accepted documents (rejected: {dict(tally.rejected)}), too few for three splits; add sources with more, "
-            "or change validation_fraction or test_fraction"
+            f"src=[{','.join(config.src)}], hub={config.hub or 'null'}: {len(repositories)} repositories or "
+            f"packages{examples} have accepted documents (rejected: {rejected}), too few for three splits; add sources "
+            "with more, or change validation_fraction or test_fraction"
         )
     order = sorted(repositories, key=lambda name: _hash(config.seed, "repository", name))
     held_out = ["validation"] * num_validation + ["test"] * num_test
