@@ -587,6 +587,8 @@ def to_schema(composed: DictConfig, schema: type[T]) -> T:
         found += training_problems(config)
     if isinstance(config, EvaluateConfig):
         found += evaluation_problems(config)
+    if isinstance(config, GenerateConfig) and config.num_samples > 1 and config.temperature == 0:
+        found.append(f"num_samples={config.num_samples}: greedy completions are all the same; set temperature=0.8, say")
     if found:
         raise ConfigError("\n".join(found))
     return config

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from clippy_train.config import GenerateConfig
 from clippy_train.errors import ConfigError
 from clippy_train.model.load import load_model_and_tokenizer
-from clippy_train.model.sample import Sampling, complete_prompts, never_stop, stop_at_function_end
+from clippy_train.model.sample import Sampling, complete_prompts, never_stop, prompt_room, stop_at_function_end
 
 
 def read_prompt(config: GenerateConfig) -> str:
@@ -24,7 +24,8 @@ def read_prompt(config: GenerateConfig) -> str:
     if config.prompt not in (None, "-"):
         return str(config.prompt)
     try:
-        return Path(config.file).read_text() if config.file is not None else sys.stdin.read()
+        content = Path(config.file).read_bytes() if config.file is not None else sys.stdin.buffer.read()
+        return content.decode()  # unlike reading text, this keeps \r\n
     except (OSError, UnicodeDecodeError) as error:
         source = f"file={config.file}" if config.file is not None else "prompt=-"
         raise ConfigError(f"{source} cannot be read: {error}") from error
@@ -36,7 +37,7 @@ def generate(config: GenerateConfig, prompt: str, out: TextIO | None = None) -> 
     If `out` is given, prompt and completion are also written there; a single completion is streamed.
 
     Raises:
-        ConfigError: the model cannot be loaded, or prompt and completion exceed its positions.
+        ConfigError: the model cannot be loaded, or the prompt cannot be used (see `excess_tokens`).
     """
     return generate_with(*load_model_and_tokenizer(config.model), config, prompt, out)
 
@@ -57,7 +58,9 @@ def generate_with(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: GenerateConfig, prompt: str, out: TextIO | None
 ) -> list[str]:
     """`generate` with a loaded model."""
-    require_room(model, tokenizer, prompt, config.max_new_tokens)
+    excess = excess_tokens(model, tokenizer, prompt, config.max_new_tokens)
+    if excess:
+        print(f"the first {excess} tokens of the prompt are not used: no room before max_new_tokens", file=sys.stderr)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
     stop = stop_at_function_end if config.stop == "function" else never_stop
     if out is None or config.num_samples > 1:
@@ -76,22 +79,29 @@ def generate_with(
 
 
 def require_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, max_new_tokens: int) -> None:
-    """Require a prompt that leaves room for `max_new_tokens`.
+    """Raise ConfigError as in `excess_tokens`, and for a prompt of which something would be cut."""
+    excess = excess_tokens(model, tokenizer, prompt, max_new_tokens)
+    if excess:
+        raise ConfigError(
+            f"max_new_tokens={max_new_tokens}: with the prompt, this exceeds the model's positions; at most "
+            f"{max(0, max_new_tokens - excess)} fit"
+        )
+
+
+def excess_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, max_new_tokens: int) -> int:
+    """How many tokens of a prompt have no room before `max_new_tokens`.
 
     Raises:
-        ConfigError: the prompt is empty, not valid Unicode, or too long.
+        ConfigError: the prompt is empty or not valid Unicode, or `max_new_tokens` leaves no room for any.
     """
     if not is_valid_text(prompt):
         raise ConfigError("prompt is not UTF-8")
-    length = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    room = getattr(model.config, "max_position_embeddings", None)
+    length, room = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]), prompt_room(model, max_new_tokens)
     if not length:
         raise ConfigError("prompt is empty")
-    if room is not None and length + max_new_tokens > room:
-        raise ConfigError(
-            f"max_new_tokens={max_new_tokens}: with a prompt of {length} tokens, this exceeds the model's "
-            f"{room} positions; at most {max(0, room - length)} fit"
-        )
+    if room < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens}: this model has room for {max_new_tokens + room - 1}")
+    return max(0, length - room)
 
 
 def is_valid_text(prompt: str) -> bool:

@@ -12,7 +12,7 @@ from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
 
 from clippy_train.cli import main
 from clippy_train.config import GenerateConfig
-from clippy_train.generate import generate, interact
+from clippy_train.generate import generate, interact, read_prompt
 from clippy_train.model.sample import (
     Sampling,
     complete_prompts,
@@ -118,11 +118,52 @@ def test_the_streamed_text_is_the_returned_text(
     assert "".join(pieces) == texts[0]
 
 
+def test_every_token_is_decoded_once(
+    model: GPTNeoForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    decode = PreTrainedTokenizerFast.decode
+
+    def counted(self: PreTrainedTokenizerFast, ids: list[int], **settings: bool) -> object:
+        decoded.append(len(ids))
+        return decode(self, ids, **settings)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "decode", counted)
+    complete_prompts(model, tokenizer, ["x", "y"], Sampling(20), stop_at_sequences(["nowhere"]))
+    assert sum(decoded) <= 2 * 20  # the results; a stream has decoded the same tokens for the stop
+
+
+def test_a_long_prompt_is_cut_on_the_left(
+    model: GPTNeoForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = model.config.max_position_embeddings - 5
+    prompt = "x = 1\n" * model.config.max_position_embeddings
+    ids = tokenizer(prompt)["input_ids"]
+    used = str(tokenizer.decode(ids[-room:]))
+    assert tokenizer(used)["input_ids"] == ids[-room:]
+    cut, whole = (complete_prompts(model, tokenizer, [each, "y"], Sampling(5))[0] for each in (prompt, used))
+    assert cut == whole
+    assert main(["generate", f"model={folder}", f"prompt={prompt}", "max_new_tokens=5"]) == 0
+    assert f"the first {len(ids) - room} tokens of the prompt are not used" in capsys.readouterr().err
+    assert main(["generate", f"model={folder}", "prompt=x", f"max_new_tokens={room + 5}"]) == 2
+    assert f"max_new_tokens={room + 5}: this model has room for {room + 4}" in capsys.readouterr().err
+
+
+def test_the_line_ends_of_a_file_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"def f():\r\n\tpass\r\n")
+    assert read_prompt(GenerateConfig(model="m", file=str(tmp_path / "prompt"))) == "def f():\r\n\tpass\r\n"
+
+
+def test_several_greedy_completions_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", f"model={folder}", "prompt=x", "num_samples=2"]) == 2
+    assert "num_samples=2: greedy completions are all the same" in capsys.readouterr().err
+
+
 def test_prompts_come_from_a_text_a_file_or_standard_input(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompt").write_text(PROMPTS[0])
-    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPTS[0]))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PROMPTS[0].encode())))
     shown = []
     for source in (f"prompt={PROMPTS[0]}", f"file={tmp_path / 'prompt'}", "prompt=-"):
         assert main(["generate", f"model={folder}", source, "max_new_tokens=5"]) == 0
@@ -160,9 +201,9 @@ def test_truncated_weights_are_refused(folder: Path, tmp_path: Path, capsys: pyt
 
 def test_interactive_prompts_are_completed_one_after_another(folder: Path) -> None:
     config = GenerateConfig(model=str(folder), max_new_tokens=6)
-    long = "word " * 80
+    bad = "a\udcff"
     out = io.StringIO()
-    interact(config, io.StringIO(f"{PROMPTS[0]}\n\n{long}\n\nx\n"), out)
+    interact(config, io.StringIO(f"{PROMPTS[0]}\n\n{bad}\n\nx\n"), out)
     for prompt in (PROMPTS[0], "x\n"):
         assert prompt + generate(config, prompt)[0] in out.getvalue()
-    assert "max_new_tokens=6" in out.getvalue()  # the long prompt is refused, and the loop continues
+    assert "prompt is not UTF-8" in out.getvalue()  # one is refused, and the loop continues

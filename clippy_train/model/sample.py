@@ -1,16 +1,17 @@
 """Sample from a causal LM: the generation code of `clippy generate`, HumanEval and samples during training.
 
-Prompts are padded on the left and share a key-value cache. A completion ends where a `Stop` says. It sees the decoded
-text after every token, because a stop sequence may begin inside a token. Besides the model, this costs one decoding of
-the whole completion per token.
+Prompts are cut and padded on the left, and share a key-value cache. A completion ends where a `Stop` says. It sees the
+decoded text after every token, because a stop sequence may begin inside a token. Each token is decoded once.
 """
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
@@ -76,11 +77,15 @@ def complete_prompts(
 ) -> list[str]:
     """Return the completion of each prompt, without the prompt and cut at `stop`.
 
+    Of a prompt that leaves no room for `max_new_tokens` in the model's positions, the first tokens are not used.
+
     Args:
         on_text: called with each new piece of text. It requires a single prompt, and a `stop` that never cuts text that
             it has let pass before.
     """
+    room = prompt_room(model, sampling.max_new_tokens)
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    encoded = [each[max(0, len(each) - room) :] for each in encoded]
     longest = max(map(len, encoded))
     end, device = tokenizer.eos_token_id, next(model.parameters()).device
     ids = torch.tensor([[end] * (longest - len(each)) + each for each in encoded], device=device)
@@ -106,6 +111,12 @@ def complete_prompts(
     return texts
 
 
+def prompt_room(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """The longest prompt, in tokens, that leaves room for `max_new_tokens`; not positive if none does."""
+    positions: int = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    return positions - max_new_tokens
+
+
 def generate_tokens(model: PreTrainedModel, input_ids: Tensor, **settings: Any) -> Tensor:
     """Call transformers' `generate`, `[batch, seq]` to `[batch, longer seq]`; its declared types reject its models."""
     generate = cast("Callable[..., Tensor]", model.generate)
@@ -128,24 +139,36 @@ class StopOnText(StoppingCriteria):
     ) -> None:
         self.tokenizer, self.prompt_length, self.stop, self.on_text = tokenizer, prompt_length, stop, on_text
         self.shown = 0
+        self._texts: list[str] = []
+        self._streams: list[DecodeStream | None] = []  # None: the completion has ended
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        texts = [self._decode(row) for row in input_ids]
+        if not self._streams:
+            self._streams = [DecodeStream(skip_special_tokens=True) for _ in input_ids]
+            self._texts = [""] * len(input_ids)
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            self._add(row, token)
         if self.on_text:
-            self._stream(texts[0], self.on_text)
-        return torch.tensor([self.stop(text) is not None for text in texts], device=input_ids.device)
+            self._show(self.on_text)
+        return torch.tensor([stream is None for stream in self._streams], device=input_ids.device)
 
     def completion(self, row: Tensor) -> str:
         """The text of a generated sequence `[seq]` after its prompt, cut at the stop."""
-        decoded = self._decode(row)
+        ids, end = row[self.prompt_length :].tolist(), self.tokenizer.eos_token_id
+        decoded = str(self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True))
         return decoded[: self.stop(decoded)]
 
-    def _decode(self, row: Tensor) -> str:
-        ids, end = row[self.prompt_length :].tolist(), self.tokenizer.eos_token_id
-        return str(self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True))
+    def _add(self, row: int, token: int) -> None:
+        """Decode one more token of a row. Its text lacks the first bytes of a character that is not complete yet."""
+        stream = self._streams[row]
+        if stream is None:
+            return
+        if token != self.tokenizer.eos_token_id:
+            self._texts[row] += stream.step(self.tokenizer.backend_tokenizer, token) or ""
+        if token == self.tokenizer.eos_token_id or self.stop(self._texts[row]) is not None:
+            self._streams[row] = None
 
-    def _stream(self, text: str, on_text: Callable[[str], None]) -> None:
-        """Pass on the text that later tokens cannot change, so without the first bytes of an incomplete character."""
-        certain = text[: self.stop(text)].rstrip("\ufffd")
+    def _show(self, on_text: Callable[[str], None]) -> None:
+        certain = self._texts[0][: self.stop(self._texts[0])]
         on_text(certain[self.shown :])
         self.shown = max(self.shown, len(certain))
