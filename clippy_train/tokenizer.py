@@ -21,13 +21,13 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer from a folder or from the hub.
+    """Load a fast tokenizer from a folder or from the hub, without running anything that stands there.
 
     Raises:
         ConfigError: it cannot be loaded, is not a fast tokenizer, or has no end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)  # otherwise it asks
     except (OSError, ValueError) as error:
         raise ConfigError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:

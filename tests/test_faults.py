@@ -21,6 +21,7 @@ from support.runs import Runs, environment, rank_pids
 from clippy_train.config import DataConfig, TrainConfig, save
 from clippy_train.errors import Diverged, NonFinite
 from clippy_train.files import STAGING
+from clippy_train.launch import agent
 from clippy_train.model.build import build_model
 from clippy_train.run.checkpoint import open_checkpoint
 from clippy_train.run.folder import (
@@ -179,6 +180,16 @@ def test_a_rank_out_of_memory_names_the_micro_batch_and_the_others_stop(runs: Ru
     assert "rank 1: out of memory with trainer.micro_batch_size=2 (CUDA out of memory. Tried to allocate" in said
     assert "More advice" not in said
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ends", [("exit 1", "exit 4"), ("exit 4", "exit 1"), ("kill -9 $$", "exit 4")])
+def test_of_ranks_that_fail_together_the_one_that_knows_why_decides(ends: tuple[str, ...], tmp_path: Path) -> None:
+    """A rank that loses another one fails with 1, and may be seen first."""
+    ranks = {rank: processes.start(["sh", "-c", end]) for rank, end in enumerate(ends)}
+    for process in ranks.values():
+        process.wait()
+    assert agent._wait(ranks, tmp_path) == 4
 
 
 @pytest.mark.processes

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from clippy_train.cli import main
 from clippy_train.compose import compose
 from clippy_train.config import ImportConfig, OptimConfig, TrainConfig
-from clippy_train.errors import ConfigError
+from clippy_train.errors import CheckpointError, ConfigError
 from clippy_train.hf.export import load_checkpoint_model
 from clippy_train.hf.import_flax import import_flax, read_tree
 from clippy_train.model.load import generation_config
@@ -214,13 +214,15 @@ def with_config(**changes: Any) -> Damage:
     return change
 
 
-REFUSED: dict[str, tuple[Damage, str]] = {
+NOT_A_CHECKPOINT: dict[str, tuple[Damage, str]] = {
     "no such folder": (shutil.rmtree, "config.json"),
     "no weights": (lambda folder: (folder / "flax_model.msgpack").unlink(), "flax_model.msgpack"),
     "config that is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "config that contradicts itself": (with_config(num_layers=3), "`config.num_layers = 3`"),
     "config of no model": (with_config(hidden_size=9), "no model can be built from config.json"),
     "another model": (lambda folder: GPT2Config().save_pretrained(folder), "gpt2 model, not GPT-Neo"),
+}
+DAMAGED: dict[str, tuple[Damage, str]] = {
     "truncated weights": (cut("flax_model.msgpack", 0.5), "flax_model.msgpack is damaged"),
     "empty weights": (cut("flax_model.msgpack", 0), "flax_model.msgpack is damaged"),
     "truncated moments": (cut("opt_state.msgpack", 0.99), "opt_state.msgpack is damaged"),
@@ -263,14 +265,15 @@ REFUSED: dict[str, tuple[Damage, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*NOT_A_CHECKPOINT, *DAMAGED])
 def test_a_bad_checkpoint_is_named_and_leaves_nothing_behind(
     name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change, expected = REFUSED[name]
+    change, expected = {**NOT_A_CHECKPOINT, **DAMAGED}[name]
     change(source)
     (tmp_path / "new").mkdir()
-    assert main(["import", f"flax={source}", f"out={tmp_path / 'new' / 'hf'}"]) == 2
+    code = main(["import", f"flax={source}", f"out={tmp_path / 'new' / 'hf'}"])
+    assert code == (ConfigError if name in NOT_A_CHECKPOINT else CheckpointError).exit_code
     assert expected in capsys.readouterr().err
     assert not list((tmp_path / "new").iterdir())
 
@@ -285,7 +288,7 @@ def test_corrupt_bytes_are_read_or_refused_but_never_crash(source: Path) -> None
         path.write_bytes(flipped)
         try:
             read_tree(path)
-        except ConfigError:
+        except CheckpointError:
             refused += 1
     assert refused > 100
 
@@ -294,7 +297,7 @@ def test_nothing_in_a_file_can_run_code(source: Path) -> None:
     for kind in ("object", "O", "V8"):
         content = msgpack.packb({"wte": msgpack.ExtType(ARRAY, msgpack.packb(((1,), kind, b"\0" * 8)))})
         (source / "flax_model.msgpack").write_bytes(content)
-        with pytest.raises(ConfigError):
+        with pytest.raises(CheckpointError):
             import_flax(ImportConfig(flax=str(source), out=str(source / "out")))
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    GPTNeoConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -132,7 +132,7 @@ def load_checkpoint_model(description: Path, checkpoint: Checkpoint) -> PreTrain
     Raises:
         CheckpointError: the checkpoint is of another model than `description`.
     """
-    config = AutoConfig.from_pretrained(description)
+    config = GPTNeoConfig.from_pretrained(description)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config = GenerationConfig.from_pretrained(description)
     set_weights(model, consolidated_tensors(checkpoint, description, (WEIGHTS,))[WEIGHTS])

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GPTNeoConfig, GPTNeoForCausalLM
 
 from clippy_train.config import ImportConfig
-from clippy_train.errors import ConfigError, first_line
+from clippy_train.errors import CheckpointError, ConfigError, first_line
 from clippy_train.files import new_folder
 from clippy_train.model.load import copy_file_modes
 from clippy_train.run.moments import save_base_state
@@ -42,8 +42,8 @@ def import_flax(config: ImportConfig) -> str:
     """Write the model to `out`, with Adam's state and the tokenizer if present; return a one-line summary.
 
     Raises:
-        ConfigError: a file is missing or damaged, tensors are missing, unused or of another shape, or `out` is not
-            empty.
+        ConfigError: a file is missing, config.json describes no GPT-Neo, or `out` is not empty.
+        CheckpointError: a file is damaged, or tensors are missing, unused or of another shape.
     """
     source = Path(config.flax)
     with new_folder(Path(config.out), "out") as out:
@@ -66,7 +66,7 @@ def load_flax_model(folder: Path) -> GPTNeoForCausalLM:
     """Load the model of a checkpoint folder in fp32.
 
     Raises:
-        ConfigError: as in `import_flax`.
+        ConfigError, CheckpointError: as in `import_flax`.
     """
     model = build_from_config(folder)
     model.generation_config = load_generation_config(folder, model)
@@ -86,7 +86,7 @@ def build_from_config(folder: Path) -> GPTNeoForCausalLM:
         ConfigError: there is no such file, or no GPT-Neo can be built from it.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(config, GPTNeoConfig):
             raise ConfigError(f"flax={folder}: config.json describes a {config.model_type} model, not GPT-Neo")
         config.dtype = torch.float32
@@ -114,13 +114,13 @@ def load_adam(folder: Path, parameters: dict[str, Tensor]) -> tuple[int, dict[st
         made towards the next update. The original dropped their accumulated gradients on resume.
 
     Raises:
-        ConfigError: as in `import_flax`, or the optimizer is not Adam.
+        CheckpointError: as in `import_flax`, or the optimizer is not Adam.
     """
     path = folder / OPT_STATE
     tree = read_tree(path)
     adam = [node for node in tree_dictionaries(tree) if node.keys() == {"count", "mu", "nu"}]
     if len(adam) != 1:
-        raise ConfigError(
+        raise CheckpointError(
             f"{path} has {len(adam)} Adam states instead of one (another optimizer?). "
             f"Remove {OPT_STATE} to import the weights alone"
         )
@@ -137,7 +137,7 @@ def require_enough_micro_steps(path: Path, step: int) -> None:
     """Require that `training_state.json`, if present, counts at least as many micro-steps as there were updates.
 
     Raises:
-        ConfigError: it counts fewer, or has no step.
+        CheckpointError: it counts fewer, or has no step.
     """
     if not path.exists():
         return
@@ -145,9 +145,9 @@ def require_enough_micro_steps(path: Path, step: int) -> None:
         micro_step = json.loads(path.read_bytes())["step"]
         enough = micro_step >= step
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: has no readable step ({type(error).__name__})") from error
+        raise CheckpointError(f"{path}: has no readable step ({type(error).__name__})") from error
     if not enough:
-        raise ConfigError(
+        raise CheckpointError(
             f"{path}: micro-step {micro_step} is before update {step} of {OPT_STATE}; it is from another checkpoint"
         )
 
@@ -156,7 +156,7 @@ def torch_tensors(tree: Any, path: Path, parameters: Mapping[str, Tensor]) -> di
     """Turn a tree of Flax parameters into fp32 tensors with the names and shapes of `parameters`.
 
     Raises:
-        ConfigError: it names tensors that are missing, unused or of another shape.
+        CheckpointError: it names tensors that are missing, unused or of another shape.
     """
     found: dict[str, Tensor] = {}
     wrong = []
@@ -177,7 +177,7 @@ def torch_tensors(tree: Any, path: Path, parameters: Mapping[str, Tensor]) -> di
     wrong += [f"{name} is missing" for name in parameters.keys() - found.keys()]
     if wrong:
         more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
-        raise ConfigError(f"{path} does not fit config.json: {'; '.join(sorted(wrong)[:LISTED])}{more}")
+        raise CheckpointError(f"{path} does not fit config.json: {'; '.join(sorted(wrong)[:LISTED])}{more}")
     return found
 
 
@@ -185,16 +185,17 @@ def read_tree(path: Path) -> dict[str, Any]:
     """Read a file of `flax.serialization.to_bytes`: nested dictionaries with numpy arrays as leaves.
 
     Raises:
-        ConfigError: it cannot be read, or is damaged.
+        ConfigError: it cannot be read.
+        CheckpointError: it is damaged.
     """
     try:
         tree = restore_tree(msgpack.unpackb(path.read_bytes(), ext_hook=decode_extension))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, LookupError, RecursionError, msgpack.UnpackException) as error:
-        raise ConfigError(f"{path} is damaged: {first_line(error)}") from error
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} is damaged: not a dictionary")
+        raise CheckpointError(f"{path} is damaged: not a dictionary")
     return tree
 
 
@@ -250,4 +251,4 @@ def _count(value: Any, path: Path) -> int:
     try:
         return int(value)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged: a counter is not a number") from error
+        raise CheckpointError(f"{path} is damaged: a counter is not a number") from error

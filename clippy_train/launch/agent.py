@@ -5,7 +5,8 @@ The launcher is the agent of its own machine. Under Slurm, srun starts one agent
     python -m clippy_train.launch.agent RUN_DIR HOST:PORT
 
 so a cluster and a laptop share their handling of signals, stragglers, hangs and exit codes. The exit code is that of
-the first rank that fails. (torchrun's agent would replace it with its own.)
+the first rank that fails; of several, the largest, since one above 1 names the cause, and 1 may be what it did to the
+others. (torchrun's agent would replace it with its own.)
 """
 
 import logging
@@ -125,7 +126,7 @@ def _wait(ranks: Mapping[int, Process], run_dir: Path) -> int:
         codes = [code for code in (process.poll() for process in ranks.values()) if code is not None]
         failed = [code for code in codes if code not in (0, Interrupted.exit_code)]
         if failed:
-            return failed[0] if failed[0] > 0 else 1
+            return max(1, *failed)
         if len(codes) == len(ranks):
             return max(codes)
         if codes and deadline == float("inf"):

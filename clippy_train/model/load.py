@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -30,14 +31,20 @@ def move_to_device(model: nn.Module) -> None:
 
 
 def load_model(name: str) -> PreTrainedModel:
-    """Load a causal LM in fp32 from a folder or the hub.
+    """Load a causal LM in fp32 from a folder or the hub, without running anything that stands there.
 
     Raises:
         ConfigError: it cannot be loaded.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
+        # Otherwise the library asks on the terminal whether to run a model's own code
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    except UnpicklingError as error:  # its text recommends to load the file nevertheless
+        raise ConfigError(
+            f"no model could be loaded from {name}: its weights are a damaged pickle, or one that holds more than "
+            "tensors; nothing of it has been run. Use a folder with safetensors"
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"no model could be loaded from {name}: {first_line(error)}") from error
 
 

@@ -12,10 +12,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clippy_train.errors import CheckpointError
 from clippy_train.files import STAGING
+from clippy_train.run import plain
 from clippy_train.run.checkpoint import Checkpoint
 from clippy_train.run.folder import DEEPSPEED_TAG, STATE, checkpoint_folder
 from clippy_train.run.moments import MOMENTS, save_base_state
@@ -66,13 +67,14 @@ def consolidated_tensors(
         staging: where DeepSpeed's converter may put a temporary copy of the state; the system's place by default.
 
     Raises:
-        CheckpointError: the checkpoint is not of the model that `description` describes.
+        CheckpointError: the checkpoint is not of the model that `description` describes, or holds more than tensors
+            and plain values.
     """
     import torch
-    from transformers import AutoConfig, GPTNeoForCausalLM
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
     with torch.device("meta"):
-        model = GPTNeoForCausalLM(AutoConfig.from_pretrained(description))
+        model = GPTNeoForCausalLM(GPTNeoConfig.from_pretrained(description))
     state = checkpoint.path / STATE
     if state.is_dir():
         found = {kind: _unprefixed(tensors) for kind, tensors in _from_deepspeed(state, kinds, staging).items()}
@@ -100,7 +102,7 @@ def _from_torch(state: Path, kinds: Sequence[str], model: "nn.Module") -> "dict[
     """From the file of a run without DeepSpeed, whose optimizer numbers parameters in the order of its groups."""
     from clippy_train.optim import parameter_groups
 
-    content = _load(state)
+    content = plain.load_plain(state)
     found = {WEIGHTS: _unprefixed(content["state_dict"])}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [names[id(parameter)] for group in parameter_groups(model) for parameter in group]
@@ -118,16 +120,9 @@ def _from_deepspeed(state: Path, kinds: Sequence[str], staging: Path | None) -> 
 
 
 def _tensor(file: Path) -> "Tensor":
-    content = _load(file)
+    content = plain.load_plain(file)
     tensor: Tensor = content["param"] if isinstance(content, dict) else content
     return tensor
-
-
-def _load(file: Path) -> Any:
-    """The content of a file of torch's, in host memory: a node without GPUs must be able to read what a GPU wrote."""
-    import torch
-
-    return torch.load(file, weights_only=True, map_location="cpu")
 
 
 def _unprefixed(tensors: "Tensors") -> "Tensors":
@@ -139,13 +134,13 @@ def _convert_to_universal(state: Path, out: Path) -> Path:
     """Convert DeepSpeed's per-rank files to its universal format, one folder per parameter; returns `out`.
 
     Raises:
-        CheckpointError: DeepSpeed's converter failed.
+        CheckpointError: DeepSpeed's converter failed, or a file holds more than tensors and plain values.
     """
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", plain.__name__, "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command += ["--input_folder", str(state / DEEPSPEED_TAG), "--output_folder", str(out)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise CheckpointError(f"{state} cannot be consolidated: {result.stderr.strip().splitlines()[-1:]}")
+        raise CheckpointError(f"{state} cannot be consolidated: {''.join(result.stderr.strip().splitlines()[-1:])}")
     return out

@@ -26,6 +26,7 @@ from clippy_train.run.consolidate import WEIGHTS_FILE, set_weights
 from clippy_train.run.folder import CONFIG, HF_FOLDER, METRICS, STATE
 from clippy_train.run.identity import data_identity
 from clippy_train.run.moments import open_base_state
+from clippy_train.run.plain import plain_loads
 from clippy_train.run.rows import validated
 from clippy_train.run.start import Start, read_start
 from clippy_train.shards.sources import open_corpus
@@ -89,7 +90,8 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
     if checkpoint:
         validate_on_resume(trainer)  # if it validates at all: `num_sanity_val_steps`
     module = CodeLM(config, model, token_bytes(tokenizer, model.config.vocab_size))
-    trainer.fit(module, DataModule(config, tokenizer, rank, cursors), ckpt_path=native)
+    with plain_loads():  # Lightning and DeepSpeed would run what stands in a checkpoint
+        trainer.fit(module, DataModule(config, tokenizer, rank, cursors), ckpt_path=native)
 
 
 def validates_first(config: TrainConfig, resumed_step: int) -> bool:

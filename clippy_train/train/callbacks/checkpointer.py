@@ -34,6 +34,7 @@ from clippy_train.run.checkpoint import (
     publish,
 )
 from clippy_train.run.folder import DEEPSPEED_TAG, LATEST, STATE, checkpoint_folder, rng_file
+from clippy_train.run.plain import load_plain
 from clippy_train.train import collective
 from clippy_train.train.callbacks.health import Health, require_equal_replicas
 from clippy_train.train.callbacks.monitor import Monitor
@@ -254,7 +255,7 @@ def load_rng(path: Path) -> None:
     """Restore what `rng_state` returned; a rank without a file (it did not exist then) keeps its seed."""
     if not path.exists():
         return
-    state = torch.load(path, weights_only=True, map_location="cpu")
+    state = load_plain(path)
     random.setstate(state["python"])
     name, keys, *position = state["numpy"]
     np.random.set_state((name, keys.numpy(), *position))
