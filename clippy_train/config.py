@@ -6,12 +6,15 @@ they report everything wrong with a configuration at once, and read neither file
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -570,6 +573,19 @@ def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
             yield prefix + item.name, item
 
 
+def values(config: object) -> dict[str, Any]:
+    """The value of every key of a configuration."""
+    return {name: reduce(getattr, name.split("."), config) for name, _ in keys(type(config))}
+
+
+def as_yaml(value: Any) -> str:
+    """A value in YAML, on one line."""
+    if isinstance(value, list) or "\n" in str(value):
+        return json.dumps(value, ensure_ascii=False)  # which is YAML, and never breaks a line
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def to_schema(composed: DictConfig, schema: type[T]) -> T:
     """Convert a composed configuration to its schema, and check it.
 
@@ -597,10 +613,9 @@ def to_schema(composed: DictConfig, schema: type[T]) -> T:
 def limit_problems(config: object) -> list[str]:
     """Empty texts, and values outside the `choices` or the limits that their key declares."""
     found = []
+    of_key = values(config)
     for name, item in keys(type(config)):
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
+        value: Any = of_key[name]
         if "" in (value if isinstance(value, list) else [value]) and item.default != "":
             found.append(f"{name}={value}: must not be empty")
             continue

@@ -1,16 +1,13 @@
 """The keys of a verb for people: the pages of `clippy VERB --help`, at any width, and completions for shells."""
 
 import dataclasses
-import json
 import shutil
 import textwrap
 from collections.abc import Iterator
 from typing import Any, cast
 
-import yaml
-
 from clippy_train.compose import groups
-from clippy_train.config import TrainConfig, keys
+from clippy_train.config import TrainConfig, as_yaml, keys
 
 REQUIRED = "(required)"
 GROUPS = "Groups: GROUP=OPTION sets several keys at once. The first option is the default."
@@ -23,14 +20,6 @@ def sections(schema: type, name: str = "") -> Iterator[tuple[str, str, list[data
     yield name, schema.__doc__ or "", [item for item in dataclasses.fields(schema) if item not in nested]
     for item in nested:
         yield from sections(cast(type, item.type), f"{name}.{item.name}".lstrip("."))
-
-
-def as_yaml(value: Any) -> str:
-    """A value in YAML, on one line."""
-    if isinstance(value, list) or "\n" in str(value):
-        return json.dumps(value, ensure_ascii=False)  # which is YAML, and never breaks a line
-    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def limits(field: dataclasses.Field[Any]) -> str:

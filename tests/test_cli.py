@@ -19,7 +19,7 @@ from clippy_train import config
 from clippy_train.cli import VERBS, main
 from clippy_train.compose import CONF, compose, composed_values, groups, parse_overrides
 from clippy_train.errors import ConfigError
-from clippy_train.help import as_yaml, limits
+from clippy_train.help import limits
 
 DEMO = ["train", "experiment=demo"]
 Capture = pytest.CaptureFixture[str]
@@ -49,7 +49,7 @@ def test_help_shows_every_key_with_its_meaning(verb: str, columns: int, capsys: 
     assert shown.startswith(f"usage: clippy {verb}")
     page, values = packed(shown), composed_values(VERBS[verb].schema, [])
     for name, field in config.keys(VERBS[verb].schema):
-        value = as_yaml(values[name]) if name in values else "(required)"
+        value = config.as_yaml(values[name]) if name in values else "(required)"
         assert f"\n  {name}:" in shown  # on one line
         assert packed(f"{name}: {value} {field.metadata['meaning']} {limits(field)}") in page
 
@@ -68,7 +68,7 @@ def test_help_shows_values_as_a_configuration_file_writes_them(capsys: Capture, 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_value_in_the_help_reads_back_equal(verb: str) -> None:
     for value in composed_values(VERBS[verb].schema, []).values():
-        assert yaml.safe_load(as_yaml(value)) == value
+        assert yaml.safe_load(config.as_yaml(value)) == value
 
 
 def test_help_names_every_group_and_its_options(capsys: Capture) -> None:

@@ -363,8 +363,8 @@ def test_a_run_of_the_original_recipe_trains_and_resumes(runs: Runs) -> None:
     resumed = runs.train("original", "recipe=original", "trainer.audit=true", "trainer.max_steps=8", *SINGLE)
     assert "from step 6" in resumed.stdout
     assert [row["step"] for row in runs.rows("original")] == list(range(1, 9))
-    changed = runs.train("original", "trainer.max_steps=9", *SINGLE, code=4).stderr
-    assert "data.eos_between_documents was False, is True" in changed
+    changed = runs.train("original", "trainer.max_steps=9", *SINGLE, code=2).stderr
+    assert "data.eos_between_documents was false, is true: refused" in changed
 
 
 def test_reported_time_excludes_only_validation_and_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ def test_the_same_command_on_a_finished_run_says_so(runs: Runs, reference: str) 
 
 def test_a_run_refuses_to_resume_with_another_model(runs: Runs, reference: str) -> None:
     before = (runs.folder(reference) / "config.yaml").read_bytes()
-    refused = runs.train(reference, "trainer.audit=true", "trainer.max_steps=9", "model.num_heads=4", code=4)
+    refused = runs.train(reference, "trainer.audit=true", "trainer.max_steps=9", "model.num_heads=4", code=2)
     assert "model.num_heads was 2, is 4" in refused.stderr
     assert (runs.folder(reference) / "config.yaml").read_bytes() == before
 
@@ -281,9 +281,9 @@ def test_a_run_without_an_intact_checkpoint_never_restarts_silently(runs: Runs, 
 
 
 def test_a_run_refuses_to_resume_with_other_data_or_another_optimizer(runs: Runs, reference: str) -> None:
-    changed = runs.train(reference, "trainer.max_steps=8", "data.seq_len=16", code=4).stderr
+    changed = runs.train(reference, "trainer.max_steps=8", "data.seq_len=16", code=2).stderr
     assert "data.seq_len was 32, is 16" in changed
-    optimizer = runs.train(reference, "trainer.max_steps=8", "optim=adafactor", "optim.lr=0.005", code=4).stderr
+    optimizer = runs.train(reference, "trainer.max_steps=8", "optim=adafactor", "optim.lr=0.005", code=2).stderr
     assert "optim.name was adamw, is adafactor" in optimizer
 
 

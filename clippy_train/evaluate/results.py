@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from clippy_train.config import EvaluateConfig, keys
+from clippy_train.config import EvaluateConfig, keys, values
 from clippy_train.errors import ConfigError
 from clippy_train.files import atomic_write
 
@@ -72,11 +72,9 @@ def weights_hash(folder: Path) -> str | None:
 
 def command_line(config: EvaluateConfig) -> str:
     """The command line that gives this configuration: every key that differs from its default, except `out`."""
-    words = ["clippy", "evaluate"]
+    words, of_key = ["clippy", "evaluate"], values(config)
     for name, item in keys(EvaluateConfig):
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
+        value = of_key[name]
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         if value != default and name != "out":
             text = f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from clippy_train.config import SHAPE, TrainConfig, load, save
+from clippy_train.config import TrainConfig, save
 from clippy_train.errors import CheckpointError, ConfigError, DataError
 from clippy_train.files import atomic_write
 from clippy_train.launch import slurm, torchrun
 from clippy_train.launch.agent import here, interrupt, run_ranks
 from clippy_train.launch.lock import lock_folder
 from clippy_train.launch.resources import resource_problems
+from clippy_train.run.changes import changes, outcome
 from clippy_train.run.checkpoint import Checkpoint, checkpoint_layout, find_checkpoint, open_checkpoint
 from clippy_train.run.environment import environment
 from clippy_train.run.folder import CONFIG, ENVIRONMENT, HF_FOLDER, METRICS, STACKS, checkpoint_folders, run_of
@@ -60,15 +61,16 @@ def prepare(config: TrainConfig) -> bool:
     lock_folder(config.run_dir, f"run.name={config.run.name}", attempt)
     try:
         checkpoint = choose_checkpoint(config)
-    except CheckpointError:
+    except (CheckpointError, ConfigError):
         if new:
             shutil.rmtree(config.run_dir)
         raise
     if checkpoint and is_finished(config, checkpoint.manifest.step):
         print(f"{config.run_dir}: finished, step {checkpoint.manifest.step} of {config.trainer.max_steps}")
         return False
+    start = _resume(config, checkpoint) if checkpoint else _begin(config)
     _freeze(config)
-    write_start(config.run_dir, _resume(config, checkpoint) if checkpoint else _begin(config))
+    write_start(config.run_dir, start)
     return True
 
 
@@ -101,7 +103,10 @@ def _begin(config: TrainConfig) -> Start:
 
 
 def _resume(config: TrainConfig, checkpoint: Checkpoint) -> Start:
-    print(f"resuming {config.run_dir} from step {checkpoint.manifest.step} ({checkpoint.path})", flush=True)
+    step = checkpoint.manifest.step
+    print(f"resuming {config.run_dir} from step {step} ({checkpoint.path})", flush=True)
+    for change in changes(run_of(checkpoint.path), config):
+        print(outcome(change, step), flush=True)
     changed = layout_changes(checkpoint, config)
     if not changed:
         return Start(checkpoint.path)
@@ -170,8 +175,9 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
     """The checkpoint that `resume` asks for, verified.
 
     Raises:
-        CheckpointError: a checkpoint is missing (or present) against `resume`, none is intact, or it belongs to another
-            model, other data or another optimizer.
+        CheckpointError: a checkpoint is missing (or present) against `resume`, none is intact, or it belongs to other
+            data.
+        ConfigError: a setting must not change between two attempts.
     """
     found = None if config.resume == "never" else find_checkpoint(config.run_dir)
     if config.resume == "never" and checkpoint_folders(config.run_dir):
@@ -181,26 +187,10 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
     if config.resume not in ("auto", "must", "never") and not found:
         found = open_checkpoint(Path(config.resume))
     if found:
-        require_same_model(found, config)
+        changes(run_of(found.path), config)
         require_same_data(found, config)
         layout_changes(found, config)
     return found
-
-
-def require_same_model(checkpoint: Checkpoint, config: TrainConfig) -> None:
-    """Raise CheckpointError if the checkpoint is from a model of another shape."""
-    recorded = run_of(checkpoint.path) / CONFIG
-    then = load(recorded).model if recorded.exists() else config.model
-    changed = [
-        f"model.{name} was {getattr(then, name)}, is {getattr(config.model, name)}"
-        for name in SHAPE
-        if getattr(then, name) != getattr(config.model, name)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{checkpoint.path} is from another model: {'; '.join(changed)}. Restore these settings, or start a new "
-            "run with another run.name"
-        )
 
 
 def require_same_data(checkpoint: Checkpoint, config: TrainConfig) -> None:
@@ -219,12 +209,12 @@ def layout_changes(checkpoint: Checkpoint, config: TrainConfig) -> list[str]:
     """Changed settings that the files of a checkpoint depend on: the run must be resharded if there are any.
 
     Raises:
-        CheckpointError: and the optimizer's state cannot be resharded.
+        ConfigError: and the optimizer's state cannot be resharded.
     """
     then, now = checkpoint.manifest.layout, checkpoint_layout(config)
     changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
     if changed and {then.get("optim.name"), config.optim.name} != {"adamw"}:
-        raise CheckpointError(
+        raise ConfigError(
             f"{checkpoint.path} was written in another layout: {'; '.join(changed)}. Only AdamW's state can be "
             "resharded; restore these settings"
         )

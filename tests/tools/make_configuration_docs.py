@@ -7,8 +7,8 @@ from typing import Any
 
 from clippy_train.cli import VERBS
 from clippy_train.compose import CONF, composed_values, groups
-from clippy_train.config import TrainConfig
-from clippy_train.help import REQUIRED, as_yaml, limits, sections
+from clippy_train.config import TrainConfig, as_yaml
+from clippy_train.help import REQUIRED, limits, sections
 
 PAGE = CONF.parent / "docs" / "configuration.md"
 INTRODUCTION = """\

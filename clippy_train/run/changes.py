@@ -1,0 +1,99 @@
+"""What becomes of a setting that changes between two attempts of a run: the one table that says so for every key.
+
+A change is applied from the next update on, or refused. Refused is what would mix two models, two orders of the data or
+two optimizers in one run, and what only the start of a run reads: there a new value would silently do nothing.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from clippy_train.config import TrainConfig, as_yaml, load, values
+from clippy_train.errors import ConfigError
+from clippy_train.run.folder import CONFIG
+
+ORDER, MODEL, OPTIMIZER = "another order of the data", "another model", "another optimizer"
+START = "a start that has happened"
+
+# A name covers the keys below it.
+REFUSED = {
+    "seed": ORDER,
+    "data.filter": ORDER,
+    "data.text_column": ORDER,
+    "data.seq_len": ORDER,
+    "data.streams": ORDER,
+    "data.window": ORDER,
+    "data.eos_between_documents": ORDER,
+    "trainer.global_batch_size": ORDER,
+    "tokenizer.whitespace_tokens": ORDER,
+    "tokenizer.matching": ORDER,
+    "model.base": MODEL,
+    "model.num_layers": MODEL,
+    "model.hidden_size": MODEL,
+    "model.num_heads": MODEL,
+    "model.window_size": MODEL,
+    "model.max_position_embeddings": MODEL,
+    "model.vocab_size": MODEL,
+    "optim.name": OPTIMIZER,
+    "model.base_optimizer": START,
+    "tokenizer.new_row_init": START,
+}
+# Applied if the same content is found there: `run.identity` and the fingerprint of the tokenizer decide.
+MOVED = ("data.path", "data.hub", "data.hub_config", "tokenizer.base")
+APPLIED = (
+    "run.name", "run.root", "resume",
+    "model.attention", "model.compile", "model.checkpoint_activations", "model.loss_dtype",
+    "data.validation_split", "data.num_workers", "data.document_mask", "data.max_bad_fraction",
+    "optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.warmup_steps", "optim.decay_steps",
+    "optim.min_lr_ratio", "optim.grad_clip",
+    "strategy.name", "strategy.stage", "strategy.reduce_dtype", "strategy.reduce_bucket_size",
+    "trainer.max_steps", "trainer.micro_batch_size", "trainer.eval_micro_batch_size", "trainer.accelerator",
+    "trainer.devices", "trainer.num_nodes", "trainer.precision", "trainer.log_every_steps", "trainer.val_every_steps",
+    "trainer.val_samples", "trainer.audit", "trainer.watchdog_seconds", "trainer.profile_steps",
+    "trainer.peak_tflops", "trainer.deterministic",
+    "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.asynchronous", "checkpoint.keep_last",
+    "checkpoint.keep_every", "checkpoint.max_failed_saves",
+    "launcher.name", "launcher.preflight", "launcher.parallel", "launcher.sbatch", "launcher.max_requeues",
+    "sweep.trials",
+    "logger.tensorboard", "logger.wandb", "logger.sample_prompts", "logger.sample_tokens", "logger.hparams",
+)  # fmt: skip
+
+
+class Change(NamedTuple):
+    """A key with another value than in the last attempt; values as on the command line."""
+
+    key: str
+    was: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.was}, is {self.now}"
+
+    @property
+    def refused(self) -> str | None:
+        """What the new value would mean for the run, if that is refused."""
+        return next((why for name, why in REFUSED.items() if f"{self.key}.".startswith(f"{name}.")), None)
+
+
+def changes(run_dir: Path, config: TrainConfig) -> list[Change]:
+    """How `config` differs from the last attempt in a run's folder; nothing if the folder has no record of one.
+
+    Raises:
+        ConfigError: a difference is refused. Names each of them.
+    """
+    recorded = run_dir / CONFIG
+    if not recorded.exists():
+        return []
+    then, now = values(load(recorded)), values(config)
+    found = [Change(key, as_yaml(then[key]), as_yaml(now[key])) for key in now if then[key] != now[key]]
+    refused = [f"{each}: refused, it means {each.refused}" for each in found if each.refused]
+    if refused:
+        raise ConfigError(
+            "\n".join([*refused, f"restore what {recorded} has, or start a new run with another run.name"])
+        )
+    return found
+
+
+def outcome(change: Change, step: int) -> str:
+    """A change that is not refused and what becomes of it, for a run that resumes after `step`."""
+    same = ", where the content is the same" if change.key in MOVED else ""
+    return f"{change}: applied from step {step + 1} on{same}"
