@@ -578,6 +578,15 @@ def values(config: object) -> dict[str, Any]:
     return {name: reduce(getattr, name.split("."), config) for name, _ in keys(type(config))}
 
 
+def from_values(of_key: dict[str, Any]) -> TrainConfig:
+    """The configuration with these values, as `values` returned them."""
+    config = TrainConfig()
+    for name, value in of_key.items():
+        *sections, last = name.split(".")
+        setattr(reduce(getattr, sections, config), last, value)
+    return config
+
+
 def as_yaml(value: Any) -> str:
     """A value in YAML, on one line."""
     if isinstance(value, list) or "\n" in str(value):

@@ -55,16 +55,22 @@ class Schedule(LRScheduler):
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: OptimConfig) -> None:
         self.settings = settings
+        self._groups = [
+            {name: each for name, each in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
         return [lr_at(self.last_epoch, self.settings) for _ in self.optimizer.param_groups]
 
     def start_at(self, step: int) -> None:
-        """Continue as if `step` updates had been made."""
+        """Continue as if `step` updates had been made, with the settings that the optimizer was built with.
+
+        A checkpoint brings those of the attempt that wrote it.
+        """
         self.last_epoch = step
-        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = lr
+        for group, built, lr in zip(self.optimizer.param_groups, self._groups, self.get_lr(), strict=True):
+            group.update(built, lr=lr)
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_epoch": self.last_epoch}  # settings come from the configuration, never from a checkpoint

@@ -65,7 +65,7 @@ def test_charts_are_grouped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("status", "ended"), [("success", True), ("failed", False)])
 def test_a_run_that_failed_has_no_successful_end(tmp_path: Path, status: str, ended: bool) -> None:
-    logger = EventLogger(tmp_path, -1, ["optim.lr=1e-3", "optim.name=adafactor"])
+    logger = EventLogger(tmp_path, -1, {"optim.lr": 1e-3, "optim.name": "adafactor"})
     logger.describe()
     logger.finalize(status)
     written = read(tmp_path).PluginTagToContent(metadata.PLUGIN_NAME)
@@ -75,6 +75,14 @@ def test_a_run_that_failed_has_no_successful_end(tmp_path: Path, status: str, en
     experiment = metadata.parse_experiment_plugin_data(written[metadata.EXPERIMENT_TAG])
     assert [info.name.tag for info in experiment.metric_infos] == list(METRICS_COMPARED)
     assert (metadata.SESSION_END_INFO_TAG in written) == ended
+
+
+def test_the_settings_are_those_of_the_last_attempt(tmp_path: Path) -> None:
+    EventLogger(tmp_path, -1, {"optim.lr": 0.1}).describe()
+    EventLogger(tmp_path, 4, {"optim.lr": "0.1 to step 4, then 0.2"}).describe()
+    written = read(tmp_path).PluginTagToContent(metadata.PLUGIN_NAME)
+    start = metadata.parse_session_start_info_plugin_data(written[metadata.SESSION_START_INFO_TAG])
+    assert start.hparams["optim.lr"].string_value == "0.1 to step 4, then 0.2"
 
 
 def test_missing_weights_and_biases_settings_are_reported_before_the_run_starts(

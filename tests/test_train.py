@@ -56,6 +56,7 @@ def test_a_run_writes_the_documented_files(runs: Runs, reference: str) -> None:
     assert {path.name for path in folder.iterdir()} == {
         LOCK,
         "config.yaml",
+        "settings.jsonl",
         "start.json",
         "environment.json",
         "metrics.jsonl",

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from clippy_train.config import OptimConfig, TrainConfig
 from clippy_train.run.checkpoint import Manifest
+from clippy_train.run.history import Phase, changed
 
 CURVES = "curves.png"
 
@@ -38,7 +39,9 @@ A GPT-Neo causal language model of source code, trained with clippy_train {versi
 | corpus fingerprint | `{fingerprint}` |
 | versions | {versions} |
 
-<details><summary>Every setting of the run</summary>
+{history}
+
+<details><summary>Every setting at the last step</summary>
 
 ```yaml
 {settings}```
@@ -93,6 +96,7 @@ on.
 
 def model_card(
     config: TrainConfig,
+    history: list[Phase],
     environment: dict[str, Any],
     manifest: Manifest,
     rows: list[dict[str, Any]],
@@ -102,6 +106,8 @@ def model_card(
     """Return the card as Markdown.
 
     Args:
+        config: the settings of the last step.
+        history: the settings of all steps up to that of `manifest`.
         rows: the run's metrics up to the step of `manifest`.
         evaluations: contents of results files, with this model's name as `model` in their `about`.
         place: the argument of `from_pretrained` that loads the model.
@@ -131,6 +137,7 @@ def model_card(
         ranks=config.world_size,
         fingerprint=manifest.data["corpus fingerprint"],
         versions=", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
+        history=settings_by_step(history),
         settings=OmegaConf.to_yaml(OmegaConf.structured(config)),
         evaluation="\n\n".join(map(evaluation_section, evaluations)) or "None beyond the validation below.",
         validation=validation_tables(validations),
@@ -140,6 +147,17 @@ def model_card(
         if base
         else "None: it started from random weights.",
     )
+
+
+def settings_by_step(history: list[Phase]) -> str:
+    """Which settings changed during the run, and when."""
+    table = [
+        ["setting", "value"],
+        *([f"`{name}`", text.replace("|", r"\|")] for name, text in changed(history).items()),
+    ]
+    if len(table) == 1:
+        return "No setting was changed during the run."
+    return f"Settings that were changed during the run; their last values are above.\n\n{markdown_table(table)}"
 
 
 def card_metadata(config: TrainConfig, validations: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:

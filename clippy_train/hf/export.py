@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from clippy_train.config import ExportConfig, load
+from clippy_train.config import ExportConfig, from_values, load
 from clippy_train.errors import CheckpointError, ConfigError
 from clippy_train.evaluate.results import read_results, weights_hash
 from clippy_train.files import new_folder
@@ -39,6 +39,7 @@ from clippy_train.run.folder import (
     METRICS,
     checkpoint_step,
 )
+from clippy_train.run.history import phases
 from clippy_train.run.rows import read_rows
 from clippy_train.tokenizer import load_tokenizer
 
@@ -117,9 +118,10 @@ def write_card(
     rows = [row for row in read_rows(run_dir / METRICS) if row["step"] <= checkpoint.manifest.step]
     draw_curves(rows, out / CURVES)
     environment = json.loads((run_dir / ENVIRONMENT).read_text())
-    card = model_card(
-        load(run_dir / CONFIG), environment, checkpoint.manifest, rows, evaluations, config.push_to or config.out
-    )
+    found = phases(run_dir, checkpoint.manifest.step)
+    last = from_values(found[-1].settings) if found else load(run_dir / CONFIG)
+    place = config.push_to or config.out
+    card = model_card(last, found, environment, checkpoint.manifest, rows, evaluations, place)
     (out / "README.md").write_text(card)
 
 

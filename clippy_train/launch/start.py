@@ -19,10 +19,11 @@ from clippy_train.launch import slurm, torchrun
 from clippy_train.launch.agent import here, interrupt, run_ranks
 from clippy_train.launch.lock import lock_folder
 from clippy_train.launch.resources import resource_problems
-from clippy_train.run.changes import changes, outcome
+from clippy_train.run.changes import changes
 from clippy_train.run.checkpoint import Checkpoint, checkpoint_layout, find_checkpoint, open_checkpoint
 from clippy_train.run.environment import environment
 from clippy_train.run.folder import CONFIG, ENVIRONMENT, HF_FOLDER, METRICS, STACKS, checkpoint_folders, run_of
+from clippy_train.run.history import record
 from clippy_train.run.identity import data_identity
 from clippy_train.run.moments import BaseState, open_base_state
 from clippy_train.run.rows import validated
@@ -69,7 +70,7 @@ def prepare(config: TrainConfig) -> bool:
         print(f"{config.run_dir}: finished, step {checkpoint.manifest.step} of {config.trainer.max_steps}")
         return False
     start = _resume(config, checkpoint) if checkpoint else _begin(config)
-    _freeze(config)
+    _freeze(config, checkpoint)
     write_start(config.run_dir, start)
     return True
 
@@ -79,9 +80,12 @@ def is_finished(config: TrainConfig, step: int) -> bool:
     return step >= config.trainer.max_steps and validated(config.run_dir / METRICS, step)
 
 
-def _freeze(config: TrainConfig) -> None:
+def _freeze(config: TrainConfig, checkpoint: Checkpoint | None) -> None:
+    base = None if checkpoint else base_state(config)
+    step = checkpoint.manifest.step if checkpoint else base.step if base else 0
     try:
         shutil.rmtree(config.run_dir / STACKS, ignore_errors=True)  # the agent would take old stacks for new ones
+        record(config.run_dir, step, config, run_of(checkpoint.path) if checkpoint else config.run_dir)
         save(config, config.run_dir / CONFIG)
         with atomic_write(config.run_dir / ENVIRONMENT) as file:
             file.write(json.dumps(environment(), indent=1) + "\n")
@@ -105,8 +109,8 @@ def _begin(config: TrainConfig) -> Start:
 def _resume(config: TrainConfig, checkpoint: Checkpoint) -> Start:
     step = checkpoint.manifest.step
     print(f"resuming {config.run_dir} from step {step} ({checkpoint.path})", flush=True)
-    for change in changes(run_of(checkpoint.path), config):
-        print(outcome(change, step), flush=True)
+    for line in changes(run_of(checkpoint.path), config, step):
+        print(line, flush=True)
     changed = layout_changes(checkpoint, config)
     if not changed:
         return Start(checkpoint.path)
@@ -187,7 +191,7 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
     if config.resume not in ("auto", "must", "never") and not found:
         found = open_checkpoint(Path(config.resume))
     if found:
-        changes(run_of(found.path), config)
+        changes(run_of(found.path), config, found.manifest.step)
         require_same_data(found, config)
         layout_changes(found, config)
     return found

@@ -5,7 +5,6 @@ two optimizers in one run, and what only the start of a run reads: there a new v
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 from clippy_train.config import TrainConfig, as_yaml, load, values
 from clippy_train.errors import ConfigError
@@ -58,42 +57,30 @@ APPLIED = (
 )  # fmt: skip
 
 
-class Change(NamedTuple):
-    """A key with another value than in the last attempt; values as on the command line."""
+def changes(run_dir: Path, config: TrainConfig, step: int) -> list[str]:
+    """A line for each difference to the last attempt in a run's folder; none if the folder has no record of one.
 
-    key: str
-    was: str
-    now: str
-
-    def __str__(self) -> str:
-        return f"{self.key} was {self.was}, is {self.now}"
-
-    @property
-    def refused(self) -> str | None:
-        """What the new value would mean for the run, if that is refused."""
-        return next((why for name, why in REFUSED.items() if f"{self.key}.".startswith(f"{name}.")), None)
-
-
-def changes(run_dir: Path, config: TrainConfig) -> list[Change]:
-    """How `config` differs from the last attempt in a run's folder; nothing if the folder has no record of one.
+    Args:
+        step: the last one that was made.
 
     Raises:
-        ConfigError: a difference is refused. Names each of them.
+        ConfigError: a difference is refused. Names each of those.
     """
     recorded = run_dir / CONFIG
     if not recorded.exists():
         return []
     then, now = values(load(recorded)), values(config)
-    found = [Change(key, as_yaml(then[key]), as_yaml(now[key])) for key in now if then[key] != now[key]]
-    refused = [f"{each}: refused, it means {each.refused}" for each in found if each.refused]
+    changed = {
+        name: f"{name} was {as_yaml(then[name])}, is {as_yaml(now[name])}" for name in now if then[name] != now[name]
+    }
+    refused = [f"{line}: refused, it means {why}" for name, line in changed.items() if (why := refusal(name))]
     if refused:
-        raise ConfigError(
-            "\n".join([*refused, f"restore what {recorded} has, or start a new run with another run.name"])
-        )
-    return found
+        hint = f"restore what {recorded} has, or start a new run with another run.name"
+        raise ConfigError("\n".join([*refused, hint]))
+    same = dict.fromkeys(MOVED, ", where the content is the same")
+    return [f"{line}: applied from step {step + 1} on{same.get(name, '')}" for name, line in changed.items()]
 
 
-def outcome(change: Change, step: int) -> str:
-    """A change that is not refused and what becomes of it, for a run that resumes after `step`."""
-    same = ", where the content is the same" if change.key in MOVED else ""
-    return f"{change}: applied from step {step + 1} on{same}"
+def refusal(name: str) -> str | None:
+    """What another value of a key would mean for a run, if that is refused."""
+    return next((why for refused, why in REFUSED.items() if f"{name}.".startswith(f"{refused}.")), None)

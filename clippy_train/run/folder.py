@@ -1,6 +1,7 @@
 """Every name in a run's folder, `run.root`/`run.name`, and in its checkpoints. Readers and writers take them from here.
 
 config.yaml         every setting, resolved: what ranks read
+settings.jsonl      with which settings each step was made (`run.history`)
 start.json          what the launcher decided for this attempt (`run.start`)
 environment.json    versions, commit, hardware
 attempts.json       Slurm: at which step each attempt of the job began
@@ -24,6 +25,7 @@ from pathlib import Path
 from clippy_train.files import STAGING
 
 CONFIG = "config.yaml"
+HISTORY = "settings.jsonl"
 START = "start.json"
 ENVIRONMENT = "environment.json"
 ATTEMPTS = "attempts.json"

@@ -98,6 +98,14 @@ PRIVATE = (
         "the same under ZeRO-2 and in fp32",
     ),
     Part(
+        "deepspeed.runtime.bf16_optimizer:BF16_Optimizer",
+        "clip_grad",
+        "a checkpoint overwrites it with the limit of the attempt that wrote it",
+    ),
+    Part(
+        "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "clip_grad", "the same under ZeRO-2 and in fp32"
+    ),
+    Part(
         "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
         "fp32_partitioned_groups_flat",
         "the partitions that AdamW has its state for under ZeRO-3",
@@ -175,6 +183,12 @@ def set_step_counters(trainer: pl.Trainer, step: int, micro_steps: int) -> None:
     batches.ready = batches.started = batches.processed = batches.completed = step * micro_steps
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         trainer.strategy.deepspeed_engine.global_steps = step
+
+
+def set_grad_clip(strategy: Strategy, limit: float) -> None:
+    """Have DeepSpeed clip gradients to a norm. Without DeepSpeed, the module clips them itself."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        strategy.deepspeed_engine.optimizer.clip_grad = limit
 
 
 def redirect_saves(strategy: Strategy, save: Callable[..., None]) -> None:

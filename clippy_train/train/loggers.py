@@ -3,11 +3,12 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from clippy_train.config import TrainConfig
@@ -15,9 +16,11 @@ from clippy_train.run.folder import (
     METRICS,
     TENSORBOARD,
 )
+from clippy_train.run.history import changed, phases
 from clippy_train.run.rows import RowFile
 
 METRICS_COMPARED = ("val/bits_per_byte", "val/loss", "val/perplexity", "train/loss", "throughput/tokens_per_sec")
+HPARAMS = ".hparams"  # suffix of the file with the settings
 # TensorBoard's custom scalars: group -> chart -> the names in it, as regular expressions.
 CHARTS = {
     "Training": {
@@ -66,12 +69,19 @@ def build_loggers(config: TrainConfig, resumed_step: int) -> list[Logger]:
     """The loggers of a run; they drop what was logged after `resumed_step`."""
     loggers: list[Logger] = [JsonlLogger(config.run_dir / METRICS, resumed_step)]
     if config.logger.tensorboard:
-        events = EventLogger(config.run_dir, resumed_step, config.logger.hparams)
+        events = EventLogger(config.run_dir, resumed_step, hparams(config))
         events.describe()
         loggers.append(events)
     if config.logger.wandb:
         loggers.append(WandbRun(config.run_dir))
     return loggers
+
+
+def hparams(config: TrainConfig) -> dict[str, float | str]:
+    """What TensorBoard's HPARAMS tab shows of a run: `logger.hparams`, and every setting that was changed, by step."""
+    chosen = dict(each.split("=", 1) for each in config.logger.hparams)
+    texts = {**chosen, **changed(phases(config.run_dir, config.trainer.max_steps))}
+    return {name: _number(text) for name, text in texts.items()}
 
 
 class JsonlLogger(Logger):
@@ -103,13 +113,13 @@ class EventLogger(TensorBoardLogger):
 
     Args:
         resumed_step: what an earlier attempt logged after it is hidden.
-        hparams: NAME=VALUE for the HPARAMS tab.
+        hparams: settings for the HPARAMS tab.
     """
 
-    def __init__(self, run_dir: Path, resumed_step: int, hparams: Sequence[str] = ()) -> None:
+    def __init__(self, run_dir: Path, resumed_step: int, hparams: Mapping[str, float | str] | None = None) -> None:
         super().__init__(run_dir, name="", version=TENSORBOARD, purge_step=resumed_step + 1)
         self._broken = False
-        self._hparams = dict(each.split("=", 1) for each in hparams)
+        self._hparams = dict(hparams or {})
 
     def describe(self) -> None:
         """Write the layout of the charts, and the `hparams` of this run."""
@@ -118,8 +128,7 @@ class EventLogger(TensorBoardLogger):
         }
         self._write(lambda: self.experiment.add_custom_scalars(groups))
         if self._hparams:
-            experiment, session_start, _ = self._hparams_summaries()
-            self._add_summaries(experiment, session_start)
+            self._unless_broken(self._write_hparams)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
@@ -135,17 +144,22 @@ class EventLogger(TensorBoardLogger):
 
     def finalize(self, status: str) -> None:
         if self._hparams and status == "success":
-            self._add_summaries(self._hparams_summaries()[2])
+            end = self._hparams_summaries()[2]
+            self._write(lambda: self.experiment.file_writer.add_summary(end))
         self._unless_broken(lambda: super(EventLogger, self).finalize(status))
 
     def _hparams_summaries(self) -> Any:
         """What the HPARAMS tab reads: names of settings and metrics, this run's settings, and that it has succeeded."""
-        settings = {name: _number(text) for name, text in self._hparams.items()}
-        return hparams_summaries(settings, dict.fromkeys(METRICS_COMPARED))
+        return hparams_summaries(self._hparams, dict.fromkeys(METRICS_COMPARED))
 
-    def _add_summaries(self, *summaries: Any) -> None:
-        for each in summaries:
-            self._write(lambda summary=each: self.experiment.file_writer.add_summary(summary))  # type: ignore[misc]
+    def _write_hparams(self) -> None:
+        """In a file of their own that the next attempt replaces: TensorBoard shows the first ones that it finds."""
+        for path in Path(self.log_dir).glob(f"*{HPARAMS}"):
+            path.unlink()
+        writer = FileWriter(self.log_dir, filename_suffix=HPARAMS)
+        for each in self._hparams_summaries()[:2]:
+            writer.add_summary(each)
+        writer.close()
 
     def _write(self, write: Callable[[], Any]) -> None:
         """Write and flush, so that a curve has no gap where a run was killed and resumed."""

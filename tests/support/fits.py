@@ -5,6 +5,7 @@ Uses the callbacks, module and data of a real rank. Takes one second; a command 
 
 import os
 from typing import Any, TypeVar
+from unittest import mock
 
 import lightning.pytorch as pl
 
@@ -12,6 +13,7 @@ from clippy_train.config import TrainConfig
 from clippy_train.model.build import build_model
 from clippy_train.run.folder import METRICS
 from clippy_train.run.rows import read_rows
+from clippy_train.run.start import Start
 from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import token_bytes
 from clippy_train.train import collective
@@ -22,6 +24,7 @@ from clippy_train.train.callbacks.watchdog import Watchdog
 from clippy_train.train.data import DataModule
 from clippy_train.train.loggers import build_loggers
 from clippy_train.train.module import CodeLM
+from clippy_train.train.rank import train_rank
 from clippy_train.train.strategy import build_trainer
 
 C = TypeVar("C", bound=pl.Callback)
@@ -37,6 +40,16 @@ SETTINGS = [
     "checkpoint.every_steps=1", "checkpoint.asynchronous=false", "logger.sample_prompts=[]", "logger.tensorboard=false",
     "trainer.audit=true",
 ]  # fmt: skip
+
+
+def run_rank(config: TrainConfig, start: Start, *callbacks: pl.Callback) -> None:
+    """Train as a rank of a real run does, with more callbacks; in a process of `run_distributed`."""
+
+    def build(*args: Any, **kwargs: Any) -> list[pl.Callback]:
+        return [*build_callbacks(*args, **kwargs), *callbacks]
+
+    with mock.patch("clippy_train.train.rank.build_callbacks", build):
+        train_rank(config, start, SignalFlag())
 
 
 class Fit:

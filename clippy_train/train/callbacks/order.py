@@ -21,7 +21,7 @@ from clippy_train.train.callbacks.profile import Profile
 from clippy_train.train.callbacks.progress import Progress
 from clippy_train.train.callbacks.samples import Samples
 from clippy_train.train.callbacks.watchdog import Watchdog
-from clippy_train.train.restore import RestoreMoments, RestoreWeights
+from clippy_train.train.restore import ApplySettings, RestoreMoments, RestoreWeights
 
 
 def build_callbacks(
@@ -69,4 +69,5 @@ def build_callbacks(
         # Before training starts: weights before moments, since both set DeepSpeed's partitions
         *([RestoreWeights()] if exact_weights else []),
         *([RestoreMoments(config, base)] if base else []),
+        *([ApplySettings(config.optim)] if native else []),
     ]
