@@ -8,9 +8,11 @@ they report everything wrong with a configuration at once, and read neither file
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -168,6 +170,24 @@ class DataConfig(SourceConfig):
         False,
     )
     max_bad_fraction: float = key("Share of unreadable lines above which the run stops.", 0.01, minimum=0.0)
+    skip_steps: list[str] = key(
+        "Data to pass over, as in [12,40-42]: what these steps of a run without this key train on. Steps then train on "
+        "the data after them (docs/data.md).",
+        [],
+    )
+
+    @property
+    def skipped(self) -> list[range]:
+        """The batches of `skip_steps`, in order."""
+        ends = [[int(end) for end in each.split("-")] for each in self.skip_steps]
+        return sorted((range(pair[0], pair[-1] + 1) for pair in ends), key=lambda batches: batches.start)
+
+    def batch_of(self, step: int) -> int:
+        """The batch that a step trains on: the number of the step that would, without `skip_steps`."""
+        for batches in self.skipped:
+            if batches.start <= step:
+                step += len(batches)
+        return step
 
 
 @dataclass
@@ -646,6 +666,7 @@ def training_problems(config: TrainConfig) -> list[str]:
         *_model_problems(config),
         *_kernel_problems(config),
         *_data_problems(config.data),
+        *_skip_problems(config.data),
         *_batch_problems(config),
         *_optimizer_problems(config.optim),
         *_strategy_problems(config),
@@ -736,6 +757,16 @@ def _data_problems(data: SourceConfig) -> Iterator[str]:
         yield f"data.path={path} and data.hub={hub}: set exactly one of them; the other must be null"
     if data.hub_config is not None and not data.hub:
         yield f"data.hub_config={data.hub_config} needs data.hub, which is not set"
+
+
+def _skip_problems(data: DataConfig) -> Iterator[str]:
+    wrong = [each for each in data.skip_steps if not re.fullmatch("[1-9][0-9]*(-[1-9][0-9]*)?", each)]
+    if wrong:
+        yield f"data.skip_steps=[{','.join(data.skip_steps)}]: {wrong[0]!r} is neither a step nor a range such as 40-42"
+    elif not all(data.skipped):
+        yield f"data.skip_steps=[{','.join(data.skip_steps)}]: a range ends before it begins"
+    elif any(first.stop > second.start for first, second in pairwise(data.skipped)):
+        yield f"data.skip_steps=[{','.join(data.skip_steps)}]: a step is named twice"
 
 
 def _batch_problems(config: TrainConfig) -> Iterator[str]:

@@ -138,6 +138,7 @@ def test_a_training_batch_holds_integers_only(config: ConfigBuilder, tokenizer: 
         "counts": (torch.int64, (2, len(COUNTS))),
         "rejected": (torch.int64, (0, 2)),
         "spans": (torch.int64, (num_spans, 6)),
+        "skipped": (torch.int64, (0, 6)),
     }
 
 

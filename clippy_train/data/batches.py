@@ -9,8 +9,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, count, islice, repeat
 
 import numpy as np
 import torch
@@ -32,23 +33,34 @@ PREFETCH_ROUNDS = 32
 
 Batch = dict[str, Tensor]
 StreamBlock = tuple[int, Block]  # stream, its block
+Passed = Callable[[], Iterator[int]]
 
 
 def train_batches(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, rank: int, cursors: np.ndarray
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, rank: int, cursors: np.ndarray, step: int
 ) -> "TrainBatches":
-    """The training batches of one rank; each stream continues from its row of `cursors` (`[streams, 5]`).
+    """The training batches of one rank after `step`; each stream continues from its row of `cursors` (`[streams, 5]`).
 
     A batch holds `input_ids` `[micro_batch, seq]`, `cursor` `[micro_batch, 1 + 5]` (stream, then `Cursor`), `counts`
-    `[micro_batch, len(COUNTS)]`, `rejected` `[any number, 2]` (shard, lines) and `spans` `[spans of all blocks in turn,
-    1 + 5]` (stream, then `Span`), all int64.
+    `[micro_batch, len(COUNTS)]`, `rejected` `[any number, 2]` (shard, lines), and `spans` and `skipped` `[spans of all
+    blocks in turn, 1 + 5]` (stream, then `Span`), all int64.
     """
     share = config.data.streams // config.world_size
     corpus = open_corpus(config.data, "train")
     own = range(rank * share, (rank + 1) * share)
     streams = [_stream(config, corpus, tokenizer, index=index) for index in own]
     starts = [Cursor(*map(int, cursors[index])) for index in own]
-    return TrainBatches(streams, starts, config.trainer.micro_batch_size, config.data.num_workers)
+    passed = partial(rounds_passed_over, config, step)
+    return TrainBatches(streams, starts, passed, config.trainer.micro_batch_size, config.data.num_workers)
+
+
+def rounds_passed_over(config: TrainConfig, step: int) -> Iterator[int]:
+    """For each round after `step`, how many rounds are passed over before it (`data.skip_steps`)."""
+    per_step = config.trainer.global_batch_size // config.data.streams
+    for each in count(step + 1):
+        batches = config.data.batch_of(each) - config.data.batch_of(each - 1) - 1
+        yield batches * per_step
+        yield from repeat(0, per_step - 1)
 
 
 def validation_batches(
@@ -90,12 +102,17 @@ class TrainBatches:
     A round is one block of each of the rank's streams, in the order of the streams. Loader process `w` of `W` makes
     the blocks of every `W`-th stream, so no stream is shared and `W` does not change the order.
 
+    Args:
+        passed: makes the numbers of rounds to pass over before each round.
+
     Attributes:
         wait_seconds: how long the training process has waited for data so far.
     """
 
-    def __init__(self, streams: list[Stream], starts: list[Cursor], batch_size: int, num_workers: int) -> None:
-        self.streams, self.starts = streams, starts
+    def __init__(
+        self, streams: list[Stream], starts: list[Cursor], passed: Passed, batch_size: int, num_workers: int
+    ) -> None:
+        self.streams, self.starts, self.passed = streams, starts, passed
         self.batch_size, self.num_workers = batch_size, min(num_workers, len(streams))
         self.wait_seconds = 0.0
 
@@ -112,7 +129,7 @@ class TrainBatches:
 
     def _rounds(self) -> Iterator[list[StreamBlock]]:
         shares = max(1, self.num_workers)
-        sources = [Rounds(self.streams[w::shares], self.starts[w::shares]) for w in range(shares)]
+        sources = [Rounds(self.streams[w::shares], self.starts[w::shares], self.passed) for w in range(shares)]
         if not self.num_workers:
             yield from sources[0]
             return
@@ -145,23 +162,37 @@ def _loader(source: "Rounds") -> "DataLoader[list[StreamBlock]]":
 class Rounds(IterableDataset[list[StreamBlock]]):
     """Endless rounds of some streams: what one loader process makes."""
 
-    def __init__(self, streams: list[Stream], starts: list[Cursor]) -> None:
-        self.streams, self.starts = streams, starts
+    def __init__(self, streams: list[Stream], starts: list[Cursor], passed: Passed) -> None:
+        self.streams, self.starts, self.passed = streams, starts, passed
 
     def __iter__(self) -> Iterator[list[StreamBlock]]:
         blocks = [stream.blocks(start) for stream, start in zip(self.streams, self.starts, strict=True)]
-        while True:
-            yield [(stream.index, next(source)) for stream, source in zip(self.streams, blocks, strict=True)]
+        for passed in self.passed():
+            yield [(stream.index, _after(source, passed)) for stream, source in zip(self.streams, blocks, strict=True)]
+
+
+def _after(source: Iterator[Block], passed: int) -> Block:
+    """The block after `passed` others, with what was read for them."""
+    *others, block = islice(source, passed + 1)
+    for each in others:
+        block = block._replace(
+            counts=block.counts + each.counts,
+            rejected=block.rejected + each.rejected,
+            skipped=(*block.skipped, *each.spans),
+        )
+    return block
 
 
 def collate(blocks: list[StreamBlock]) -> Batch:
     rejected = [each for _, block in blocks for each in block.rejected.items()]
+    skipped = [[stream, *span] for stream, block in blocks for span in block.skipped]
     return {
         "input_ids": torch.from_numpy(np.stack([block.tokens for _, block in blocks]).astype(np.int64)),
         "cursor": torch.tensor([[stream, *block.cursor] for stream, block in blocks]),
         "counts": torch.from_numpy(np.stack([block.counts for _, block in blocks])),
         "rejected": torch.tensor(rejected).reshape(-1, 2).long(),
         "spans": torch.tensor([[stream, *span] for stream, block in blocks for span in block.spans]),
+        "skipped": torch.tensor(skipped).reshape(-1, 6).long(),
     }
 
 

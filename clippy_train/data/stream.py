@@ -55,6 +55,7 @@ class Block(NamedTuple):
     counts: np.ndarray  # [len(COUNTS)] int64, what was read for this block
     spans: list[Span]  # where its tokens come from, in order
     rejected: Counter[int]  # the rejected lines in `counts`, by shard
+    skipped: tuple[Span, ...] = ()  # of the blocks passed over before it; `counts` and `rejected` include theirs
 
 
 class StreamEntry(NamedTuple):

@@ -6,7 +6,7 @@ two optimizers in one run, and what only the start of a run reads: there a new v
 
 from pathlib import Path
 
-from clippy_train.config import TrainConfig, as_yaml, load, values
+from clippy_train.config import DataConfig, TrainConfig, as_yaml, load, values
 from clippy_train.errors import ConfigError
 from clippy_train.run.folder import CONFIG
 
@@ -41,7 +41,7 @@ MOVED = ("data.path", "data.hub", "data.hub_config", "tokenizer.base")
 APPLIED = (
     "run.name", "run.root", "resume",
     "model.attention", "model.compile", "model.checkpoint_activations", "model.loss_dtype",
-    "data.validation_split", "data.num_workers", "data.document_mask", "data.max_bad_fraction",
+    "data.skip_steps", "data.validation_split", "data.num_workers", "data.document_mask", "data.max_bad_fraction",
     "optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.warmup_steps", "optim.decay_steps",
     "optim.min_lr_ratio", "optim.grad_clip",
     "strategy.name", "strategy.stage", "strategy.reduce_dtype", "strategy.reduce_bucket_size",
@@ -69,11 +69,16 @@ def changes(run_dir: Path, config: TrainConfig, step: int) -> list[str]:
     recorded = run_dir / CONFIG
     if not recorded.exists():
         return []
-    then, now = values(load(recorded)), values(config)
+    last = load(recorded)
+    then, now = values(last), values(config)
     changed = {
         name: f"{name} was {as_yaml(then[name])}, is {as_yaml(now[name])}" for name in now if then[name] != now[name]
     }
     refused = [f"{line}: refused, it means {why}" for name, line in changed.items() if (why := refusal(name))]
+    if passed_over(last.data, step) != passed_over(config.data, step):
+        refused.append(
+            f"{changed['data.skip_steps']}: refused for the data before step {step + 1}, which has been read"
+        )
     if refused:
         hint = f"restore what {recorded} has, or start a new run with another run.name"
         raise ConfigError("\n".join([*refused, hint]))
@@ -84,3 +89,8 @@ def changes(run_dir: Path, config: TrainConfig, step: int) -> list[str]:
 def refusal(name: str) -> str | None:
     """What another value of a key would mean for a run, if that is refused."""
     return next((why for refused, why in REFUSED.items() if f"{name}.".startswith(f"{refused}.")), None)
+
+
+def passed_over(data: DataConfig, step: int) -> list[int]:
+    """What `data.skip_steps` has passed over before `step` was made."""
+    return [each for batches in data.skipped for each in batches if each < data.batch_of(step)]

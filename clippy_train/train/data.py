@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from clippy_train.config import TrainConfig
 from clippy_train.data.batches import Batch, TrainBatches, train_batches, validation_batches
 
-ON_HOST = ("cursor", "counts", "rejected", "spans")  # only callbacks read these
+ON_HOST = ("cursor", "counts", "rejected", "spans", "skipped")  # only callbacks read these
 
 
 class DataModule(pl.LightningDataModule):
@@ -19,19 +19,20 @@ class DataModule(pl.LightningDataModule):
 
     Args:
         cursors: `[streams, 5]`, where each stream continues.
+        step: the last one that was made.
 
     Attributes:
         languages: those of the validation split; known from the first `val_dataloader` on.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, rank: int, cursors: np.ndarray) -> None:
+    def __init__(self, config: TrainConfig, tokenizer: Any, rank: int, cursors: np.ndarray, step: int = 0) -> None:
         super().__init__()
-        self.config, self.tokenizer, self.rank, self.cursors = config, tokenizer, rank, cursors
+        self.config, self.tokenizer, self.rank, self.cursors, self.step = config, tokenizer, rank, cursors, step
         self.languages: list[str] = []
         self._val_batches: list[Batch] = []
 
     def train_dataloader(self) -> TrainBatches:
-        return train_batches(self.config, self.tokenizer, self.rank, self.cursors)
+        return train_batches(self.config, self.tokenizer, self.rank, self.cursors, self.step)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         if not self._val_batches:

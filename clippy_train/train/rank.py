@@ -67,6 +67,8 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
         set_weights(model, load_file(start.consolidated / WEIGHTS_FILE))
     native = checkpoint.path / STATE if checkpoint and not start.consolidated else None
     cursors = np.array(checkpoint.manifest.cursors) if checkpoint else fresh_cursors(config.data.streams)
+    base = open_base_state(moments) if moments else None
+    resumed_step = checkpoint.manifest.step if checkpoint else -1
     callbacks = build_callbacks(
         config,
         rank,
@@ -78,9 +80,8 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
         cursors=cursors,
         resumed=checkpoint,
         native=native,
-        base=open_base_state(moments) if moments else None,
+        base=base,
     )
-    resumed_step = checkpoint.manifest.step if checkpoint else -1
     trainer = build_trainer(
         config,
         callbacks=callbacks,
@@ -90,8 +91,9 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
     if checkpoint:
         validate_on_resume(trainer)  # if it validates at all: `num_sanity_val_steps`
     module = CodeLM(config, model, token_bytes(tokenizer, model.config.vocab_size))
+    data = DataModule(config, tokenizer, rank, cursors, base.step if base else max(0, resumed_step))
     with plain_loads():  # Lightning and DeepSpeed would run what stands in a checkpoint
-        trainer.fit(module, DataModule(config, tokenizer, rank, cursors), ckpt_path=native)
+        trainer.fit(module, data, ckpt_path=native)
 
 
 def validates_first(config: TrainConfig, resumed_step: int) -> bool:

@@ -54,6 +54,7 @@ def _run(function: Callable[[], Any], rank: int, world_size: int, port: int, sen
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
     collective._group.cache_clear()
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may start loaders
     try:
         dist.init_process_group("gloo")
         sender.send((False, function()))

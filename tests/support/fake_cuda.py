@@ -129,7 +129,7 @@ def move_to_cuda(module: nn.Module, dtype: torch.dtype) -> None:
 def steps(module: CodeLM, batch: Batch, autocast: AbstractContextManager[Any], outcome: Outcome) -> None:
     """What a rank does with the batch between two logged steps and before a checkpoint, once it is on the GPU."""
     parameters = dict(module.model.named_parameters())
-    optimizer, health = build_optimizer(module.model, module.config.optim), Health(1, [""])
+    optimizer, health = build_optimizer(module.model, module.config.optim), Health(1, [""], module.config.data)
     health._first_bad = {name: torch.full((), NEVER) for name in health._first_bad}  # a fake `torch.tensor` has a value
     for _ in range(2):
         with autocast:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clippy_train.config import DataConfig
 from clippy_train.data.batches import Batch
 from clippy_train.errors import Diverged, NonFinite
 from clippy_train.train import collective
@@ -25,8 +26,8 @@ NEVER = 2**62
 class Health(pl.Callback):
     """Finds the first loss or gradient norm that is not finite."""
 
-    def __init__(self, micro_steps: int, shards: Sequence[str]) -> None:
-        self.micro_steps, self.shards = micro_steps, shards
+    def __init__(self, micro_steps: int, shards: Sequence[str], data: DataConfig) -> None:
+        self.micro_steps, self.shards, self.data = micro_steps, shards, data
         self._reset()
 
     def _reset(self) -> None:
@@ -63,7 +64,11 @@ class Health(pl.Callback):
         losses = [each for each in collective.gather(text) if each]
         step = trainer.global_step - (len(spans) - 1 - first) // self.micro_steps
         what = "; ".join(losses) or f"the gradient norm, with finite losses, last on {self._documents(spans[first])}"
-        raise NonFinite(f"step {step}: not finite: {what}. Nothing of this step is saved")
+        skipped = ",".join([*self.data.skip_steps, str(self.data.batch_of(step))])
+        raise NonFinite(
+            f"step {step}: not finite: {what}. Nothing of this step is saved. If its data are to blame, continue with "
+            f"data.skip_steps=[{skipped}], which passes over them"
+        )
 
     def _documents(self, spans: np.ndarray) -> str:
         """The documents of a micro-batch from its spans, `[spans, 6]`: stream, then `data.stream.Span`."""

@@ -51,7 +51,7 @@ def build_callbacks(
     manifest = resumed.manifest if resumed else None
     resumed_step = manifest.step if manifest else -1  # without a checkpoint every row is dropped
     counts = np.array([manifest.counts[name] if manifest else 0 for name in COUNTS])
-    progress, health = Progress(config, cursors, counts, shards), Health(config.micro_steps, shards)
+    progress, health = Progress(config, cursors, counts, shards), Health(config.micro_steps, shards, config.data)
     monitor = Monitor(config, progress, health)
     checkpointer = Checkpointer(config, progress, health, monitor, identity, resumed)
     exact_weights = config.deepspeed and config.trainer.precision == "bf16" and native is None
