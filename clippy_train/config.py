@@ -201,8 +201,15 @@ class OptimConfig:
     weight_decay: float | None = key(
         "AdamW's decoupled weight decay of everything but biases and LayerNorm scales.", None, minimum=0.0
     )
+    schedule: str = key(
+        "How the learning rate falls after the warm-up: as a cosine, linearly, not at all, or (wsd: warm-up, stable, "
+        "decay) as 1 - sqrt, after stable_steps at the peak.",
+        "cosine",
+        choices=("cosine", "linear", "wsd", "constant"),
+    )
     warmup_steps: int = key("Steps of linear warm-up from 0.", minimum=0)
-    decay_steps: int = key("Steps of cosine decay after the warm-up.", minimum=0)
+    stable_steps: int | None = key("wsd: steps at the peak, between the warm-up and the decay.", None, minimum=0)
+    decay_steps: int = key("Steps of the decay.", minimum=0)
     min_lr_ratio: float = key("Learning rate after the decay, as a share of the peak.", minimum=0.0, maximum=1.0)
     grad_clip: float = key("Largest global gradient norm; 0 disables clipping.", minimum=0.0)
 
@@ -806,6 +813,13 @@ def _optimizer_problems(optim: OptimConfig) -> Iterator[str]:
                 f"optim.{name} is {'not set' if value is None else 'set'}, but only AdamW has it, and optim.name="
                 f"{optim.name}: choose optim=adamw or optim=adafactor, which set all keys of an optimizer"
             )
+
+    if (optim.stable_steps is not None) != (optim.schedule == "wsd"):
+        stable = "null" if optim.stable_steps is None else optim.stable_steps
+        yield (
+            f"optim.schedule={optim.schedule} and optim.stable_steps={stable}: wsd needs stable_steps, and no other "
+            "schedule has it"
+        )
 
 
 def _strategy_problems(config: TrainConfig) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The recipe's optimizers: learning-rate schedule, AdamW and Adafactor, gradient clipping."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,17 +37,38 @@ class DeviceAdafactor(Adafactor):
         return lr
 
 
-def lr_at(step: int, settings: OptimConfig) -> float:
-    """Learning rate of update `step`, counted from 0: linear warm-up from 0, cosine decay, then constant.
+# Share of the way from the peak to the end, at a share of the decay. That of `wsd` is the "1-sqrt" that Hagele et al.
+# 2024 (arXiv 2405.18392) found best for a decay after a constant rate.
+DECAY: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: progress,
+    "wsd": math.sqrt,
+    "constant": lambda progress: 0.0,
+}
 
-    `lr(k) = peak * min(k, w)/w - (peak - end) * (1 - cos(pi * clip(k - w, 0, d)/d))/2`, `end = min_lr_ratio * peak`.
-    The original's schedule, except that zero warm-up or decay steps are allowed (there they gave NaN or an error).
+
+def lr_at(step: int, settings: OptimConfig) -> float:
+    """Learning rate of update `step`, counted from 0: linear warm-up from 0, decay, then constant.
+
+    The recipe's: `lr(k) = peak * min(k, w)/w - (peak - end) * (1 - cos(pi * clip(k - w, 0, d)/d))/2`, with `end =
+    min_lr_ratio * peak`; the original's, except that zero warm-up or decay steps are allowed (it gave NaN or an error).
     """
     warm = min(step, settings.warmup_steps) / settings.warmup_steps if settings.warmup_steps else 1.0
-    after = step - settings.warmup_steps
+    after = step - settings.warmup_steps - (settings.stable_steps or 0)
     progress = min(max(after, 0) / settings.decay_steps, 1.0) if settings.decay_steps else 0.0
     drop = settings.lr * (1 - settings.min_lr_ratio)
-    return settings.lr * warm - drop * (1 - math.cos(math.pi * progress)) / 2
+    return settings.lr * warm - drop * DECAY[settings.schedule](progress)
+
+
+def describe_schedule(settings: OptimConfig) -> str:
+    """The schedule in words, with its end."""
+    rise = f"0 to {settings.lr:g} in {settings.warmup_steps} steps"
+    if settings.schedule == "constant":
+        return f"{rise}, then constant"
+    stable = f"constant for {settings.stable_steps}, " if settings.stable_steps else ""
+    shape = "1-sqrt" if settings.schedule == "wsd" else settings.schedule
+    end = settings.lr * settings.min_lr_ratio
+    return f"{rise}, {stable}{shape} decay to {end:g} in {settings.decay_steps}, then constant"
 
 
 class Schedule(LRScheduler):

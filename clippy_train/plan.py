@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from clippy_train.config import TrainConfig
 from clippy_train.model.flops import count_parameters
 from clippy_train.model.traffic import Collective, step_collectives
-from clippy_train.optim import lr_at
+from clippy_train.optim import describe_schedule
 from clippy_train.shards.format import READ_BYTES
 
 Range = tuple[float, float]
@@ -153,11 +153,7 @@ def plan_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
             f"{config.world_size} ranks x {trainer.micro_batch_size} x {config.micro_steps} accumulated",
         ),
         ("run", f"{trainer.max_steps:,} steps = {plan.tokens / 1e9:,.4g} B tokens"),
-        (
-            "learning rate",
-            f"0 -> {optim.lr:g} in {optim.warmup_steps} steps, cosine to "
-            f"{lr_at(optim.warmup_steps + optim.decay_steps, optim):g} in {optim.decay_steps}, then constant",
-        ),
+        ("learning rate", describe_schedule(optim)),
         (
             "validation",
             f"{trainer.val_samples:,} sequences = {trainer.val_samples * config.data.seq_len / 1e6:,.4g} M tokens "

@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams import metadata
 from torch import nn
 
 from clippy_train.cli import main
-from clippy_train.config import TrainConfig, keys, save
+from clippy_train.config import TrainConfig, as_yaml, keys, save
 from clippy_train.errors import ConfigError
 from clippy_train.model.build import build_model
 from clippy_train.optim import lr_at, parameter_groups
@@ -70,12 +70,12 @@ def test_every_refused_change_is_named_at_once(train_config: Callable[..., Train
 
 
 OLD = {
-    "lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "warmup_steps": 0, "decay_steps": 8,
-    "min_lr_ratio": 0.1, "grad_clip": 1.0,
+    "lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "schedule": "cosine",
+    "warmup_steps": 1, "stable_steps": None, "decay_steps": 8, "min_lr_ratio": 0.1, "grad_clip": 1.0,
 }  # fmt: skip
 NEW = {
-    "lr": 3e-2, "betas": [0.5, 0.6], "eps": 1e-2, "weight_decay": 2.0, "warmup_steps": 1, "decay_steps": 4,
-    "min_lr_ratio": 0.5, "grad_clip": 0.1,
+    "lr": 3e-2, "betas": [0.5, 0.6], "eps": 1e-2, "weight_decay": 2.0, "schedule": "wsd",
+    "warmup_steps": 0, "stable_steps": 1, "decay_steps": 4, "min_lr_ratio": 0.5, "grad_clip": 0.1,
 }  # fmt: skip
 Arrays = dict[str, np.ndarray]  # of each weight by its name; tensors do not outlive the process that sends them
 
@@ -145,7 +145,7 @@ def config(
         made = train_config(
             *SETTINGS, "trainer.audit=false", "trainer.val_every_steps=99", "checkpoint.every_steps=99",
             f"run.root={root}", f"run.name={name}", f"trainer.max_steps={steps}",
-            *(f"optim.{key}={value}" for key, value in optim.items()), *overrides,
+            *(f"optim.{key}={as_yaml(value)}" for key, value in optim.items()), *overrides,
         )  # fmt: skip
         made.run_dir.mkdir(exist_ok=True)
         return made
@@ -257,7 +257,7 @@ def test_a_resumed_run_says_what_it_applies_and_its_card_and_tensorboard_with_wh
         assert main(["export", f"run={runs.folder('run')}", f"out={tmp_path / str(step)}", f"step={step}"]) == 0
         card = (tmp_path / str(step) / "README.md").read_text()
         assert text in card
-        assert ("learning rate | 0.0015," in card) == (step == 2)
+        assert ("learning rate | 0 to 0.0015 in" in card) == (step == 2)
 
     events = EventAccumulator(str(runs.folder("run") / TENSORBOARD))
     events.Reload()

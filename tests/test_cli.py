@@ -374,6 +374,8 @@ def test_two_options_of_a_group_are_refused(capsys: Capture) -> None:
         (["tokenizer.whitespace_tokens=['']"], "tokenizer.whitespace_tokens=['']: must not be empty"),
         (["resume="], "resume=: must not be empty"),
         (["run.root="], "run.root=: must not be empty"),
+        (["optim.schedule=wsd"], "optim.schedule=wsd and optim.stable_steps=null: wsd needs stable_steps"),
+        (["optim.stable_steps=5"], "optim.schedule=cosine and optim.stable_steps=5: "),
         (["optim.lr=nan"], "optim.lr=nan: must be a finite number"),
         (["checkpoint.every_minutes=inf"], "checkpoint.every_minutes=inf: must be a finite number"),
         (["seed=99999999999"], "seed=99999999999: must be at most"),

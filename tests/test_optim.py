@@ -20,6 +20,7 @@ from transformers.optimization import Adafactor
 from clippy_train.config import OptimConfig
 from clippy_train.optim import ADAFACTOR, Schedule, build_optimizer, clip_grad_norm, lr_at, parameter_groups
 
+SQRT_2 = math.sqrt(2)
 MICRO = Path(__file__).parent / "data" / "flax_micro"
 
 
@@ -85,6 +86,21 @@ def test_learning_rate_is_the_originals_to_fp32_rounding() -> None:
 def test_zero_warm_up_and_zero_decay_are_allowed(warmup_steps: int, decay_steps: int, expected: list[float]) -> None:
     config = settings(warmup_steps, decay_steps)
     assert [lr_at(step, config) for step in range(4)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stable_steps", "shares"),  # of the peak, at steps 0 to 9
+    [
+        ("cosine", None, [0, 1 / 2, 1, 0.55 + 0.9 * SQRT_2 / 4, 0.55, 0.55 - 0.9 * SQRT_2 / 4, 0.1, 0.1, 0.1, 0.1]),
+        ("linear", None, [0, 1 / 2, 1, 0.775, 0.55, 0.325, 0.1, 0.1, 0.1, 0.1]),
+        ("constant", None, [0, 1 / 2, *[1] * 8]),
+        ("wsd", 3, [0, 1 / 2, 1, 1, 1, 1, 0.55, 1 - 0.9 * SQRT_2 / 2, 1 - 0.9 * math.sqrt(3) / 2, 0.1]),
+    ],
+)
+def test_each_schedule_has_its_closed_form(schedule: str, stable_steps: int | None, shares: list[float]) -> None:
+    config = settings(2, 4)
+    config.schedule, config.stable_steps = schedule, stable_steps
+    assert [lr_at(step, config) / config.lr for step in range(10)] == pytest.approx(shares, rel=1e-12, abs=1e-20)
 
 
 def test_update_k_runs_with_the_learning_rate_of_k() -> None:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
 from clippy_train.config import OptimConfig, TrainConfig
+from clippy_train.optim import describe_schedule
 from clippy_train.run.checkpoint import Manifest
 from clippy_train.run.history import Phase, changed
 
@@ -33,7 +34,7 @@ A GPT-Neo causal language model of source code, trained with clippy_train {versi
 | languages of the validation split | {languages} |
 | sequence length | {seq_len} |
 | sequences in a step | {batch} |
-| learning rate | {lr:g}, warm-up {warmup}, cosine decay {decay}, then {floor:g} of it |
+| learning rate | {schedule} |
 | optimizer | {optimizer}, clipping {clip} |
 | precision, strategy | {precision}, {strategy} on {ranks} ranks |
 | corpus fingerprint | `{fingerprint}` |
@@ -126,10 +127,7 @@ def model_card(
         languages=", ".join(bits_per_byte_by_language(validations[-1]) if validations else ()) or "not known",
         seq_len=config.data.seq_len,
         batch=trainer.global_batch_size,
-        lr=optim.lr,
-        warmup=optim.warmup_steps,
-        decay=optim.decay_steps,
-        floor=optim.min_lr_ratio,
+        schedule=describe_schedule(optim),
         optimizer=describe_optimizer(optim),
         clip=optim.grad_clip,
         precision=trainer.precision,
