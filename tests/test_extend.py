@@ -182,6 +182,19 @@ def test_a_folder_that_is_not_empty_is_never_written_to(base: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
+@pytest.mark.parametrize("padding", [0.0, 0.02])
+def test_rows_that_were_padding_are_initialised_and_rows_that_were_learnt_are_kept(padding: float) -> None:
+    tokenizer = small_bpe()
+    model = gpt_neo(vocab_size=len(tokenizer) + 6)
+    learnt = embedding(model).clone()
+    embedding(model)[332:] = padding
+    extend_model(model, tokenizer, settings())
+    (tab,) = tokenizer("\t")["input_ids"]
+    assert torch.equal(embedding(model)[:332], learnt[:332])  # two of them are of new tokens
+    assert torch.equal(embedding(model)[332:334], learnt[[tab, tab]])
+    assert torch.equal(embedding(model)[334:], torch.full((2, 32), padding))  # of no token
+
+
 def test_a_base_that_does_not_exist_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no model could be loaded"):
         extend_folder(ExtendConfig(base=str(tmp_path / "nothing"), out=str(tmp_path / "out")))

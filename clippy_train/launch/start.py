@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -111,13 +112,18 @@ def _resume(config: TrainConfig, checkpoint: Checkpoint) -> Start:
     print(f"resuming {config.run_dir} from step {step} ({checkpoint.path})", flush=True)
     for line in changes(run_of(checkpoint.path), config, step):
         print(line, flush=True)
+    gone = list(_missing_folders(config))
+    if gone:
+        print(f"{'; '.join(gone)}: gone, and not needed: the run has its own description of the model", flush=True)
+    start = Start(checkpoint.path, description=config.run_dir / HF_FOLDER if gone else None)
     changed = layout_changes(checkpoint, config)
     if not changed:
-        return Start(checkpoint.path)
+        return start
     from clippy_train.run.consolidate import consolidate
 
     print(f"resharding: {'; '.join(changed)}", flush=True)
-    return Start(checkpoint.path, consolidate(checkpoint, run_of(checkpoint.path) / HF_FOLDER, config.run_dir))
+    description = run_of(checkpoint.path) / HF_FOLDER
+    return replace(start, consolidated=consolidate(checkpoint, description, config.run_dir))
 
 
 def preflight_problems(config: TrainConfig) -> list[ConfigError | DataError]:
@@ -135,15 +141,22 @@ def _corpus_problems(config: TrainConfig) -> Iterator[DataError]:
 
 
 def _base_problems(config: TrainConfig) -> Iterator[ConfigError]:
-    for key, name in (("model.base", config.model.base), ("tokenizer.base", config.tokenizer.base)):
-        if name and looks_local(name) and not Path(name).is_dir():
-            yield ConfigError(f"{key}={name}: no such folder")
     if not (config.model.base or config.tokenizer.base):
         yield ConfigError("tokenizer.base: needed when model.base=null (folder or hub name of a tokenizer)")
+    if checkpoint_folders(config.run_dir):
+        return  # the run has taken from its base what it needs
+    for missing in _missing_folders(config):
+        yield ConfigError(f"{missing}: no such folder")
     try:
         base_state(config)
     except ConfigError as error:
         yield error
+
+
+def _missing_folders(config: TrainConfig) -> Iterator[str]:
+    for key, name in (("model.base", config.model.base), ("tokenizer.base", config.tokenizer.base)):
+        if name and looks_local(name) and not Path(name).is_dir():
+            yield f"{key}={name}"
 
 
 def _wandb_problems(config: TrainConfig) -> Iterator[ConfigError]:

@@ -5,10 +5,12 @@ weights (under ZeRO-3's own init context they would differ). Costs one copy of t
 `clippy extend` and `clippy train` add whitespace tokens through the same function, `extend_model`.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    GenerationConfig,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     PreTrainedConfig,
@@ -38,6 +40,18 @@ def build_model(config: TrainConfig) -> tuple[GPTNeoForCausalLM, PreTrainedToken
     return model, tokenizer
 
 
+def build_described(folder: Path, settings: ModelConfig) -> tuple[GPTNeoForCausalLM, PreTrainedTokenizerFast]:
+    """Return the model that `folder` describes, with random weights, and its tokenizer.
+
+    For a run whose base is gone: the weights come from its checkpoint.
+    """
+    model = GPTNeoForCausalLM(GPTNeoConfig.from_pretrained(folder))
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    if settings.checkpoint_activations:
+        recompute_activations(model)
+    return model, load_tokenizer(folder)
+
+
 def recompute_activations(model: PreTrainedModel) -> None:
     """Have training keep only the input of each block, and recompute the rest in the backward pass."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -62,9 +76,10 @@ def extend_model(
     num_ids = len(tokenizer)
     pieces = add_whitespace_tokens(tokenizer, settings.whitespace_tokens, settings.matching)
     num_rows = num_ids + len(settings.whitespace_tokens) if pieces else num_ids
+    new_rows = range(num_ids, max(num_rows, len(tokenizer)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        grow_embeddings(model, tokenizer, pieces, max(num_rows, len(tokenizer)), settings.new_row_init)
+        grow_embeddings(model, tokenizer, pieces, new_rows, settings.new_row_init)
     for each in (model.config, generation_config(model)):
         each.bos_token_id = each.eos_token_id = tokenizer.eos_token_id
 
@@ -104,12 +119,22 @@ def check_shape(base: PreTrainedConfig, settings: ModelConfig) -> None:
         for name in SHAPE
         if getattr(base, name) != getattr(settings, name)
     ]
-    if base.activation_function != "gelu_new":  # the only one that model.attention computes
-        raise ConfigError(
-            f"model.base={settings.base} has activation_function={base.activation_function}, not gelu_new"
-        )
     if wrong:
         raise ConfigError("\n".join([*wrong, "set these keys to the base model's values"]))
+    expected, found = (_taken_for_granted(config) for config in (gpt_neo_config(settings), base))
+    wrong = [f"{name}={found[name]}, not {expected[name]}" for name in found if found[name] != expected[name]]
+    if wrong:
+        raise ConfigError(f"model.base={settings.base} cannot be trained: it has {'; '.join(wrong)}")
+
+
+def _taken_for_granted(config: PreTrainedConfig) -> dict[str, Any]:
+    """What no key sets: the same in every published GPT-Neo. Attention, plan, MFU and checkpoints build on it."""
+    return {
+        "activation_function": config.activation_function,
+        "attention_layers": config.attention_layers,
+        "intermediate_size": config.intermediate_size or 4 * config.hidden_size,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
 
 
 def tokenizer_name(config: TrainConfig) -> str:

@@ -16,11 +16,13 @@ class Start:
         checkpoint: folder of the checkpoint to resume from; its files have been verified.
         consolidated: folder with that checkpoint's state as whole tensors, where the run must be resharded.
         base_moments: folder of a base model whose step and Adam moments a new run continues.
+        description: the run's folder with its model's configuration and tokenizer, where those of its base are gone.
     """
 
     checkpoint: Path | None = None
     consolidated: Path | None = None
     base_moments: Path | None = None
+    description: Path | None = None
 
 
 def write_start(run_dir: Path, start: Start) -> None:

@@ -19,7 +19,7 @@ from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig, load
 from clippy_train.errors import CheckpointError, ClippyError, ConfigError, Interrupted, first_line
-from clippy_train.model.build import build_model
+from clippy_train.model.build import build_described, build_model
 from clippy_train.report import quiet_transformers
 from clippy_train.run.checkpoint import Checkpoint, read_checkpoint
 from clippy_train.run.consolidate import WEIGHTS_FILE, set_weights
@@ -53,13 +53,14 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
     rank = int(os.environ["RANK"])
     watchdog = Watchdog(config.run_dir, rank, config.trainer.watchdog_seconds)
     pl.seed_everything(config.seed + rank, verbose=False)
-    model, tokenizer = build_model(config)
+    described = start.description
+    model, tokenizer = build_described(described, config.model) if described else build_model(config)
     corpus = open_corpus(config.data, "train")
     identity = {**data_identity(config, corpus.fingerprint), TOKENIZER: tokenizer_fingerprint(tokenizer)}
     checkpoint = read_checkpoint(start.checkpoint) if start.checkpoint else None  # the launcher has verified its files
     if checkpoint:
         require_same_tokenizer(checkpoint, identity[TOKENIZER])
-    if rank == 0:
+    if rank == 0 and not described:  # the other ranks may be reading it
         save_description(config.run_dir / HF_FOLDER, model, tokenizer)
 
     moments = start.consolidated or start.base_moments
