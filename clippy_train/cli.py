@@ -15,7 +15,7 @@ from typing import Any
 from clippy_train import __version__, compose, config
 from clippy_train.errors import CheckpointError, ClippyError, ConfigError
 from clippy_train.help import completions, key_lines
-from clippy_train.report import print_columns, print_error, print_table, quiet_transformers
+from clippy_train.report import escape_unprintable, print_columns, print_error, print_table, quiet_transformers
 from clippy_train.sweep.sweep import sweep
 from clippy_train.sweep.trials import follow_sweep
 
@@ -218,6 +218,7 @@ FLAGS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code (see `errors`)."""
+    escape_unprintable()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     arguments = sys.argv[1:] if arguments is None else arguments
     _complete()

@@ -21,6 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clippy_train.errors import ConfigError
+from clippy_train.files import atomic_write
 
 T = TypeVar("T")
 WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]  # the model card's, in its order
@@ -633,7 +634,7 @@ def to_schema(composed: DictConfig, schema: type[T]) -> T:
         hint = ", or choose a recipe with experiment=NAME" if schema is TrainConfig else ""
         raise ConfigError(f"not set: {', '.join(missing)}. Add KEY=VALUE{hint} (--help explains every key)")
     config = cast(T, OmegaConf.to_object(composed))
-    OmegaConf.structured(config)  # checks types again: an interpolation may have put anything into a list
+    OmegaConf.structured(literal(config))  # checks types again: an interpolation may have put anything into a list
     found = limit_problems(config)
     if isinstance(config, TrainConfig):
         found += training_problems(config)
@@ -644,6 +645,18 @@ def to_schema(composed: DictConfig, schema: type[T]) -> T:
     if found:
         raise ConfigError("\n".join(found))
     return config
+
+
+def literal(content: Any) -> Any:
+    """Values that OmegaConf reads as they are: in a prompt, `${HOME}` is text."""
+    if dataclasses.is_dataclass(content):
+        fields = {item.name: literal(getattr(content, item.name)) for item in dataclasses.fields(content)}
+        return cast(Any, type(content))(**fields)
+    if isinstance(content, dict):
+        return {name: literal(each) for name, each in content.items()}
+    if isinstance(content, list):
+        return [literal(each) for each in content]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", content) if isinstance(content, str) else content
 
 
 def limit_problems(config: object) -> list[str]:
@@ -852,9 +865,16 @@ def _checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[str]:
         yield f"checkpoint.keep_every={kept} is not a multiple of checkpoint.every_steps={every}: some are never saved"
 
 
+def as_document(config: TrainConfig) -> str:
+    """A configuration in YAML."""
+    document: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return document
+
+
 def save(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration that ranks read."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    with atomic_write(path) as file:
+        file.write(as_document(config))
 
 
 def load(path: Path) -> TrainConfig:
@@ -864,6 +884,7 @@ def load(path: Path) -> TrainConfig:
         ConfigError: it cannot be read, or another version wrote it.
     """
     try:
-        return to_schema(cast(DictConfig, OmegaConf.merge(TrainConfig, OmegaConf.load(path))), TrainConfig)
-    except (OmegaConfBaseException, OSError) as error:
+        content = literal(yaml.safe_load(path.read_text()) or {})
+        return to_schema(cast(DictConfig, OmegaConf.merge(TrainConfig, content)), TrainConfig)
+    except (OmegaConfBaseException, OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not a configuration of this version: {error}") from error

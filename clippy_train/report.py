@@ -1,5 +1,6 @@
 """What a person sees: tables, errors, and no progress bars of libraries."""
 
+import io
 import shutil
 import sys
 import textwrap
@@ -26,6 +27,13 @@ def print_columns(title: str, header: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(markup=False, highlight=False).print(table)
+
+
+def escape_unprintable() -> None:
+    """Print what a terminal's encoding lacks as an escape, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_error(command: str, message: str) -> None:

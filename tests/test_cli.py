@@ -2,15 +2,17 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import MISSING
 from tools import make_configuration_docs
@@ -69,6 +71,27 @@ def test_help_shows_values_as_a_configuration_file_writes_them(capsys: Capture, 
 def test_a_value_in_the_help_reads_back_equal(verb: str) -> None:
     for value in composed_values(VERBS[verb].schema, []).values():
         assert yaml.safe_load(config.as_yaml(value)) == value
+
+
+def test_a_terminal_that_knows_ascii_only_gets_escapes(monkeypatch: Patch) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert main([*DEMO, "data.é=1"]) == 2
+    shown.seek(0)
+    assert r"unknown key 'data.\xe9'" in shown.read()
+
+
+@settings(max_examples=10)
+@given(text=st.text())
+@example(text="echo ${HOME}")
+@example(text="a\\${x} \\\\${y}${")
+def test_ranks_read_the_text_that_was_typed(
+    train_config: Callable[..., config.TrainConfig], tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    written, path = train_config(), tmp_path_factory.getbasetemp() / "config.yaml"
+    written.data.text_column, written.logger.sample_prompts = text, [text or "a"]
+    config.save(written, path)
+    assert config.load(path) == written
 
 
 def test_help_names_every_group_and_its_options(capsys: Capture) -> None:
@@ -585,7 +608,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(capsys: Capture, tmp_path: Pat
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00"), min_size=1))
 def test_a_prompt_is_taken_as_it_is_typed(prompt: str) -> None:
     if prompt == "null":

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from omegaconf import OmegaConf
 
-from clippy_train.config import OptimConfig, TrainConfig
+from clippy_train.config import OptimConfig, TrainConfig, as_document
 from clippy_train.optim import describe_schedule
 from clippy_train.run.checkpoint import Manifest
 from clippy_train.run.history import Phase, changed
@@ -136,7 +135,7 @@ def model_card(
         fingerprint=manifest.data["corpus fingerprint"],
         versions=", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
         history=settings_by_step(history),
-        settings=OmegaConf.to_yaml(OmegaConf.structured(config)),
+        settings=as_document(config),
         evaluation="\n\n".join(map(evaluation_section, evaluations)) or "None beyond the validation below.",
         validation=validation_tables(validations),
         curves=CURVES,

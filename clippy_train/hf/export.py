@@ -7,6 +7,7 @@ published, privately unless `public=true`, with a token read only from the envir
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def select_checkpoint(run_dir: Path, step: str | None) -> Checkpoint:
         if best is None:
             raise CheckpointError(f"run={run_dir} has no validated checkpoint: set step to a number")
         step = str(checkpoint_step(best))
-    if step is not None and not step.isdigit():
+    if step is not None and not re.fullmatch("[0-9]+", step):
         raise ConfigError(f"step={step}: must be a number, best, or null")
     checkpoint = find_checkpoint(run_dir, None if step is None else int(step))
     if checkpoint is None:

@@ -20,7 +20,7 @@ from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
 from clippy_train.config import TrainConfig, load
 from clippy_train.errors import CheckpointError, ClippyError, ConfigError, Interrupted, first_line
 from clippy_train.model.build import build_described, build_model
-from clippy_train.report import quiet_transformers
+from clippy_train.report import escape_unprintable, quiet_transformers
 from clippy_train.run.checkpoint import Checkpoint, read_checkpoint
 from clippy_train.run.consolidate import WEIGHTS_FILE, set_weights
 from clippy_train.run.folder import CONFIG, HF_FOLDER, METRICS, STATE
@@ -166,6 +166,7 @@ def _die_with_agent() -> None:
 
 
 def _set_up_logging() -> None:
+    escape_unprintable()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("clippy_train").setLevel(logging.INFO)
     quiet_transformers()
