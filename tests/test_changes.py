@@ -18,13 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 from torch import nn
 
-from clippy_train.cli import main
-from clippy_train.config import TrainConfig, as_yaml, keys, save
+from clippy_train.config import ExportConfig, TrainConfig, as_yaml, keys, save
 from clippy_train.errors import ConfigError
+from clippy_train.hf.export import write_card
 from clippy_train.model.build import build_model
 from clippy_train.optim import lr_at, parameter_groups
-from clippy_train.run.changes import APPLIED, MOVED, ORDER, REFUSED, changes, refusal
-from clippy_train.run.checkpoint import find_checkpoint
+from clippy_train.run.changes import APPLIED, MOVED, ORDER, REFUSED, STARTED, changes, refusal
+from clippy_train.run.checkpoint import find_checkpoint, open_checkpoint
 from clippy_train.run.consolidate import consolidate
 from clippy_train.run.folder import CONFIG, HF_FOLDER, HISTORY, STATE, TENSORBOARD, checkpoint_folder
 from clippy_train.run.history import changed, phases, record
@@ -36,7 +36,7 @@ from clippy_train.train.module import code_lm
 
 def test_every_key_has_one_class() -> None:
     refused = [name for name, _ in keys(TrainConfig) if refusal(name)]
-    assert sorted([*refused, *MOVED, *APPLIED]) == sorted(name for name, _ in keys(TrainConfig))
+    assert sorted([*refused, *MOVED, *STARTED, *APPLIED]) == sorted(name for name, _ in keys(TrainConfig))
 
 
 def test_what_the_order_of_the_data_depends_on_is_refused(train_config: Callable[..., TrainConfig]) -> None:
@@ -90,7 +90,7 @@ class Look(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         for name, each in code_lm(pl_module).model.named_parameters():
             if each.grad is not None:
-                self.gradients[name] = each.grad.numpy().copy()
+                self.gradients[name] = each.grad.float().numpy().copy()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         whole = safe_get_full_fp32_param if isinstance(trainer.strategy, DeepSpeedStrategy) else torch.clone
@@ -211,6 +211,17 @@ def test_the_first_update_after_a_resume_has_the_settings_of_its_attempt(
         assert error({**NEW, key: value}) > 1e-2, f"the update would be the same with the old optim.{key}"
 
 
+@pytest.mark.processes
+def test_the_first_update_in_bf16_has_them_too(config: Callable[..., TrainConfig]) -> None:
+    """DeepSpeed has another optimizer there. Settings with which no weight moves, whatever its gradients."""
+    still = {**OLD, "betas": [0, 0], "eps": 1.0, "weight_decay": 0.0, "grad_clip": 1e-9}
+    layout = ["trainer.precision=bf16", "strategy=zero1", "trainer.devices=2", "trainer.micro_batch_size=1"]
+    first, then = config("bf16", 2, OLD, *layout), config("bf16-resumed", 3, still, *layout)
+    start = Start(checkpoint_folder(first.run_dir, 2))
+    before, after = run_distributed(lambda: [flat(trained(first, Start())[1]), flat(trained(then, start)[1])], 2)[0]
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-8)
+
+
 def test_the_history_says_with_which_settings_each_step_was_made(
     train_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -254,8 +265,9 @@ def test_a_resumed_run_says_what_it_applies_and_its_card_and_tensorboard_with_wh
         "trainer.max_steps was 2, is 4: applied from step 3 on",
     ]
     for step, text in ((2, "No setting was changed"), (4, "| `optim.lr` | 0.0015 to step 2, then 0.0001 |")):
-        assert main(["export", f"run={runs.folder('run')}", f"out={tmp_path / str(step)}", f"step={step}"]) == 0
-        card = (tmp_path / str(step) / "README.md").read_text()
+        checkpoint = open_checkpoint(checkpoint_folder(runs.folder("run"), step))
+        write_card(ExportConfig(out=str(tmp_path)), runs.folder("run"), checkpoint, [], tmp_path)
+        card = (tmp_path / "README.md").read_text()
         assert text in card
         assert ("learning rate | 0 to 0.0015 in" in card) == (step == 2)
 

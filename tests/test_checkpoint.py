@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from clippy_train.files import STAGING
 from clippy_train.plan import checkpoints_kept
 from clippy_train.run.checkpoint import (
     Manifest,
+    Unreadable,
     find_best,
     find_checkpoint,
     flush_and_hash,
@@ -30,11 +32,15 @@ from clippy_train.run.checkpoint import (
 )
 from clippy_train.run.folder import (
     BEST,
+    CHECKPOINTS,
+    CONFIG,
+    HISTORY,
     MANIFEST,
     METRICS,
     checkpoint_folder,
     checkpoint_folders,
     checkpoint_step,
+    run_of,
 )
 from clippy_train.run.rows import SCORE
 
@@ -136,13 +142,38 @@ def test_a_checkpoint_may_be_copied_elsewhere(run_dir: Path, tmp_path: Path) -> 
     assert open_checkpoint(copy).manifest == open_checkpoint(checkpoint_folder(run_dir, 4)).manifest
 
 
-def test_a_file_that_cannot_be_read_is_damage(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> str:
-        raise OSError(5, "Input/output error", str(path))
+@pytest.mark.parametrize("unreadable", [MANIFEST, FILES[0]])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, unreadable: str
+) -> None:
+    """A run that fell back to the one before would replace it, although it may be intact."""
+    read = Path.open
 
-    monkeypatch.setattr("clippy_train.run.checkpoint.hash_file", fail)
-    with pytest.raises(CheckpointError, match="Input/output error"):
-        open_checkpoint(checkpoint_folder(run_dir, 4))
+    def fail(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == checkpoint_folder(run_dir, 4) / unreadable:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(Unreadable, match=r"step-00000004 cannot be read: .*Permission denied"):
+        find_checkpoint(run_dir)
+
+
+def test_the_run_of_a_checkpoint_is_found_through_links(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_dir / CONFIG).touch()
+    moved = (run_dir / CHECKPOINTS).rename(tmp_path / "scratch")
+    (run_dir / CHECKPOINTS).symlink_to(moved)
+    (tmp_path / "link").symlink_to(checkpoint_folder(run_dir, 4))
+    (tmp_path / "elsewhere").symlink_to(run_dir)
+    assert run_of(checkpoint_folder(run_dir, 4)) == run_dir
+    assert run_of(checkpoint_folder(tmp_path / "elsewhere", 4)).samefile(run_dir)
+    monkeypatch.chdir(run_dir / CHECKPOINTS)
+    (run_dir / CHECKPOINTS).unlink()
+    moved.rename(run_dir / CHECKPOINTS)
+    assert run_of(Path("step-00000004")) == run_dir
+    assert run_of(tmp_path / "link") == run_dir
 
 
 def test_another_format_version_is_named(run_dir: Path) -> None:
@@ -225,6 +256,19 @@ def test_best_is_a_link_that_follows_the_lowest_validation(run_dir: Path) -> Non
         assert {checkpoint_step(path) for path in checkpoint_folders(run_dir)} == {step, best}
     (checkpoint_folder(run_dir, 8) / MANIFEST).write_text("{")
     assert find_best(run_dir) is None
+
+
+def test_validations_of_other_sequences_are_not_compared(run_dir: Path) -> None:
+    write(run_dir, step=1, bits_per_byte=2.0)
+    write(run_dir, step=2, bits_per_byte=3.0)
+    rows = [
+        {"step": step, "settings": {"trainer.val_samples": samples, "optim.lr": lr}}
+        for step, samples, lr in ((0, 10, 1), (1, 20, 1), (2, 20, 2))
+    ]
+    (run_dir / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    best = find_best(run_dir)
+    assert best
+    assert checkpoint_step(best) == 2
 
 
 def test_ls_lists_and_verify_reads_every_byte(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

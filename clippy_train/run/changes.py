@@ -38,8 +38,12 @@ REFUSED = {
 }
 # Applied if the same content is found there: `run.identity` and the fingerprint of the tokenizer decide.
 MOVED = ("data.path", "data.hub", "data.hub_config", "tokenizer.base")
+# Applied, and not about the steps that an attempt makes.
+STARTED = (
+    "run.name", "run.root", "resume", "launcher.name", "launcher.preflight", "launcher.parallel", "launcher.sbatch",
+    "launcher.max_requeues", "sweep.trials", "logger.hparams",
+)  # fmt: skip
 APPLIED = (
-    "run.name", "run.root", "resume",
     "model.attention", "model.compile", "model.checkpoint_activations", "model.loss_dtype",
     "data.skip_steps", "data.validation_split", "data.num_workers", "data.document_mask", "data.max_bad_fraction",
     "optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.schedule",
@@ -52,9 +56,7 @@ APPLIED = (
     "trainer.peak_tflops", "trainer.deterministic",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.asynchronous", "checkpoint.keep_last",
     "checkpoint.keep_every", "checkpoint.max_failed_saves",
-    "launcher.name", "launcher.preflight", "launcher.parallel", "launcher.sbatch", "launcher.max_requeues",
-    "sweep.trials",
-    "logger.tensorboard", "logger.wandb", "logger.sample_prompts", "logger.sample_tokens", "logger.hparams",
+    "logger.tensorboard", "logger.wandb", "logger.sample_prompts", "logger.sample_tokens",
 )  # fmt: skip
 
 
@@ -94,4 +96,5 @@ def refusal(name: str) -> str | None:
 
 def passed_over(data: DataConfig, step: int) -> list[int]:
     """What `data.skip_steps` has passed over before `step` was made."""
-    return [each for batches in data.skipped for each in batches if each < data.batch_of(step)]
+    last = data.batch_of(step)
+    return [each for batches in data.skipped for each in range(batches.start, min(batches.stop, last))]

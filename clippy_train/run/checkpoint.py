@@ -30,6 +30,7 @@ from clippy_train.run.folder import (
     checkpoint_step,
     staging_folders,
 )
+from clippy_train.run.history import compared_after
 from clippy_train.run.rows import SCORE, read_rows
 
 VERSION = 3
@@ -66,6 +67,13 @@ class Checkpoint:
         return sum(size for size, _ in self.manifest.files.values())
 
 
+class Unreadable(CheckpointError):
+    """A checkpoint that cannot be read now, and may be intact."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"{path} cannot be read: {error}. It may be intact: restore the access to it, or move it away")
+
+
 def checkpoint_layout(config: TrainConfig) -> dict[str, Any]:
     """What the files of a checkpoint depend on. A run with another layout must be resharded (`run.consolidate`)."""
     return {
@@ -83,12 +91,15 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None
 
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
+        Unreadable: one cannot be read. A run that continued from an older one would replace it.
     """
     candidates = checkpoint_folders(run_dir) if step is None else [checkpoint_folder(run_dir, step)]
     broken = []
     for path in candidates:
         try:
             found = open_checkpoint(path)
+        except Unreadable:
+            raise
         except CheckpointError as error:
             log.warning("%s", error)
             broken.append(str(error))
@@ -106,12 +117,15 @@ def open_checkpoint(path: Path, content: bool = True) -> Checkpoint:
 
     Raises:
         CheckpointError: naming every damaged file.
+        Unreadable: a file cannot be read.
     """
     checkpoint = read_checkpoint(path)
     try:
         wrong = _damage(checkpoint, content)
+    except FileNotFoundError as error:  # a link to nowhere
+        wrong = [str(error)]
     except OSError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise Unreadable(path, error) from error
     if wrong:
         raise CheckpointError(f"{path} is damaged: {', '.join(wrong)}")
     return checkpoint
@@ -122,6 +136,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: the manifest is missing, damaged, or from another checkpoint.
+        Unreadable: it cannot be read.
     """
     try:
         content = (path / MANIFEST).read_bytes()
@@ -129,8 +144,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         version = fields.pop("version")
         fields.pop("sha256", None)
         manifest = Manifest(**fields) if version == VERSION else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: no readable {MANIFEST} ({type(error).__name__})") from error
+    except OSError as error:
+        raise Unreadable(path, error) from error
     if manifest is None:
         raise CheckpointError(f"{path}: written by another version of this program (format {version})")
     if manifest_bytes(manifest) != content:
@@ -205,9 +222,12 @@ def link_best(run_dir: Path) -> None:
 
 
 def find_best(run_dir: Path) -> Path | None:
-    """The checkpoint whose step has the lowest validation in `metrics.jsonl`, the oldest of equals."""
-    found = []
-    scores = {row["step"]: row[SCORE] for row in read_rows(run_dir / METRICS, SCORE)}
+    """The checkpoint whose step has the lowest validation in `metrics.jsonl`, the oldest of equals.
+
+    Validations of other sequences than the last one's do not count.
+    """
+    found, after = [], compared_after(run_dir)
+    scores = {row["step"]: row[SCORE] for row in read_rows(run_dir / METRICS, SCORE) if row["step"] > after}
     for path in checkpoint_folders(run_dir):
         with suppress(CheckpointError):
             step = read_checkpoint(path).manifest.step

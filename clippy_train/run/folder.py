@@ -85,5 +85,6 @@ def last_step(run_dir: Path) -> int:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The folder of the run that wrote a checkpoint."""
-    return checkpoint.resolve().parents[1]
+    """The folder of the run that wrote a checkpoint, where either of them may be reached through a link."""
+    places = [path.parent.parent for path in (checkpoint.absolute(), checkpoint.resolve())]
+    return next((place for place in places if (place / CONFIG).exists()), places[-1])

@@ -6,6 +6,7 @@ replaces what earlier rows say about them.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Any, NamedTuple
 
 from clippy_train.config import TrainConfig, as_yaml, values
 from clippy_train.files import atomic_write
+from clippy_train.run.changes import STARTED
 from clippy_train.run.folder import HISTORY
 from clippy_train.run.rows import read_rows
+
+VALIDATION = ("data.validation_split", "trainer.val_samples")  # which sequences a validation scores
 
 
 class Phase(NamedTuple):
@@ -24,7 +28,7 @@ class Phase(NamedTuple):
     settings: dict[str, Any]
 
 
-def phases(run_dir: Path, last_step: int) -> list[Phase]:
+def phases(run_dir: Path, last_step: float = math.inf) -> list[Phase]:
     """The phases of a run's steps up to `last_step`; nothing about steps that no attempt has recorded."""
     return [each for each in _phases(read_rows(run_dir / HISTORY)) if each.step < last_step]
 
@@ -51,10 +55,19 @@ def _phases(rows: Iterable[dict[str, Any]]) -> list[Phase]:
     return found
 
 
+def compared_after(run_dir: Path) -> int:
+    """The step after which every validation of a run has scored the same sequences."""
+    scored = [(each.step, [each.settings.get(name) for name in VALIDATION]) for each in phases(run_dir)]
+    return max((step for (_, before), (step, now) in pairwise(scored) if now != before), default=-1)
+
+
 def changed(found: list[Phase]) -> dict[str, str]:
-    """The settings that differ between phases, with their values in words: `0.001 to step 500, then 0.0005`."""
+    """The settings that differ between phases, with their values in words: `0.001 to step 500, then 0.0005`.
+
+    Without those that say how an attempt was started.
+    """
     texts = {}
-    for name in found[-1].settings if found else ():
+    for name in (name for each in found[-1:] for name in each.settings if name not in STARTED):
         values_by_step = [(each.step, as_yaml(each.settings.get(name))) for each in found]
         kept = values_by_step[:1] + [now for before, now in pairwise(values_by_step) if now[1] != before[1]]
         if len(kept) > 1:

@@ -127,8 +127,7 @@ class EventLogger(TensorBoardLogger):
             group: {chart: ["Multiline", names] for chart, names in charts.items()} for group, charts in CHARTS.items()
         }
         self._write(lambda: self.experiment.add_custom_scalars(groups))
-        if self._hparams:
-            self._unless_broken(self._write_hparams)
+        self._unless_broken(self._write_hparams)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
@@ -156,6 +155,8 @@ class EventLogger(TensorBoardLogger):
         """In a file of their own that the next attempt replaces: TensorBoard shows the first ones that it finds."""
         for path in Path(self.log_dir).glob(f"*{HPARAMS}"):
             path.unlink()
+        if not self._hparams:
+            return
         writer = FileWriter(self.log_dir, filename_suffix=HPARAMS)
         for each in self._hparams_summaries()[:2]:
             writer.add_summary(each)
