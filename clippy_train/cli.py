@@ -109,15 +109,16 @@ def run_evaluate(settings: config.EvaluateConfig) -> int:
 
     quiet_transformers()
     require_writable(settings)
-    results: dict[str, Any] = {}
     if settings.task == "humaneval":
-        results.update(humaneval(settings))
-        print_table("HumanEval", [(name, f"{value:.4f}") for name, value in results.items()])
-    else:
-        results["results"] = perplexity(settings)
-        for title, header, rows in tables(results["results"]):
-            print_columns(title, header, rows)
-    write_results(settings, results)
+        scores = humaneval(settings)
+        if scores:
+            print_table("HumanEval", [(name, f"{value:.4f}") for name, value in scores.pass_at.items()])
+            write_results(settings, scores.pass_at, scores.about)
+        return 0
+    found = perplexity(settings)
+    for title, header, rows in tables(found):
+        print_columns(title, header, rows)
+    write_results(settings, {"results": found})
     return 0
 
 

@@ -578,8 +578,13 @@ class EvaluateConfig:
         "not stop).",
         False,
     )
-    timeout: float = key("humaneval: seconds for one sample and its checks.", 5.0, minimum=0.1)
-    memory_mb: int = key("humaneval: memory of one process of a sample, in MB.", 1024, minimum=64)
+    allow_weak_sandbox: bool = key(
+        "humaneval: run the samples even where the sandbox lacks protections; it names them first.", False
+    )
+    timeout: float = key(
+        "humaneval: seconds for one sample and its checks; waiting for a core does not count.", 5.0, minimum=0.1
+    )
+    memory_mb: int = key("humaneval: memory of all processes of a sample together, in MB.", 1024, minimum=64)
     workers: int | None = key("humaneval: samples run at a time; null uses the number of cores.", None, minimum=1)
 
 

@@ -53,6 +53,12 @@ class Stuck(ClippyError):
     exit_code = 1
 
 
+class SandboxFault(ClippyError):
+    """A sample could not be judged, for a reason that is not the sample's."""
+
+    exit_code = 1
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; libraries often add paragraphs of advice."""
     return str(error).strip().split("\n")[0]

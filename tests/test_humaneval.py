@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +16,12 @@ from hypothesis import strategies as st
 from support.models import base_folder, small_bpe
 
 from clippy_train.cli import main
+from clippy_train.errors import SandboxFault
+from clippy_train.evaluate import humaneval
 from clippy_train.evaluate.humaneval import pass_at_k
+from clippy_train.evaluate.inside import PASSED
+from clippy_train.evaluate.results import read_results, weights_hash
+from clippy_train.evaluate.sandbox import Isolation
 
 PROBLEMS = [
     {
@@ -28,6 +34,7 @@ PROBLEMS = [
     for number in range(3)
 ]
 WRONG = "    return None\n"
+SCORE = ("allow_code_execution=true", "allow_weak_sandbox=true")
 
 
 @pytest.fixture
@@ -56,6 +63,11 @@ def canned(right: list[int], n: int) -> list[dict[str, Any]]:
     ]
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def evaluate(problems: Path, samples: Path, *arguments: str, code: int = 0) -> None:
     assert main(["evaluate", "task=humaneval", f"problems={problems}", f"samples={samples}", *arguments]) == code
 
@@ -64,16 +76,20 @@ def evaluate(problems: Path, samples: Path, *arguments: str, code: int = 0) -> N
 def test_canned_solutions_get_their_exact_scores(problems: Path, tmp_path: Path) -> None:
     n, right = 5, [5, 2, 0]
     samples = write(tmp_path / "samples.jsonl", canned(right, n))
-    evaluate(problems, samples, "allow_code_execution=true", "ks=[1,3,10]", f"out={tmp_path / 'out.json'}")
+    evaluate(problems, samples, *SCORE, "ks=[1,3,10]", f"out={tmp_path / 'out.json'}")
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found.pop("about")["task"] == "humaneval"
+    about = found.pop("about")
+    assert about["task"] == "humaneval"
+    assert about["models"] == {}
+    assert about["samples"]["n"] == n
+    assert about["samples"]["temperature"] is None  # not known of samples that are not ours
     # Chen et al. 2021: the product form, problem by problem
     expected = {
         f"pass@{k}": np.mean([1 - np.prod(1 - k / np.arange(n - c + 1, n + 1)) if n - c >= k else 1 for c in right])
         for k in (1, 3)
     }
     assert found == pytest.approx(expected)
-    results = [json.loads(line) for line in (tmp_path / "samples.jsonl_results.jsonl").read_text().splitlines()]
+    results = lines(tmp_path / "samples.jsonl_results.jsonl")
     assert [{key: row[key] for key in ("task_id", "completion", "mine")} for row in results] == canned(right, n)
     assert [row["passed"] for row in results] == [row["completion"] != WRONG for row in canned(right, n)]
     assert {row["result"] for row in results} == {"passed", "failed: AssertionError:"}
@@ -91,7 +107,7 @@ def test_an_interrupted_generation_ends_with_the_same_file(model: Path, problems
     settings = [f"model={model}", "n=3", "temperature=1", "max_new_tokens=6", "batch_size=2"]
     full, cut = tmp_path / "full.jsonl", tmp_path / "cut.jsonl"
     evaluate(problems, full, *settings)
-    rows = [json.loads(line) for line in full.read_text().splitlines()]
+    rows = lines(full)
     assert [row["task_id"] for row in rows] == [each["task_id"] for each in PROBLEMS] * 3
     assert {frozenset(row) for row in rows} == {frozenset(["task_id", "completion"])}
     assert rows[0]["completion"] != rows[6]["completion"]  # the same place in another batch
@@ -119,6 +135,136 @@ def test_samples_of_other_settings_are_not_mixed(
     assert samples.read_bytes() == content
 
 
+def test_samples_of_other_weights_are_not_mixed(
+    problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, samples = tmp_path / "model", tmp_path / "samples.jsonl"
+    base_folder(model, small_bpe(), seed=2)
+    evaluate(problems, samples, f"model={model}", "max_new_tokens=2")
+    shutil.rmtree(model)
+    base_folder(model, small_bpe(), seed=3)
+    evaluate(problems, samples, f"model={model}", "max_new_tokens=2", code=2)
+    assert "weights was" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_scores_name_the_weights_and_the_sampling_also_in_two_steps(
+    model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, out = tmp_path / "samples.jsonl", tmp_path / "out.json"
+    evaluate(problems, samples, f"model={model}", "max_new_tokens=2", "n=2", "temperature=0.5")
+    evaluate(problems, samples, *SCORE, f"out={out}")
+    about = read_results(str(out))["about"]
+    assert about["models"] == {str(model): weights_hash(model)}
+    assert {**about["samples"], "n": 2, "temperature": 0.5, "top_p": 0.95} == about["samples"]
+    assert "n: 2, temperature: 0.5, top_p: 0.95, problems: 3 of 3" in capsys.readouterr().out
+
+
+def test_a_refused_generation_leaves_no_file(
+    model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(tmp_path.iterdir())
+    evaluate(problems, tmp_path / "new" / "samples.jsonl", f"model={model}", "max_new_tokens=9999", code=2)
+    assert "at most" in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_compressed_samples_are_written_resumed_and_equal_to_plain_ones(
+    model: Path, problems: Path, tmp_path: Path
+) -> None:
+    settings = [f"model={model}", "n=2", "temperature=1", "max_new_tokens=4", "batch_size=2"]
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
+    evaluate(problems, plain, *settings)
+    evaluate(problems, packed, *settings)
+    whole = packed.read_bytes()
+    assert gzip.decompress(whole) == plain.read_bytes()
+    for length in (0, 7, len(whole) // 2, len(whole) - 1):
+        packed.write_bytes(whole[:length])
+        evaluate(problems, packed, *settings)
+        assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
+
+
+@pytest.mark.processes
+def test_a_killed_scoring_continues(problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, results = canned([3, 1, 0], 3), tmp_path / "samples.jsonl_results.jsonl"
+    judged: list[int] = []
+    judge = humaneval.judge
+
+    def counted(sample: dict[str, Any], *rest: Any) -> str:
+        judged.append(sample["mine"])
+        if len(judged) == 5:
+            raise SandboxFault("no space left")
+        return judge(sample, *rest)
+
+    monkeypatch.setattr(humaneval, "judge", counted)
+    write(tmp_path / "samples.jsonl", samples)
+    evaluate(problems, tmp_path / "samples.jsonl", *SCORE, "workers=1", code=1)
+    staged = tmp_path / "samples.jsonl_results.jsonl.unfinished"
+    assert len(lines(staged)) == 1 + 4  # what they depend on, and results
+    assert not results.exists()
+    with staged.open("a") as file:
+        file.write('{"task_id": "Test/')  # a line that was cut
+    judged += [-1] * (10 - len(judged))  # another sample may have begun before the first command ended
+    evaluate(problems, tmp_path / "samples.jsonl", *SCORE, "workers=1")
+    assert len(judged) == 10 + 5
+    assert [row["passed"] for row in lines(results)] == [row["completion"] != WRONG for row in samples]
+    assert not staged.exists()
+
+
+@pytest.mark.parametrize("change", ["timeout=9", "a sample", "a problem"])
+@pytest.mark.processes
+def test_results_of_other_limits_samples_or_problems_are_not_continued(
+    change: str, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = write(tmp_path / "samples.jsonl", canned([1, 1, 1], 1))
+    staged = tmp_path / "samples.jsonl_results.jsonl.unfinished"
+    monkeypatch.setattr(humaneval, "judge", lambda *_: PASSED)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # keeps the unfinished file
+    evaluate(problems, samples, *SCORE)
+    assert len(lines(staged)) == 4
+    monkeypatch.undo()
+    judged: list[str] = []
+    monkeypatch.setattr(humaneval, "judge", lambda *_: judged.append(PASSED) or PASSED)  # type: ignore[func-returns-value]
+    if change == "a sample":
+        write(samples, [{**row, "mine": 9} for row in canned([1, 1, 1], 1)])
+    if change == "a problem":
+        write(tmp_path / "problems.jsonl", [{**each, "test": each["test"] + "\n"} for each in PROBLEMS])
+        problems = tmp_path / "problems.jsonl"
+    evaluate(problems, samples, *SCORE, *([change] if "=" in change else []))
+    assert len(judged) == 3
+
+
+@pytest.mark.processes
+def test_partial_samples_and_whole_programs_are_scored(
+    problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = [
+        {"task_id": each["task_id"], "solution": "import os\n" + each["prompt"] + each["canonical_solution"]}
+        for each in PROBLEMS[:2]
+    ]
+    out = tmp_path / "out.json"
+    evaluate(problems, write(tmp_path / "samples.jsonl", programs), *SCORE, f"out={out}")
+    assert "PARTIAL" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert (found["pass@1"], found["about"]["samples"]["problems"]) == (1.0, "2 of 3")
+
+
+@pytest.mark.processes
+def test_a_weak_sandbox_needs_a_second_word(
+    problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = write(tmp_path / "samples.jsonl", canned([1, 1, 1], 1))
+    monkeypatch.setattr(humaneval, "isolation", lambda: Isolation(namespaces=False, drop_root=True))
+    monkeypatch.setattr(humaneval, "judge", lambda *_: PASSED)
+    evaluate(problems, samples, "allow_code_execution=true", code=2)
+    refused = capsys.readouterr().err
+    assert "no namespaces" in refused
+    assert "allow_weak_sandbox=true" in refused
+    assert not list(tmp_path.glob("*results*"))
+    evaluate(problems, samples, *SCORE)
+    assert "no namespaces" in capsys.readouterr().out
+
+
 def test_nothing_runs_unless_it_is_allowed(
     model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +282,7 @@ def test_nothing_runs_unless_it_is_allowed(
 def test_completions_end_at_the_stop_sequences(model: Path, problems: Path, tmp_path: Path) -> None:
     def completions(name: str, *settings: str) -> list[str]:
         evaluate(problems, tmp_path / name, f"model={model}", "max_new_tokens=30", "batch_size=3", *settings)
-        return [json.loads(line)["completion"] for line in (tmp_path / name).read_text().splitlines()]
+        return [row["completion"] for row in lines(tmp_path / name)]
 
     free = completions("free.jsonl", "stop=[]")
     stop = re.findall("[A-Za-z]{2}", "\n".join(free))[0]
@@ -147,7 +293,9 @@ def test_completions_end_at_the_stop_sequences(model: Path, problems: Path, tmp_
 @pytest.mark.parametrize(
     ("rows", "code", "expected"),
     [
-        (canned([1, 1, 1], 1)[:2], 3, "['Test/2'] have no samples"),
+        ([], 3, "has no samples"),
+        ([*canned([1, 1, 1], 1), {"task_id": 9, "completion": ""}, {"task_id": "x", "completion": ""}], 3, "[9, 'x']"),
+        ([{"task_id": ["Test/0"], "completion": ""}], 3, "line 1 has no task_id"),
         ([*canned([1, 1, 1], 1), {"task_id": "Test/9", "completion": ""}], 3, "['Test/9'] are not among them"),
         ([{"task_id": "Test/0"}], 3, "line 1 has no task_id"),
         ([{"task_id": "Test/0", "completion": None}], 3, "line 1 has no task_id"),
@@ -161,19 +309,19 @@ def test_samples_that_do_not_match_the_problems_are_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    evaluate(problems, write(tmp_path / "samples.jsonl", rows), "allow_code_execution=true", code=code)
+    evaluate(problems, write(tmp_path / "samples.jsonl", rows), *SCORE, code=code)
     assert expected in capsys.readouterr().err
 
 
 def test_problems_must_be_a_file_in_the_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate(tmp_path / "none.jsonl", tmp_path / "x", "allow_code_execution=true", code=2)
+    evaluate(tmp_path / "none.jsonl", tmp_path / "x", *SCORE, code=2)
     assert "no such file" in capsys.readouterr().err
     other = write(tmp_path / "other.jsonl", [{"task_id": "a", "prompt": ""}])
-    evaluate(other, tmp_path / "x", "allow_code_execution=true", code=3)
+    evaluate(other, tmp_path / "x", *SCORE, code=3)
     assert "task_id, prompt, test, entry_point" in capsys.readouterr().err
-    evaluate(write(tmp_path / "empty.jsonl", []), tmp_path / "x", "allow_code_execution=true", code=3)
+    evaluate(write(tmp_path / "empty.jsonl", []), tmp_path / "x", *SCORE, code=3)
     assert "has no problems" in capsys.readouterr().err
     short = tmp_path / "short.jsonl.gz"
     short.write_bytes(gzip.compress(other.read_bytes())[:-9])
-    evaluate(short, tmp_path / "x", "allow_code_execution=true", code=2)
+    evaluate(short, tmp_path / "x", *SCORE, code=2)
     assert f"problems={short} cannot be read" in capsys.readouterr().err

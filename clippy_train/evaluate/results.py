@@ -1,7 +1,8 @@
 """The results file that `clippy evaluate out=FILE` writes and the model card is filled from.
 
 It is a JSON object with the task's results and `about`: the task, the command that reproduces them, and the SHA-256 of
-each model's weights, so that results cannot end up on another model's card.
+each model's weights, so that results cannot end up on another model's card. Scores of samples also say how those were
+made (`samples`: n, temperature, top_p, ...).
 """
 
 import dataclasses
@@ -34,12 +35,17 @@ def require_writable(config: EvaluateConfig) -> None:
         raise ConfigError(f"out={path} is a folder, or its folder is not writable: name a file")
 
 
-def write_results(config: EvaluateConfig, results: dict[str, Any]) -> None:
-    """Write `config.out` atomically, if it is set."""
+def write_results(config: EvaluateConfig, results: dict[str, Any], about: dict[str, Any] | None = None) -> None:
+    """Write `config.out` atomically, if it is set.
+
+    Args:
+        about: added to what the results say about themselves. Its `models` are those that samples are from; by default,
+            they are the models of this command.
+    """
     if config.out is None:
         return
-    models = {name: weights_hash(Path(name)) for name in config.model}
-    about = {"task": config.task, "command": command_line(config), "models": models}
+    models = {} if about else {name: weights_hash(Path(name)) for name in config.model}
+    about = {"task": config.task, "command": command_line(config), "models": models, **(about or {})}
     with atomic_write(Path(config.out)) as file:
         file.write(json.dumps({**results, "about": about}, indent=1) + "\n")
 

@@ -1,54 +1,90 @@
-"""Run one generated program and its checks in a process that is restricted as far as the system allows.
+"""Run one generated program and its checks, confined as far as the system allows, and say whether it passed.
 
-Always: a separate process group, killed as a whole; limits on wall time, CPU time, memory, file size, open files and
-processes; a temporary folder; an empty environment; output discarded. A pass is a secret token that arrives after the
-checks on a channel reserved for it; an exit status or printed text is never a pass.
-Where Linux allows it: separate namespaces for network, processes, mounts and IPC (no network, other processes hidden,
-nothing outlives the sample); no root (root runs samples as `nobody`); access to files only in the temporary folder,
-plus read access to the interpreter and the system (Landlock).
+Promises: a pass is a secret token that arrives after the checks on a channel reserved for it; an exit status or printed
+text is never a pass. A verdict is about the sample: if anything else goes wrong (no space, no memory, another
+interpreter, a process that does not end), the sample runs once more, and then a `SandboxFault` is raised. All processes
+of a sample end with it.
 
-It does not stop a sample that fills the disk with many files while it runs, or one that attacks its own checks in the
-interpreter that they share, for example with an `==` that is always true, or by reading the token from the frames
-below. Without namespaces it also does not stop network access, or a child that leaves the process group. Without
-Landlock the sample can read and write whatever the user can.
-It is a seat belt, not a prison: run programs of unknown origin inside a container (docs/evaluate.md).
-Costs one interpreter start per sample.
+Always: limits on time, memory, processes, files and open files; a temporary folder; an environment without the user's
+variables; output discarded.
+With namespaces: no network, no other processes, and a file system of its own, in memory, which shows only the
+interpreter and the system, read-only. For root: a user for each sample that nobody else is.
+With Landlock: access to the same files only, no signals to other processes, no TCP. Without namespaces also, by
+libseccomp: no sockets, no changes of permissions. `Isolation.gaps` names what remains open.
+
+Nothing here stops a sample that attacks its own checks in the interpreter that they share, for example with an `==`
+that is always true, or by reading the token from the frames below. It is a seat belt, not a prison: run programs of
+unknown origin inside a container (docs/evaluate.md). Costs one interpreter start per sample.
 """
 
 import json
-import math
 import os
 import secrets
-import select
-import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from clippy_train.evaluate import inside
+import clippy_train
+from clippy_train.errors import ConfigError, SandboxFault
+from clippy_train.evaluate import confine, inside
+from clippy_train.evaluate.inside import PASSED, Job
 
-INSIDE = Path(inside.__file__).read_text()
-NOBODY = 65534
-NAMESPACES = ("--net", "--pid", "--mount", "--ipc", "--fork", "--kill-child", "--mount-proc")
-PROCESSES = 32  # including threads
-FILE_BYTES = 16 << 20
-OPEN_FILES = 64
-REPORT_BYTES = 4096  # of a sample's report that are read
-EXIT_SECONDS = 10.0  # for killed processes to exit
-PASSED = "passed"
-TIMED_OUT = "timed out"
+# -I leaves out the user's site-packages and PYTHONPATH, so the package is named; the sample does not see its folder.
+START = """import sys; sys.path.insert(0, {folder!r})
+from clippy_train.evaluate.inside import main
+del sys.path[0]; main()"""
+ENVIRONMENT = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),  # they start one per core
+    "MALLOC_ARENA_MAX": "1",  # otherwise each thread reserves 64 MB of the address space
+    **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},  # the interpreter may need it
+}
+RETRY_SECONDS = 1.0
+PATIENCE = 100  # a sandbox that takes so many times the sample's limit does not work
+
+NO_NAMESPACES = "samples see the names of other processes, and can change files in /dev/shm (no namespaces)"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`seconds` of wall time for a sample with its checks; `memory_bytes` of address space per process."""
+    """`seconds` for a sample with its checks, waits for a core excepted; `memory_bytes` for all of its processes."""
 
     seconds: float
     memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """The protections that a sample runs under besides its limits."""
+
+    namespaces: bool
+    drop_root: bool
+
+    @property
+    def gaps(self) -> list[str]:
+        """What these protections leave open that the strongest would not, in words."""
+        return list(_gaps(self, confine.landlock_version(), confine.seccomp_available()))
+
+
+def _gaps(isolation: Isolation, landlock: int, seccomp: bool) -> Iterator[str]:
+    if os.getuid() == 0 and not isolation.drop_root:
+        yield "samples run as root (the interpreter is not readable for others)"
+    if isolation.namespaces:
+        return
+    yield NO_NAMESPACES
+    if not seccomp:
+        yield "samples can use the network and Unix sockets, and change permissions and times of files (no libseccomp)"
+    if landlock < 1:
+        yield "samples can read and write what this user can (no Landlock)"
+    elif landlock < 3:
+        yield "samples can empty files of this user (Landlock older than version 3)"
+    if landlock < 6:
+        yield "samples can send signals to processes of this user (Landlock older than version 6)"
 
 
 def run_checked(program: str, test: str, entry_point: str, limits: Limits) -> str:
@@ -57,116 +93,112 @@ def run_checked(program: str, test: str, entry_point: str, limits: Limits) -> st
     Args:
         program: defines `entry_point`; untrusted.
         test: defines `check(candidate)`, which raises if the candidate is wrong.
+
+    Raises:
+        SandboxFault: twice, no verdict was possible.
     """
-    return run_isolated(isolation_command(), program, test, entry_point, limits)
+    try:
+        return run_isolated(isolation(), program, test, entry_point, limits)
+    except SandboxFault:
+        time.sleep(RETRY_SECONDS)
+        return run_isolated(isolation(), program, test, entry_point, limits)
 
 
 @cache
-def isolation_command() -> tuple[str, ...]:
-    """The command prefix that runs a program in separate namespaces: the strongest one that works here, or none.
+def isolation() -> Isolation:
+    """The strongest protections that work here."""
+    return strongest(possible_isolations())
 
-    Root becomes `nobody`, with read access if necessary (for an interpreter below /root). Another user becomes root of
-    a user namespace, which is the same user outside.
+
+def possible_isolations() -> list[Isolation]:
+    """All that could work for this user, the strongest first."""
+    root = os.getuid() == 0
+    return [Isolation(True, root), Isolation(False, root), *([Isolation(False, False)] if root else [])]
+
+
+def strongest(candidates: Iterable[Isolation]) -> Isolation:
+    """The first of these under which a sample that does nothing passes.
+
+    Raises:
+        ConfigError: this is not Linux.
+        SandboxFault: none of them works.
     """
-    prefixes: tuple[tuple[str, ...], ...]
-    if os.getuid() == 0:
-        namespaces = ("unshare", *NAMESPACES)
-        prefixes = ((*namespaces, *drop_root()), (*namespaces, *drop_root("+dac_read_search")), drop_root(), ())
-    else:
-        user = ("unshare", "--map-root-user")
-        prefixes = ((*user, *NAMESPACES), (*user, "--net"), ())
+    if sys.platform != "linux":
+        raise ConfigError("samples can only be scored on Linux")
     trial = Limits(seconds=20, memory_bytes=1 << 30)
-    for prefix in prefixes:
-        if run_isolated(prefix, "import decimal, socket\ndef f(): pass", "def check(f): f()", "f", trial) == PASSED:
-            return prefix
-    raise RuntimeError("the sandbox fails a sample that does nothing")
-
-
-def drop_root(*capabilities: str) -> tuple[str, ...]:
-    """The command prefix that becomes `nobody` and drops all but the given capabilities."""
-    kept = ",".join(("-all", *capabilities))
-    users = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs")
-    return ("setpriv", *users, f"--bounding-set={kept}", f"--inh-caps={kept}", f"--ambient-caps={kept}")
-
-
-def describe_isolation() -> str:
-    """What `isolation_command` achieves here, in words."""
-    if "--pid" in isolation_command():
-        return "no network, other processes hidden"
-    if "--net" in isolation_command():
-        return "no network"
-    return "NO namespaces: samples can use the network and leave their process group"
-
-
-def run_isolated(prefix: tuple[str, ...], program: str, test: str, entry_point: str, limits: Limits) -> str:
-    """`run_checked` with a given isolation command."""
-    token = secrets.token_hex(16)
-    job = {"program": program, "test": test, "entry_point": entry_point, "token": token}
-    with (
-        tempfile.TemporaryFile("w+") as stdin,
-        tempfile.TemporaryDirectory(prefix="sample-", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as channel,  # a file, because its size limit stops a flood
-    ):
-        if os.getuid() == 0:
-            os.chown(folder, NOBODY, NOBODY)
-        json.dump({**job, "resources": resource_limits(limits)}, stdin)
-        stdin.seek(0)
+    faults = []
+    for each in candidates:
         try:
-            process = subprocess.Popen(
-                [*prefix, sys.executable, "-I", "-c", INSIDE],
-                cwd=folder,
-                env={},
-                stdin=stdin,
-                stdout=channel,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except OSError as error:  # for example, `unshare` is not installed
-            return f"failed: {error}"
-        in_time = _wait_for_exit(process.pid, limits.seconds)
-        if not in_time and "--pid" in prefix:
-            _kill_init(process.pid)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if not in_time:
-            return TIMED_OUT
-        channel.seek(0)
-        report = channel.read(REPORT_BYTES)
-    return PASSED if report == token.encode() else _reason(report, token)
+            outcome = run_isolated(each, "import decimal, socket\ndef f(): pass", "def check(f): f()", "f", trial)
+        except SandboxFault as error:
+            outcome = str(error)
+        if outcome == PASSED:
+            return each
+        faults.append(outcome)
+    raise SandboxFault(f"a sample that does nothing does not pass: {'; '.join(faults)}")
 
 
-def _kill_init(unshare: int) -> None:
-    """Kill the first process of the process namespace, and with it all others, and wait until `unshare` exits."""
-    for child in Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split():
-        with suppress(ProcessLookupError):  # it has just exited
-            os.kill(int(child), signal.SIGKILL)
-    _wait_for_exit(unshare, EXIT_SECONDS)
+def run_isolated(isolation: Isolation, program: str, test: str, entry_point: str, limits: Limits) -> str:
+    """`run_checked`, once, under given protections."""
+    with _sample_folder(isolation) as folder:
+        job = Job(
+            program,
+            test,
+            entry_point,
+            token=secrets.token_hex(16),
+            **asdict(limits),
+            **asdict(isolation),
+            interpreter=inside.interpreter(),
+            folder=folder,
+        )
+        return _verdict(job)
 
 
-def _wait_for_exit(pid: int, seconds: float) -> bool:
-    """Wait for a child to exit, without reaping it: its process group id must not be reused yet."""
-    descriptor = os.pidfd_open(pid)
+def _verdict(job: Job) -> str:
+    """Start an interpreter with the job and read its report."""
+    package = str(Path(clippy_train.__file__).parents[1])
     try:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
+        process = subprocess.run(
+            [sys.executable, "-I", "-c", START.format(folder=package)],
+            input=json.dumps(job._asdict()).encode(),
+            capture_output=True,
+            cwd="/",
+            env=ENVIRONMENT,
+            timeout=PATIENCE * job.seconds,
+            start_new_session=True,  # an interrupt from the keyboard ends the scoring, not the sample
+        )
+        report = json.loads(process.stdout)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SandboxFault(f"the sandbox does not work: {error}") from error
+    except ValueError as error:
+        last = process.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise SandboxFault(f"the sandbox ended with status {process.returncode}: {last}") from error
+    if "fault" in report:
+        raise SandboxFault(f"the sandbox does not work: {report['fault']}")
+    return str(report["outcome"])
+
+
+@contextmanager
+def _sample_folder(isolation: Isolation) -> Iterator[str | None]:
+    """A temporary folder on disk, if the sample has no file system of its own.
+
+    Raises:
+        SandboxFault: there is no space, or something in it cannot be removed.
+    """
+    if isolation.namespaces:
+        yield None
+        return
+    try:
+        folder = tempfile.mkdtemp(prefix="sample-")
+    except OSError as error:
+        raise SandboxFault(f"no folder for a sample: {error}") from error
+    try:
+        if inside.free_bytes(folder) < inside.DISK_BYTES:
+            raise SandboxFault(f"{folder} has less than {inside.DISK_BYTES >> 20} MB: set TMPDIR to one with more")
+        yield folder
     finally:
-        os.close(descriptor)
-
-
-def resource_limits(limits: Limits) -> dict[str, int]:
-    """Values of the `resource` module's limits by their names."""
-    return {
-        "RLIMIT_CPU": math.ceil(limits.seconds) + 1,
-        "RLIMIT_AS": limits.memory_bytes,
-        "RLIMIT_FSIZE": FILE_BYTES,
-        "RLIMIT_NOFILE": OPEN_FILES,
-        "RLIMIT_NPROC": PROCESSES,
-        "RLIMIT_CORE": 0,
-    }
-
-
-def _reason(report: bytes, token: str) -> str:
-    """The failure that a sample reports, in one line; untrusted text."""
-    text = " ".join(report.decode(errors="replace").replace(token, "").split())
-    return text if text.startswith("failed: ") else "failed: ended before its checks were through"
+        # Python's own removal recurses, and thousands of nested folders exceed its stack
+        subprocess.run(["chmod", "-R", "u+rwX", folder], capture_output=True)
+        removed = subprocess.run(["rm", "-rf", folder], capture_output=True, text=True)
+    if removed.returncode:
+        raise SandboxFault(f"{folder} cannot be removed: {removed.stderr[-200:]}")
