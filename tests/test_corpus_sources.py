@@ -25,8 +25,16 @@ LICENCE_TEXTS = dict(LICENSES)
 
 
 def found(*sources: Path, **settings: Any) -> list[Document]:
-    settings = {"any_language": False, "max_bytes": None, "out": Path.home(), **settings}
+    settings = {"rules": FilterConfig(), "out": Path.home(), **settings}
     return list(folder_documents(list(sources), **settings))
+
+
+def read_meta(document: Document) -> dict[str, Any]:
+    return document.read()[1]
+
+
+def read_text(document: Document) -> str:
+    return document.read()[0]
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -51,7 +59,7 @@ def test_git_repositories_are_found_at_any_depth(tmp_path: Path) -> None:
     clone(tmp_path / "deep" / "er" / "still")
     clone(tmp_path / "octo" / "cat" / "vendored" / "dog", "git@github.com:octo/dog.git", "Apache-2.0")
     (tmp_path / "loose.py").write_text(CODE)
-    metas = [document.meta for document in found(tmp_path) if document.meta["repo_language"] == "Python"]
+    metas = [read_meta(each) for each in found(tmp_path) if each.key.endswith(".py")]
     assert [(meta["repo_name"], meta["file_name"], meta["license"]) for meta in metas] == [
         ("loose", f"{tmp_path.name}/loose.py", None),
         ("deep/er/still", "src/a.py", None),
@@ -65,9 +73,9 @@ def test_git_repositories_are_found_at_any_depth(tmp_path: Path) -> None:
 def test_a_git_repository_among_other_sources_is_one_repository(tmp_path: Path) -> None:
     cat = clone(tmp_path / "cat", spdx="MIT")
     assert {document.repository for document in found(cat, clone(tmp_path / "dog"))} == {"cat", "dog"}
-    alone = {document.meta["file_name"]: document for document in found(cat)}
+    alone = {read_meta(document)["file_name"]: document for document in found(cat)}
     assert alone["cat/src/a.py"].repository == "src"
-    assert alone["cat/src/a.py"].meta["license"] == "MIT"
+    assert read_meta(alone["cat/src/a.py"])["license"] == "MIT"
 
 
 def test_packages_have_their_own_licence_or_that_of_their_folder(tmp_path: Path) -> None:
@@ -76,7 +84,8 @@ def test_packages_have_their_own_licence_or_that_of_their_folder(tmp_path: Path)
         (tmp_path / package / "a.py").write_text(CODE)
     (tmp_path / "LICENSE.txt").write_text(LICENCE_TEXTS["ISC"])
     (tmp_path / "two" / "COPYING").write_text(LICENCE_TEXTS["GPL-3.0"])
-    licences = {document.repository: document.meta["license"] for document in found(tmp_path)}
+    code = [document for document in found(tmp_path) if document.key.endswith(("py", "txt"))]
+    licences = {document.repository: read_meta(document)["license"] for document in code}
     assert licences == {"LICENSE": "ISC", "one": "ISC", "two": "GPL-3.0"}
 
 
@@ -151,7 +160,7 @@ def test_other_files_are_not_taken_for_licences(tmp_path: Path) -> None:
 def test_pipes_are_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.py")
     (tmp_path / "b.py").write_text(CODE)
-    assert [document.read() for document in found(tmp_path)] == [CODE]
+    assert [read_text(document) for document in found(tmp_path)] == [CODE]
 
 
 @pytest.mark.processes
@@ -163,7 +172,7 @@ def test_folders_may_be_nested_beyond_the_recursion_limit(tmp_path: Path) -> Non
         os.close(outer)
     os.close(os.open("a.py", os.O_CREAT | os.O_WRONLY, dir_fd=folder))
     os.close(folder)
-    texts = [document.read() for document in found(tmp_path)]
+    texts = [read_text(document) for document in found(tmp_path)]
     subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # pytest's own removal is recursive
     assert texts == [""]
 
@@ -205,9 +214,9 @@ def test_rows_of_a_dataset_are_documents_in_the_same_order(
     reached: list[Any] = []
     monkeypatch.setattr(socket.socket, "connect", lambda _, address: reached.append(address))
     documents = list(hub_documents(dataset(tmp_path / "data", ROWS, kind)))
-    assert [document.read() for document in documents] == [row["code"] for row in ROWS]
+    assert [read_text(document) for document in documents] == [row["code"] for row in ROWS]
     assert [document.repository for document in documents] == [row["repo_name"] for row in ROWS]
-    assert documents[3].meta == {
+    assert read_meta(documents[3]) == {
         "repo_name": "octo/3",
         "stars": 3,
         "repo_language": "Go",
@@ -221,7 +230,7 @@ def test_rows_of_a_dataset_are_documents_in_the_same_order(
 def test_a_dataset_in_the_code_clippy_format_keeps_its_meta(tmp_path: Path) -> None:
     meta = {name: f"{name} of it" for name in META_COLUMNS} | {"stars": 7}
     (document,) = hub_documents(dataset(tmp_path / "data", [{"code": CODE, "meta": meta}], "jsonl"))
-    assert document.meta == meta
+    assert read_meta(document) == meta
 
 
 def test_rows_without_a_repository_are_spread_over_a_bounded_number_of_them(tmp_path: Path) -> None:
@@ -234,7 +243,7 @@ def test_rows_without_a_repository_are_spread_over_a_bounded_number_of_them(tmp_
 def test_rows_without_a_text_are_rejected(tmp_path: Path) -> None:
     config = dataset(tmp_path / "data", [{"code": text} for text in (CODE, None, "")], "parquet")
     first, *others = hub_documents(config)
-    assert first.read() == CODE
+    assert read_text(first) == CODE
     for document in others:
         with pytest.raises(Rejected, match="no_text"):
             document.read()
@@ -287,4 +296,4 @@ def test_a_rule_on_extensions_can_accept_unknown_languages(tmp_path: Path) -> No
     with pytest.raises(Rejected, match="no_language"):
         found(tmp_path)[0].read()
     rules = FilterConfig(extensions=[".strange"])
-    assert found(tmp_path, any_language=bool(rules.extensions))[0].read() == CODE
+    assert read_text(found(tmp_path, rules=rules)[0]) == CODE

@@ -59,7 +59,7 @@ def build_corpus(config: CorpusConfig) -> dict[str, Any]:
 def _documents(config: CorpusConfig, out: Path) -> Iterator[Document]:
     """The documents of all sources, one source after another."""
     folders = [Path(folder) for folder in config.src] or ([] if config.hub else python_sources())
-    found = folder_documents(folders, bool(config.filter.extensions), config.filter.max_bytes, out)
+    found = folder_documents(folders, config.filter, out)
     return chain(found, hub_documents(config) if config.hub else ())
 
 
@@ -69,34 +69,31 @@ def _collect(documents: Iterator[Document], spool: Spool, tally: Tally, config: 
     repositories: dict[str, int] = {}
     for number, document in enumerate(tqdm(documents, "reading", unit=" documents", leave=False, disable=None)):
         try:
-            text, line = _accepted(document, config.filter, duplicates)
+            text, meta, line = _accepted(document, config.filter, duplicates)
         except Rejected as rule:
             tally.rejected[str(rule)] += 1
             continue
         size = len(text.encode())
-        tally.add("languages", document.meta["repo_language"], size)
-        tally.add("licences", document.meta["license"], size)
+        tally.add("languages", meta["repo_language"], size)
+        tally.add("licences", meta["license"], size)
         repository = repositories.setdefault(document.repository, len(repositories))
         sort_key = _hash(config.seed, "document", document.key).hex()
         spool.add(b"%s %015d %d %d %s" % (sort_key.encode(), number, repository, size, line))
     return list(repositories)
 
 
-def _accepted(document: Document, rules: FilterConfig, duplicates: DuplicateIndex) -> tuple[str, bytes]:
-    """The text of a document and its line in a shard.
+def _accepted(document: Document, rules: FilterConfig, duplicates: DuplicateIndex) -> tuple[str, dict[str, Any], bytes]:
+    """The text of a document, its meta, and its line in a shard.
 
     Raises:
         Rejected: it breaks a rule, or is a duplicate.
     """
-    if rule := broken_meta_rule(document.meta, rules):
+    text, meta = document.read()
+    line = document_line({"text": text, "meta": meta})
+    too_large = "too_large" if len(line) > MAX_LINE_BYTES else None
+    if rule := broken_meta_rule(meta, rules) or broken_text_rule(text, rules) or too_large or duplicates.add(text):
         raise Rejected(rule)
-    text = document.read()
-    line = document_line({"text": text, "meta": document.meta})
-    if rule := broken_text_rule(text, rules) or ("too_large" if len(line) > MAX_LINE_BYTES else None):
-        raise Rejected(rule)
-    if rule := duplicates.add(text):
-        raise Rejected(rule)
-    return text, line
+    return text, meta, line
 
 
 def split_repositories(repositories: list[str], tally: Tally, config: CorpusConfig) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What every source of a corpus yields: documents whose meta is known before their text is read."""
+"""What every source of a corpus yields: documents that are read, and their meta found, when they are wanted."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,5 +11,4 @@ class Rejected(Exception):
 class Document(NamedTuple):
     key: str  # identifies the document in its source: its place in the shuffled order depends on it
     repository: str  # never split between train, validation and test
-    meta: dict[str, Any]  # Code Clippy meta
-    read: Callable[[], str]  # returns the text, or raises Rejected
+    read: Callable[[], tuple[str, dict[str, Any]]]  # returns the text and its Code Clippy meta, or raises Rejected

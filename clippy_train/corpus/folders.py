@@ -10,15 +10,16 @@ import mimetypes
 import os
 import sysconfig
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pygments.lexers import find_lexer_class_for_filename
-
+from clippy_train.config import FilterConfig
 from clippy_train.corpus.document import Document, Rejected
+from clippy_train.corpus.languages import HEAD, language_of
 from clippy_train.corpus.repository import folder_licence, origin_name
 from clippy_train.errors import DataError
+from clippy_train.shards.filters import has_extension
 from clippy_train.shards.format import MAX_LINE_BYTES
 
 # Folders with third-party code, build products or no code.
@@ -40,7 +41,7 @@ def python_sources() -> list[Path]:
     return [Path(folder) for folder in folders if folder and Path(folder).is_dir()]
 
 
-def folder_documents(sources: list[Path], any_language: bool, max_bytes: int | None, out: Path) -> Iterator[Document]:
+def folder_documents(sources: list[Path], rules: FilterConfig, out: Path) -> Iterator[Document]:
     """Every regular file below the source folders.
 
     A folder with a `.git` is one repository, named after its origin, or else after its path. A file outside of any
@@ -48,8 +49,8 @@ def folder_documents(sources: list[Path], any_language: bool, max_bytes: int | N
     the only source is divided in the same way, since nothing could be held out otherwise.
 
     Args:
-        any_language: include files in no language that Pygments knows.
-        max_bytes: larger files are not read.
+        rules: of these, `extensions` and `max_bytes` decide which files are read; without `extensions`, only those in a
+            known language.
         out: the folder that the corpus is written to, which is not read.
 
     Raises:
@@ -59,10 +60,9 @@ def folder_documents(sources: list[Path], any_language: bool, max_bytes: int | N
         if not source.is_dir():
             raise DataError(f"src: no such folder: {source}")
     visited = {_inode(out)}
-    read = partial(_read, any_language=any_language, max_bytes=min(max_bytes or MAX_LINE_BYTES, MAX_LINE_BYTES))
     for root in (source.resolve() for source in sources):
         for path, repository in _files(root, visited, is_alone=len(sources) == 1):
-            yield _document(path, root, repository, read)
+            yield _document(path, root, repository, rules)
 
 
 def _files(root: Path, visited: set[tuple[int, int]], is_alone: bool) -> Iterator[tuple[Path, Repository]]:
@@ -112,42 +112,41 @@ def _package(root: Path, name: str) -> Repository:
     return Repository(_readable(Path(Path(name).stem)), root, prefix, own or folder_licence(root))
 
 
-def _document(path: Path, root: Path, repository: Repository, read: partial[str]) -> Document:
+def _document(path: Path, root: Path, repository: Repository, rules: FilterConfig) -> Document:
+    read = partial(_read, path, repository, rules)
+    return Document(_readable(path.relative_to(root.parent)), repository.name, read)
+
+
+def _read(path: Path, repository: Repository, rules: FilterConfig) -> tuple[str, dict[str, Any]]:
     name = repository.prefix + _readable(path.relative_to(repository.base))
-    meta = {
-        "repo_name": repository.name,
-        "stars": None,
-        "repo_language": language_of_suffix(path.suffix) or "Text",
-        "file_name": name,
-        "mime_type": mime_type(name),
-        "license": repository.licence,
-    }
-    return Document(_readable(path.relative_to(root.parent)), repository.name, meta, partial(read, path))
-
-
-def _read(path: Path, any_language: bool, max_bytes: int) -> str:
-    if not any_language and language_of_suffix(path.suffix) is None:
-        raise Rejected("no_language")
+    if not has_extension(name, rules.extensions):
+        raise Rejected("extension")
     try:
-        if path.stat().st_size > max_bytes:
-            raise Rejected("too_large")
-        return path.read_bytes().decode()
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+            language = language_of(name, head.decode("latin-1"))
+            if language is None and not rules.extensions:
+                raise Rejected("no_language")
+            if os.fstat(file.fileno()).st_size > min(rules.max_bytes or MAX_LINE_BYTES, MAX_LINE_BYTES):
+                raise Rejected("too_large")
+            text = (head + file.read()).decode()
     except UnicodeDecodeError:
         raise Rejected("not_utf8") from None
     except OSError:
         raise Rejected("unreadable") from None
+    return text, {
+        "repo_name": repository.name,
+        "stars": None,
+        "repo_language": language or "Text",
+        "file_name": name,
+        "mime_type": mime_type(name),
+        "license": repository.licence,
+    }
 
 
 def _readable(path: Path) -> str:
     """A path as valid UTF-8, which Linux does not require of names."""
     return os.fsencode(path).decode(errors="replace")
-
-
-@lru_cache(maxsize=4096)
-def language_of_suffix(suffix: str) -> str | None:
-    """The programming language of a suffix (with its dot) by Pygments' table, or None."""
-    lexer = find_lexer_class_for_filename(f"file{suffix}")
-    return lexer.name if lexer else None
 
 
 def mime_type(name: str) -> str:

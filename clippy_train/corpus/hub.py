@@ -6,12 +6,13 @@ chunks of jsonl; of parquet, what Arrow decodes ahead of a slower reader, at mos
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from clippy_train.config import CorpusConfig
 from clippy_train.corpus.document import Document, Rejected
-from clippy_train.corpus.folders import language_of_suffix, mime_type
+from clippy_train.corpus.folders import mime_type
+from clippy_train.corpus.languages import language_of
 from clippy_train.errors import DataError
 from clippy_train.shards.filters import code_clippy_meta
 
@@ -31,11 +32,15 @@ def hub_documents(config: CorpusConfig) -> Iterator[Document]:
                 f"text_column={config.text_column}: hub={config.hub} has no such column; it has {', '.join(row)}"
             )
         meta = code_clippy_meta(row)
-        name = meta["file_name"] or ""
-        meta["repo_language"] = meta["repo_language"] or language_of_suffix(PurePosixPath(name).suffix)
-        meta["mime_type"] = meta["mime_type"] or mime_type(name)
         repository = meta["repo_name"] or f"rows {number % UNNAMED_REPOSITORIES} modulo {UNNAMED_REPOSITORIES}"
-        yield Document(f"row {number}", repository, meta, partial(_text, row[config.text_column]))
+        yield Document(f"row {number}", repository, partial(_read, row[config.text_column], meta))
+
+
+def _read(value: Any, meta: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    text, name = _text(value), meta["file_name"] or ""
+    meta["repo_language"] = meta["repo_language"] or language_of(name, text)
+    meta["mime_type"] = meta["mime_type"] or mime_type(name)
+    return text, meta
 
 
 def _text(value: Any) -> str:

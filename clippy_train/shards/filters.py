@@ -37,7 +37,7 @@ def broken_rule(document: dict[str, Any], text: str, rules: FilterConfig) -> str
 
 
 def broken_meta_rule(meta: dict[str, Any], rules: FilterConfig) -> str | None:
-    """As `broken_rule`, for the rules on the Code Clippy meta: they can be checked before a file is read."""
+    """As `broken_rule`, for the rules on the Code Clippy meta."""
     return next((name for name, breaks in _META_RULES.items() if breaks(meta, rules)), None)
 
 
@@ -75,9 +75,13 @@ def _licence(value: Any) -> str | None:
     return " AND ".join(sorted({name for name in names if isinstance(name, str) and name})) or None
 
 
+def has_extension(name: str, extensions: list[str]) -> bool:
+    """Whether a file has one of the extensions, if there are any."""
+    return not extensions or name.endswith(tuple(f".{extension.lstrip('.')}" for extension in extensions))
+
+
 def _wrong_extension(meta: dict[str, Any], rules: FilterConfig) -> bool:
-    endings = tuple(f".{extension.lstrip('.')}" for extension in rules.extensions)
-    return bool(endings) and not (meta["file_name"] or "").endswith(endings)
+    return not has_extension(meta["file_name"] or "", rules.extensions)
 
 
 def _wrong_language(meta: dict[str, Any], rules: FilterConfig) -> bool:
