@@ -16,7 +16,8 @@ from clippy_train.config import CorpusConfig, FilterConfig
 from clippy_train.corpus.document import Document, Rejected
 from clippy_train.corpus.folders import folder_documents
 from clippy_train.corpus.hub import UNNAMED_REPOSITORIES, hub_documents
-from clippy_train.corpus.repository import folder_licence, origin_name
+from clippy_train.corpus.licences import folder_licence, header_licence
+from clippy_train.corpus.repository import origin_name
 from clippy_train.errors import DataError
 from clippy_train.shards.filters import META_COLUMNS
 
@@ -35,6 +36,10 @@ def read_meta(document: Document) -> dict[str, Any]:
 
 def read_text(document: Document) -> str:
     return document.read()[0]
+
+
+def licence_of(folder: Path) -> str | None:
+    return folder_licence(folder, [path.name for path in folder.iterdir()])
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -136,13 +141,85 @@ def test_a_repository_with_a_strange_configuration_has_no_origin(tmp_path: Path,
 @pytest.mark.parametrize("spdx", ["MIT", "Apache-2.0", "BSD-3-Clause", "GPL-2.0", "MPL-2.0", "Unlicense"])
 def test_a_licence_is_recognised_with_small_changes(tmp_path: Path, spdx: str) -> None:
     (tmp_path / "licence.md").write_text(LICENCE_TEXTS[spdx].replace("software", "Software ", 3) + "\nThe authors\n")
-    assert folder_licence(tmp_path) == spdx
+    assert licence_of(tmp_path) == spdx
 
 
 def test_several_licences_must_all_be_accepted(tmp_path: Path) -> None:
     for spdx in ("MIT", "Apache-2.0"):
         (tmp_path / f"LICENSE-{spdx}").write_text(LICENCE_TEXTS[spdx])
-    assert folder_licence(tmp_path) == "Apache-2.0 AND MIT"
+    assert licence_of(tmp_path) == "Apache-2.0 AND MIT"
+
+
+@pytest.mark.parametrize("name", ["MIT-LICENSE", "MIT-LICENSE.txt", "License-MIT", "COPYING.mit", "LICENCE"])
+def test_a_licence_is_recognised_between_other_texts(tmp_path: Path, name: str) -> None:
+    terms = LICENCE_TEXTS["MIT"].partition("[fullname]")[2]
+    (tmp_path / name).write_text(f"Our project\n\nCopyright A\nCopyright B\n{terms}\n{'Thanks to all. ' * 50}")
+    assert licence_of(tmp_path) == "MIT"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expression"),
+    [
+        ("package.json", '{"license": "(mit OR Apache-2.0)"}', "(MIT OR Apache-2.0)"),
+        ("package.json", '{"license": {"type": "ISC"}}', "ISC"),
+        ("package.json", '{"licenses": [{"type": "MIT"}]}', "MIT"),
+        ("package.json", '{"license": "SEE LICENSE IN x"}', None),
+        ("package.json", "[" * 100_000, None),
+        ("package.json", "[]", None),
+        ("pyproject.toml", "[project]\nlicense = 'BSD-3-Clause'", "BSD-3-Clause"),
+        ("pyproject.toml", "[project]\nlicense = {text = 'MIT'}", "MIT"),
+        ("pyproject.toml", "[tool.poetry]\nlicense = 'MIT'", "MIT"),
+        ("pyproject.toml", "project = 3", None),
+        ("Cargo.toml", "[package]\nlicense = 'MIT/Apache-2.0'", "MIT OR Apache-2.0"),
+        ("other.json", '{"license": "MIT"}', None),
+    ],
+)
+def test_metadata_state_the_licence_of_a_package(
+    tmp_path: Path, name: str, content: str, expression: str | None
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert licence_of(tmp_path) == expression
+
+
+def test_the_texts_of_a_folder_count_before_its_metadata(tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text('{"license": "MIT"}')
+    (tmp_path / "LICENSE").write_text(LICENCE_TEXTS["GPL-3.0"])
+    (tmp_path / "LICENSES").mkdir()
+    (tmp_path / "LICENSES" / "CC0-1.0.txt").touch()
+    (tmp_path / "LICENSES" / "notes.txt").touch()
+    assert licence_of(tmp_path) == "CC0-1.0 AND GPL-3.0"
+
+
+@pytest.mark.parametrize(
+    ("head", "expression"),
+    [
+        ("#!/bin/sh\n# SPDX-License-Identifier: gpl-2.0-only\n", "GPL-2.0-only"),
+        (
+            "/* SPDX-License-Identifier: (GPL-2.0 WITH Linux-syscall-note) OR MIT */",
+            "(GPL-2.0 WITH Linux-syscall-note) OR MIT",
+        ),
+        ("<!-- SPDX-License-Identifier: MIT -->\r\n", "MIT"),
+        ("// SPDX-License-Identifier: whatever\n", None),
+        ("// no header\n", None),
+    ],
+)
+def test_a_file_may_state_its_licence(head: str, expression: str | None) -> None:
+    assert header_licence(head) == expression
+
+
+def test_a_file_has_its_own_licence_or_the_nearest_upward(tmp_path: Path) -> None:
+    for folder in ("lib/src", "lib/vendor/gnu/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.py").write_text(CODE)
+    (tmp_path / "lib" / "src" / "own.py").write_text(f"# SPDX-License-Identifier: ISC\n{CODE}")
+    (tmp_path / "lib" / "LICENSE").write_text(LICENCE_TEXTS["MIT"])
+    (tmp_path / "lib" / "vendor" / "gnu" / "COPYING").write_text(LICENCE_TEXTS["GPL-2.0"])
+    code = [read_meta(document) for document in found(tmp_path) if document.key.endswith("py")]
+    assert {meta["file_name"].partition("/lib/")[2]: meta["license"] for meta in code} == {
+        "src/a.py": "MIT",
+        "src/own.py": "ISC",
+        "vendor/gnu/deep/a.py": "GPL-2.0",
+    }
 
 
 def test_other_files_are_not_taken_for_licences(tmp_path: Path) -> None:
@@ -154,7 +231,7 @@ def test_other_files_are_not_taken_for_licences(tmp_path: Path) -> None:
         file.truncate(1 << 40)  # a hole: reading it would take all memory
     (tmp_path / "licensed.py").write_text(LICENCE_TEXTS["MIT"])
     os.mkfifo(tmp_path / "LICENCE")
-    assert folder_licence(tmp_path) is None
+    assert licence_of(tmp_path) is None
 
 
 def test_pipes_are_not_opened(tmp_path: Path) -> None:

@@ -80,6 +80,22 @@ def test_every_licence_of_a_document_must_be_accepted(licence: list[str], kept: 
     assert (broken(FilterConfig(licences=["MIT", "bsd-2-clause"]), license=licence) is None) == kept
 
 
+@pytest.mark.parametrize(
+    ("expression", "kept"),
+    [
+        ("MIT OR GPL-3.0-only", True),
+        ("MIT AND GPL-3.0-only", False),
+        ("(MIT OR GPL-3.0-only) AND ISC", False),
+        ("(MIT OR GPL-3.0-only) AND LGPL-2.1-or-later", True),
+        ("MIT AND (ISC OR (LGPL-2.1+ AND MIT))", True),
+        ("BSD 3-Clause New or Revised License", True),
+    ],
+)
+def test_one_choice_of_an_expression_must_be_accepted(expression: str, kept: bool) -> None:
+    rules = FilterConfig(licences=["mit", "LGPL-2.1", "BSD 3-Clause New or Revised License"])
+    assert (broken(rules, license=expression) is None) == kept
+
+
 def test_fields_are_found_under_the_names_of_other_datasets() -> None:
     row = {
         "content": TEXT,

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from clippy_train.config import FilterConfig
 from clippy_train.corpus.document import Document, Rejected
 from clippy_train.corpus.languages import HEAD, language_of
-from clippy_train.corpus.repository import folder_licence, origin_name
+from clippy_train.corpus.licences import folder_licence, header_licence
+from clippy_train.corpus.repository import origin_name
 from clippy_train.errors import DataError
 from clippy_train.shards.filters import has_extension
 from clippy_train.shards.format import MAX_LINE_BYTES
@@ -32,7 +33,6 @@ class Repository(NamedTuple):
     name: str
     base: Path  # the folder that its file names are relative to
     prefix: str  # of its file names
-    licence: str | None
 
 
 def python_sources() -> list[Path]:
@@ -46,7 +46,8 @@ def folder_documents(sources: list[Path], rules: FilterConfig, out: Path) -> Ite
 
     A folder with a `.git` is one repository, named after its origin, or else after its path. A file outside of any
     repository belongs to the top-level entry of its source folder: a package, or a single module. A repository that is
-    the only source is divided in the same way, since nothing could be held out otherwise.
+    the only source is divided in the same way, since nothing could be held out otherwise. A file has the licence that
+    it states itself, or else the nearest one upward in its repository or source folder.
 
     Args:
         rules: of these, `extensions` and `max_bytes` decide which files are read; without `extensions`, only those in a
@@ -61,15 +62,16 @@ def folder_documents(sources: list[Path], rules: FilterConfig, out: Path) -> Ite
             raise DataError(f"src: no such folder: {source}")
     visited = {_inode(out)}
     for root in (source.resolve() for source in sources):
-        for path, repository in _files(root, visited, is_alone=len(sources) == 1):
-            yield _document(path, root, repository, rules)
+        for path, repository, licence in _files(root, visited, is_alone=len(sources) == 1):
+            read = partial(_read, path, repository, licence, rules)
+            yield Document(_readable(path.relative_to(root.parent)), repository.name, read)
 
 
-def _files(root: Path, visited: set[tuple[int, int]], is_alone: bool) -> Iterator[tuple[Path, Repository]]:
-    """Every file with its repository."""
-    pending: list[tuple[Path, Repository | None]] = [(root, None)]
+def _files(root: Path, visited: set[tuple[int, int]], is_alone: bool) -> Iterator[tuple[Path, Repository, str | None]]:
+    """Every file with its repository and the nearest licence."""
+    pending: list[tuple[Path, Repository | None, str | None]] = [(root, None, None)]
     while pending:
-        folder, repository = pending.pop()
+        folder, repository, licence = pending.pop()
         if repository is None and folder != root:
             repository = _package(root, folder.name)
         try:
@@ -78,13 +80,14 @@ def _files(root: Path, visited: set[tuple[int, int]], is_alone: bool) -> Iterato
             visited.add(inode)
             files, folders = _list_folder(folder)
             if (folder / ".git").exists() and not (is_alone and folder == root):
-                repository = _git_repository(root, folder)
+                repository, licence = _git_repository(root, folder), None
         except OSError as error:
             log.warning("%s cannot be listed and is skipped: %s", _readable(folder), error.strerror)
             continue
+        licence = folder_licence(folder, files + folders) or licence
         for name in files:
-            yield folder / name, repository or _package(root, name)
-        pending += [(folder / name, repository) for name in reversed(folders)]
+            yield folder / name, repository or _package(root, name), licence
+        pending += [(folder / name, repository, licence) for name in reversed(folders)]
 
 
 def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
@@ -102,22 +105,15 @@ def _inode(folder: Path) -> tuple[int, int]:
 
 def _git_repository(root: Path, folder: Path) -> Repository:
     name = origin_name(folder) or _readable(folder.relative_to(root.parent if folder == root else root))
-    return Repository(name, folder, "", folder_licence(folder))
+    return Repository(name, folder, "")
 
 
 def _package(root: Path, name: str) -> Repository:
-    """The entry `name` of a source folder, with its own licence or else the source folder's."""
-    own = folder_licence(root / name) if (root / name).is_dir() else None
-    prefix = f"{_readable(Path(root.name))}/"
-    return Repository(_readable(Path(Path(name).stem)), root, prefix, own or folder_licence(root))
+    """The entry `name` of a source folder."""
+    return Repository(_readable(Path(Path(name).stem)), root, f"{_readable(Path(root.name))}/")
 
 
-def _document(path: Path, root: Path, repository: Repository, rules: FilterConfig) -> Document:
-    read = partial(_read, path, repository, rules)
-    return Document(_readable(path.relative_to(root.parent)), repository.name, read)
-
-
-def _read(path: Path, repository: Repository, rules: FilterConfig) -> tuple[str, dict[str, Any]]:
+def _read(path: Path, repository: Repository, licence: str | None, rules: FilterConfig) -> tuple[str, dict[str, Any]]:
     name = repository.prefix + _readable(path.relative_to(repository.base))
     if not has_extension(name, rules.extensions):
         raise Rejected("extension")
@@ -140,7 +136,7 @@ def _read(path: Path, repository: Repository, rules: FilterConfig) -> tuple[str,
         "repo_language": language or "Text",
         "file_name": name,
         "mime_type": mime_type(name),
-        "license": repository.licence,
+        "license": header_licence(text[:HEAD]) or licence,
     }
 
 

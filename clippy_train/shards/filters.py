@@ -5,6 +5,7 @@ the order of `RULES`. Cost: rules on meta and size are almost free; rules on lin
 one on letters and digits at some 45 MB/s (tokenising: 2 to 3 MB/s).
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,8 @@ META_COLUMNS = {
     "mime_type": ("mime_type",),
     "license": ("license", "licenses", "detected_licenses", "max_stars_repo_licenses"),
 }
+
+_VERSION = re.compile(r"-only$|-or-later$|\+$")
 
 
 def broken_rule(document: dict[str, Any], text: str, rules: FilterConfig) -> str | None:
@@ -85,16 +88,23 @@ def _wrong_extension(meta: dict[str, Any], rules: FilterConfig) -> bool:
 
 
 def _wrong_language(meta: dict[str, Any], rules: FilterConfig) -> bool:
-    return bool(rules.languages) and not _all_accepted(meta["repo_language"], rules.languages)
+    accepted = {name.casefold() for name in rules.languages}
+    return bool(accepted) and (meta["repo_language"] or "").casefold() not in accepted
 
 
 def _wrong_licence(meta: dict[str, Any], rules: FilterConfig) -> bool:
-    return bool(rules.licences) and not _all_accepted(meta["license"], rules.licences)
+    return bool(rules.licences) and not _permitted(meta["license"] or "", rules.licences)
 
 
-def _all_accepted(value: str | None, names: list[str]) -> bool:
-    accepted = {name.casefold() for name in names}
-    return value is not None and all(part.casefold() in accepted for part in value.split(" AND "))
+def _permitted(expression: str, licences: list[str]) -> bool:
+    """Whether an SPDX expression leaves a choice of licences that are all accepted; versions "only" and "or later" are
+    accepted with their licence."""
+    accepted = {name.casefold() for name in licences}
+    while inner := re.search(r"\(([^()]*)\)", expression):  # the innermost parentheses become one name
+        verdict = licences[0] if _permitted(inner[1], licences) else "refused"
+        expression = f"{expression[: inner.start()]}{verdict}{expression[inner.end() :]}"
+    choices = [choice.casefold().split(" and ") for choice in expression.split(" OR ")]
+    return any(all({name, _VERSION.sub("", name)} & accepted for name in choice) for choice in choices)
 
 
 def _few_stars(meta: dict[str, Any], rules: FilterConfig) -> bool:
