@@ -35,8 +35,9 @@ chaos-selftest: $(READY) ## remove each protection from a copy of the package an
 	cd tests && ../$(BIN)/python -m tools.chaos_selftest
 
 .PHONY: docs
-docs: $(READY) ## write docs/configuration.md from the keys and groups of all verbs
+docs: $(READY) ## write docs/configuration.md from the keys and groups of all verbs, and the plan's table in docs/cluster.md
 	cd tests && ../$(BIN)/python -m tools.make_configuration_docs
+	cd tests && ../$(BIN)/python -m tools.make_plan_docs
 
 fuzz: $(READY) ## the long form of the fuzz tests: 6,000 shards, 180,000 lines
 	FUZZ_SHARDS=1500 $(BIN)/pytest -s --timeout=1800 tests/test_fuzz.py

@@ -2,22 +2,27 @@
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clippy_train import __version__, compose, config
 from clippy_train.errors import CheckpointError, ClippyError, ConfigError
+from clippy_train.files import atomic_write, require_writable
 from clippy_train.help import completions, key_lines
 from clippy_train.report import escape_unprintable, print_columns, print_error, print_table, quiet_transformers
 from clippy_train.sweep.sweep import sweep
 from clippy_train.sweep.trials import follow_sweep
+
+if TYPE_CHECKING:
+    from clippy_train.plan import Plan
 
 
 def run_corpus(settings: config.CorpusConfig) -> int:
@@ -66,13 +71,27 @@ def run_checkpoint(settings: config.CheckpointsConfig) -> int:
     return 0 if intact or settings.action == "ls" else CheckpointError.exit_code
 
 
-def run_plan(settings: config.TrainConfig) -> int:
-    from clippy_train.launch.start import preflight_problems
+def run_plan(settings: config.PlanConfig) -> int:
+    from clippy_train.plan import make_plan
+
+    require_writable(settings.out)
+    plan = make_plan(settings, settings.memory_gb)
+    show_plan(settings, plan)
+    if settings.out is not None:
+        with atomic_write(Path(settings.out)) as file:
+            file.write(json.dumps(asdict(plan), indent=1) + "\n")
+    return 0
+
+
+def show_plan(settings: config.TrainConfig, plan: "Plan | None" = None) -> int:
+    from clippy_train.launch.start import corpus_warnings, preflight_problems
     from clippy_train.plan import make_plan, plan_rows
 
-    print_table("plan", plan_rows(settings, make_plan(settings)))
+    print_table("plan", plan_rows(settings, plan or make_plan(settings)))
     for error in preflight_problems(settings):
         print(f"not ready to run here: {error}")
+    for warning in corpus_warnings(settings):
+        print(f"warning: {warning}")
     return 0
 
 
@@ -105,10 +124,10 @@ def run_interactive(settings: config.GenerateConfig) -> int:
 def run_evaluate(settings: config.EvaluateConfig) -> int:
     from clippy_train.evaluate.humaneval import humaneval
     from clippy_train.evaluate.perplexity import perplexity, tables
-    from clippy_train.evaluate.results import require_writable, write_results
+    from clippy_train.evaluate.results import write_results
 
     quiet_transformers()
-    require_writable(settings)
+    require_writable(settings.out)
     if settings.task == "humaneval":
         scores = humaneval(settings)
         if scores:
@@ -166,7 +185,7 @@ VERBS = {
         config.TrainConfig, run_train, "clippy train experiment=NAME data.path=DIR", "Train, or continue training."
     ),
     "plan": Verb(
-        config.TrainConfig,
+        config.PlanConfig,
         run_plan,
         "clippy plan experiment=NAME",
         "Show what a training will take; the same as train --dry-run.",
@@ -307,12 +326,12 @@ def _call(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         return report_corpus(compose.compose(config.CorpusConfig, overrides))
     if options.interactive:
         return run_interactive(compose.compose(config.GenerateConfig, overrides))
-    if verb.schema is not config.TrainConfig:
-        return verb.run(compose.compose(verb.schema, overrides))
-    run = run_plan if options.dry_run else verb.run
+    plan = options.dry_run or verb.schema is config.PlanConfig
     if options.multirun:
-        return sweep(overrides, run_plan if run is run_plan else None)
-    return run(compose.compose(config.TrainConfig, overrides))
+        return sweep(overrides, show_plan if plan else None)
+    if plan:
+        verb = VERBS["plan"]
+    return verb.run(compose.compose(verb.schema, overrides))
 
 
 def _keyed(verb: Verb, arguments: list[str]) -> list[str]:

@@ -56,7 +56,7 @@ def compose(schema: type[T], overrides: list[str]) -> T:
 def checked(composed: DictConfig, schema: type[T]) -> T:
     """Convert what `composition` returned to its schema; errors as in `compose`."""
     try:
-        if schema is TrainConfig:
+        if issubclass(schema, TrainConfig):
             fill_in(composed)
         return to_schema(composed, schema)
     except OmegaConfBaseException as error:  # an interpolation of a key that does not exist
@@ -75,8 +75,8 @@ def composition(schema: type, overrides: list[str]) -> DictConfig:
 
 
 def _search_path(schema: type) -> hydra.initialize | hydra.initialize_config_dir:
-    """conf/ for `train`; none for the other verbs, whose keys (`model`) may have the names of its groups."""
-    if schema is TrainConfig:
+    """conf/ for `train` and `plan`; none for the others, whose keys (`model`) may have the names of its groups."""
+    if issubclass(schema, TrainConfig):
         return hydra.initialize_config_dir(str(CONF), version_base="1.3")
     return hydra.initialize(None, version_base="1.3")
 
@@ -84,8 +84,9 @@ def _search_path(schema: type) -> hydra.initialize | hydra.initialize_config_dir
 @cache
 def register_schema(schema: type) -> str:
     """Make a schema known to Hydra; return the name of the configuration to compose."""
-    name = schema.__name__.removesuffix("Config").lower()
-    ConfigStore.instance().store(name="train_schema" if schema is TrainConfig else name, node=schema)
+    training = issubclass(schema, TrainConfig)
+    name = "train" if training else schema.__name__.removesuffix("Config").lower()
+    ConfigStore.instance().store(name="train_schema" if training else name, node=schema)
     return name
 
 
@@ -107,11 +108,11 @@ def parse_overrides(schema: type, overrides: list[str], sweep: bool = False) -> 
         ConfigError: a key or an option that does not exist, a value that Hydra cannot read, or, without `sweep`,
             several values.
     """
-    options = groups() if schema is TrainConfig else {}
+    options = groups() if issubclass(schema, TrainConfig) else {}
     parsed = [_parse(schema, options, text) for text in overrides]
     for override, text in zip(parsed, overrides, strict=True):
         if override.is_sweep_override() and not sweep:
-            hint = ", or add -m for a sweep over them" if schema is TrainConfig else ""
+            hint = ", or add -m for a sweep over them" if issubclass(schema, TrainConfig) else ""
             raise ConfigError(f"{text}: give one value{hint}. Text with a comma needs quotes: KEY='\"a,b\"'")
     names = [override.key_or_group for override in parsed]
     for name in options:
@@ -133,7 +134,7 @@ def _parse(schema: type, options: dict[str, list[str]], text: str) -> Override:
     if name not in known:
         raise ConfigError(_unknown_key(name, [*known, *options]))
     key_type, is_text = known[name].type, known[name].metadata["text"]
-    if is_text and schema is not TrainConfig:
+    if is_text and not issubclass(schema, TrainConfig):
         value = quoted(value) if value != "null" else value
     if key_type == list[str] and "," in value and value[0] != "[" and "(" not in value:
         raise ConfigError(f"{text}: a list of several values needs brackets: {name}=[{value}]")

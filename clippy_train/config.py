@@ -415,6 +415,18 @@ class TrainConfig:
 
 
 @dataclass
+class PlanConfig(TrainConfig):
+    """`clippy plan`."""
+
+    out: str | None = key("File for every figure of the plan, as JSON.", None, text=True)
+    memory_gb: float | None = key(
+        "Memory of a GPU, in GB of 10^9 bytes: also find the largest trainer.micro_batch_size that fits.",
+        None,
+        minimum=1e-9,
+    )
+
+
+@dataclass
 class DedupConfig:
     """Which documents are duplicates. The first one is kept."""
 
@@ -636,7 +648,7 @@ def to_schema(composed: DictConfig, schema: type[T]) -> T:
     """
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
-        hint = ", or choose a recipe with experiment=NAME" if schema is TrainConfig else ""
+        hint = ", or choose a recipe with experiment=NAME" if issubclass(schema, TrainConfig) else ""
         raise ConfigError(f"not set: {', '.join(missing)}. Add KEY=VALUE{hint} (--help explains every key)")
     config = cast(T, OmegaConf.to_object(composed))
     OmegaConf.structured(literal(config))  # checks types again: an interpolation may have put anything into a list

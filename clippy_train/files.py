@@ -33,6 +33,23 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[TextIO]:
         raise
 
 
+def require_writable(out: str | None) -> None:
+    """Check before the work, not after, that the file that `out=` names can be written; None names none.
+
+    Raises:
+        ConfigError: it is a folder, or its folder is not writable.
+    """
+    if out is None:
+        return
+    path = Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={path}: {error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"out={path} is a folder, or its folder is not writable: name a file")
+
+
 def replace_link(link: Path, target: Path) -> None:
     """Make `link` a symbolic link to `target`, which is in the same folder; an older link is replaced in one step."""
     staging = link.with_name(link.name + STAGING)

@@ -35,7 +35,7 @@ def limits(field: dataclasses.Field[Any]) -> str:
 def key_lines(schema: type, values: dict[str, Any]) -> Iterator[str]:
     """The lines of the help: groups, then each section with its keys, their `values` and meanings."""
     width = max(40, min(100, shutil.get_terminal_size().columns))
-    if schema is TrainConfig:
+    if issubclass(schema, TrainConfig):
         yield from _wrapped("", GROUPS, width)
         for group, options in groups().items():
             yield from _wrapped(f"  {group:12}", ", ".join(options), width)
@@ -67,7 +67,7 @@ def _value_lines(name: str, value: str, width: int) -> list[str]:
 def completions(schema: type, prefix: str) -> list[str]:
     """What `prefix` can become: `KEY=` and `GROUP=`, or, after the "=", the options and choices that they take."""
     choices = {
-        **(groups() if schema is TrainConfig else {}),
+        **(groups() if issubclass(schema, TrainConfig) else {}),
         **{
             name: ("true", "false") if field.type is bool else field.metadata["choices"] for name, field in keys(schema)
         },

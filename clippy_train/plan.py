@@ -4,11 +4,12 @@ What depends on hardware is a range, from the assumptions that stand here as con
 them was measured on a GPU by this project.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clippy_train.config import TrainConfig
 from clippy_train.model.flops import count_parameters
-from clippy_train.model.traffic import Collective, step_collectives
+from clippy_train.model.memory import Memory, memory
+from clippy_train.model.traffic import BYTES, Collective, step_collectives
 from clippy_train.optim import describe_schedule
 from clippy_train.shards.format import READ_BYTES
 
@@ -18,10 +19,10 @@ PEAK_FLOPS = 989e12  # H100 and H200, dense bf16
 # Of the peak, with attention counted in full. Published for models of 125 M: 10 to 17 % with HF's eager attention, 45
 # to 51 % with flash attention and compilation.
 UTILISATION: Range = (0.15, 0.40)
-NETWORK: Range = (25e9, 50e9)  # bytes a second that a GPU sends to other nodes, and receives as many
-# Of activations, by the token: of a layer, times its width (Korthikanti et al., 2022, section 4.1, less the attention
-# scores, which SDPA does not keep); of the loss, times the vocabulary (logits in bf16 and fp32, log-softmax, gradient).
-LAYER_BYTES, LOSS_BYTES = 34, 12
+# Bytes a second that a GPU sends, and receives as many: NVLink 4 has 450e9, an InfiniBand NDR port 50e9
+NVLINK: Range = (200e9, 400e9)
+NETWORK: Range = (25e9, 50e9)
+USABLE = 0.9  # of a GPU's memory; the rest: CUDA context, NCCL, workspaces, fragmentation
 TOKENS_PER_CORE: Range = (0.5e6, 1e6)  # that a core tokenises in a second; the upper end: benchmarks/data-speed.md
 TEXT_BYTES_PER_TOKEN = 3.0  # of code, with whitespace tokens
 COMPRESSION = 4.0  # of code, by zstd
@@ -29,21 +30,17 @@ DISK: Range = (0.5e9, 2e9)  # bytes a second that a shared file system takes fro
 HASHING = 1e9  # bytes a second that a core reads back and hashes
 
 
-def state_bytes(num_parameters: int, config: TrainConfig) -> dict[str, int]:
-    """Bytes on each device and in a checkpoint for weights, gradients and optimizer state.
+@dataclass(frozen=True)
+class Host:
+    """Bytes of a node's memory, besides the processes themselves. A new run loads first; saves come later.
 
-    Under ZeRO in bf16: bf16 weights, fp32 accumulated gradients, fp32 master weights and two Adam moments; each is
-    divided by the ranks from its stage on. Otherwise all of them in fp32, on every rank. Adafactor's state, a row and a
-    column for each matrix, is a few thousandths of the weights and left out.
+    Attributes:
+        loading: each rank builds the model in fp32 and, for DeepSpeed in bf16, keeps a copy that is not rounded.
+        snapshots: of asynchronous checkpoints, on the first node, which holds the most.
     """
-    ranks, stage = config.world_size, config.strategy.stage if config.deepspeed else 0
-    low = 2 if config.trainer.precision == "bf16" and stage else 4
-    moments = 8 if config.optim.name == "adamw" else 0
-    master = moments + 4 if stage else moments  # ZeRO adds an fp32 copy of the weights
-    weights = low * num_parameters // (ranks if stage >= 3 else 1)
-    gradients = 4 * num_parameters // (ranks if stage >= 2 else 1)
-    optimizer = master * num_parameters // (ranks if stage >= 1 else 1)
-    return {"device": weights + gradients + optimizer, "checkpoint": (low + master) * num_parameters}
+
+    loading: int
+    snapshots: int
 
 
 @dataclass(frozen=True)
@@ -52,15 +49,15 @@ class Estimate:
 
     Attributes:
         tokens_per_second: of all ranks together.
-        memory_bytes_per_gpu: states and activations.
+        communication_seconds: of a step, if nothing overlaps with it.
         save_seconds: until a checkpoint is complete; training goes on meanwhile.
         read_bytes_per_second: of zstd shards, all ranks together.
         tokenizing_cores_per_node: cores that keep up with that speed.
     """
 
     tokens_per_second: Range
+    communication_seconds: Range
     hours: Range
-    memory_bytes_per_gpu: int
     save_seconds: Range
     read_bytes_per_second: Range
     tokenizing_cores_per_node: Range
@@ -72,67 +69,132 @@ class Plan:
 
     Attributes:
         vocab_size: with the whitespace tokens.
-        state_bytes_per_device: weights, gradients and optimizer state.
+        memory_bytes_per_gpu: the peak of `memory`.
+        memory_gb: of a GPU, if asked about.
+        largest_micro_batch_size: that fits it; None if none does.
         checkpoints: the most that are kept at a time.
         disk_bytes: of those, and one that is being written.
         collectives: that each rank takes part in, in an optimizer step.
+        sent_bytes: by each rank in those, and as many received.
         estimate: None on CPU.
     """
 
     vocab_size: int
     parameters: int
     tokens: int
-    state_bytes_per_device: int
+    memory_bytes_per_gpu: int
+    memory: Memory
+    memory_gb: float | None
+    largest_micro_batch_size: int | None
+    host: Host
     checkpoint_bytes: int
     checkpoints: int
     disk_bytes: int
     collectives: list[Collective]
+    sent_bytes: float
     estimate: Estimate | None
 
 
-def make_plan(config: TrainConfig) -> Plan:
-    vocab_size = config.model.vocab_size + len(config.tokenizer.whitespace_tokens)
-    num_parameters = count_parameters(config, vocab_size)
-    sizes, kept = state_bytes(num_parameters, config), checkpoints_kept(config)
-    collectives = step_collectives(config, vocab_size)
+def make_plan(config: TrainConfig, memory_gb: float | None = None) -> Plan:
+    """Plan a run; with `memory_gb`, also the largest micro-batch for GPUs of that size."""
+    rows = vocab_size(config)
+    num_parameters, needed = count_parameters(config, rows), memory(config, rows)
+    saved, kept = checkpoint_bytes(num_parameters, config), checkpoints_kept(config)
+    collectives = step_collectives(config, rows)
+    sent = sum(each.sent(config.world_size) for each in collectives)
     on_gpu = config.trainer.accelerator != "cpu"
     return Plan(
-        vocab_size=vocab_size,
+        vocab_size=rows,
         parameters=num_parameters,
         tokens=config.trainer.max_steps * config.tokens_per_step,
-        state_bytes_per_device=sizes["device"],
-        checkpoint_bytes=sizes["checkpoint"],
+        memory_bytes_per_gpu=needed.peak,
+        memory=needed,
+        memory_gb=memory_gb,
+        largest_micro_batch_size=largest_micro_batch(config, memory_gb) if memory_gb else None,
+        host=host_bytes(num_parameters, config),
+        checkpoint_bytes=saved,
         checkpoints=kept,
-        disk_bytes=sizes["checkpoint"] * (kept + 1),
+        disk_bytes=saved * (kept + 1),
         collectives=collectives,
-        estimate=estimate(config, num_parameters, vocab_size, sent_bytes(config, collectives)) if on_gpu else None,
+        sent_bytes=sent,
+        estimate=estimate(config, num_parameters, sent) if on_gpu else None,
     )
 
 
-def sent_bytes(config: TrainConfig, collectives: list[Collective]) -> float:
-    """Bytes that each rank sends in an optimizer step, and as many that it receives."""
-    return sum(each.sent(config.world_size) for each in collectives)
+def vocab_size(config: TrainConfig) -> int:
+    """With the whitespace tokens."""
+    return config.model.vocab_size + len(config.tokenizer.whitespace_tokens)
 
 
-def estimate(config: TrainConfig, num_parameters: int, vocab_size: int, sent: float) -> Estimate:
-    """What depends on hardware; `sent` is `sent_bytes`."""
-    low, high = tokens_per_second(config, num_parameters, sent)
+def largest_micro_batch(config: TrainConfig, memory_gb: float) -> int | None:
+    """The largest `trainer.micro_batch_size` that divides the global batch and fits a GPU; None if none does."""
+    of_rank = config.trainer.global_batch_size // config.world_size
+    for size in (size for size in range(of_rank, 0, -1) if of_rank % size == 0):
+        smaller = replace(config, trainer=replace(config.trainer, micro_batch_size=size))
+        if memory(smaller, vocab_size(config)).peak <= USABLE * memory_gb * 1e9:
+            return size
+    return None
+
+
+def saved_bytes(num_parameters: int, config: TrainConfig) -> tuple[int, int]:
+    """Bytes of a checkpoint that the first rank alone writes, and that each rank writes.
+
+    DeepSpeed writes its weights once, but none under ZeRO-3, and fp32 weights and moments rank by rank.
+    """
+    moments = 8 if config.optim.name == "adamw" else 0
+    if not config.deepspeed:
+        return (4 + moments) * num_parameters, 0
+    weights = 0 if config.strategy.stage == 3 else BYTES[config.trainer.precision]
+    return weights * num_parameters, (4 + moments) * num_parameters // config.world_size
+
+
+def checkpoint_bytes(num_parameters: int, config: TrainConfig) -> int:
+    first, each = saved_bytes(num_parameters, config)
+    return first + config.world_size * each
+
+
+def host_bytes(num_parameters: int, config: TrainConfig) -> Host:
+    _, devices = config.nodes_and_devices
+    copies = 2 if config.deepspeed and config.trainer.precision == "bf16" else 1
+    first, each = saved_bytes(num_parameters, config)
+    snapshots = first + devices * each if config.checkpoint.asynchronous else 0
+    return Host(devices * copies * 4 * num_parameters, snapshots)
+
+
+def link(config: TrainConfig) -> tuple[str, Range]:
+    """The slowest link between ranks."""
+    return ("the network", NETWORK) if config.nodes_and_devices[0] > 1 else ("NVLink", NVLINK)
+
+
+def estimate(config: TrainConfig, num_parameters: int, sent: float) -> Estimate:
+    """What depends on hardware; each rank sends `sent` bytes in a step."""
+    _, (worst, best) = link(config)
+    exchange = sent / best, sent / worst
+    low, high = tokens_per_second(config, num_parameters, exchange)
     nodes, _ = config.nodes_and_devices
-    tokens, sizes = config.trainer.max_steps * config.tokens_per_step, state_bytes(num_parameters, config)
-    slow, fast = (sizes["checkpoint"] * (1 / speed + 1 / HASHING) for speed in DISK)
+    tokens, saved = config.trainer.max_steps * config.tokens_per_step, checkpoint_bytes(num_parameters, config)
+    slow, fast = (saved * (1 / speed + 1 / HASHING) for speed in DISK)
     return Estimate(
         tokens_per_second=(low, high),
+        communication_seconds=exchange,
         hours=(tokens / high / 3600, tokens / low / 3600),
-        memory_bytes_per_gpu=sizes["device"] + activation_bytes(config, vocab_size),
         save_seconds=(fast, slow),
         read_bytes_per_second=(low * TEXT_BYTES_PER_TOKEN / COMPRESSION, high * TEXT_BYTES_PER_TOKEN / COMPRESSION),
         tokenizing_cores_per_node=(low / nodes / TOKENS_PER_CORE[1], high / nodes / TOKENS_PER_CORE[0]),
     )
 
 
+def tokens_per_second(config: TrainConfig, num_parameters: int, exchange: Range) -> Range:
+    """Of all ranks. At best, the exchange overlaps with computation; at worst, it adds to it."""
+    model, ranks = config.model, config.world_size
+    flops = 6 * num_parameters + 12 * model.num_layers * model.hidden_size * config.data.seq_len
+    slow, fast = (config.tokens_per_step * flops / (ranks * share * PEAK_FLOPS) for share in UTILISATION)
+    return config.tokens_per_step / (slow + exchange[1]), config.tokens_per_step / max(fast, exchange[0])
+
+
 def plan_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
     """The plan as a table for people: what will be trained, on how much, with what."""
-    trainer, optim, model = config.trainer, config.optim, config.model
+    trainer, optim, model, (nodes, devices) = config.trainer, config.optim, config.model, config.nodes_and_devices
     return [
         ("run folder", str(config.run_dir)),
         ("start from", model.base or "random weights"),
@@ -144,7 +206,7 @@ def plan_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "ranks",
-            f"{trainer.num_nodes} nodes x {trainer.devices} {trainer.accelerator}, {trainer.precision}, "
+            f"{nodes} node{'s' if nodes > 1 else ''} x {devices} {trainer.accelerator}, {trainer.precision}, "
             f"strategy {config.strategy.name}{config.strategy.stage or ''}",
         ),
         (
@@ -159,42 +221,73 @@ def plan_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
             f"{trainer.val_samples:,} sequences = {trainer.val_samples * config.data.seq_len / 1e6:,.4g} M tokens "
             f"(or the whole split) every {trainer.val_every_steps} steps",
         ),
-        ("states on a device", f"{plan.state_bytes_per_device / 1e9:,.3g} GB, without activations"),
+        ("states on a device", states(plan.memory)),
         (
             "checkpoints",
             f"{when_saved(config)}, {plan.checkpoint_bytes / 1e9:,.3g} GB each; at most {plan.checkpoints} kept and "
             f"one being written: {plan.disk_bytes / 1e9:,.3g} GB",
         ),
-        *([("communication", communication(config, plan.collectives))] if plan.collectives else []),
+        ("host memory of a node", host(config, plan.host)),
+        *([("communication", communication(config, plan))] if plan.collectives else []),
+        *(gpu_rows(config, plan) if plan.estimate else []),
         *(estimate_rows(config, plan.estimate) if plan.estimate else []),
     ]
 
 
-def communication(config: TrainConfig, collectives: list[Collective]) -> str:
-    sent, calls = sent_bytes(config, collectives) / 1e9, sum(each.calls for each in collectives)
-    dtype = config.strategy.reduce_dtype
-    return f"each rank sends {sent:,.3g} GB in {calls:,} calls in a step, gradients in {dtype}"
+def states(held: Memory) -> str:
+    parts = ("weights", "gradients", "master", "moments", "buffers")
+    sizes = ", ".join(f"{name} {getattr(held, name) / 1e9:,.3g}" for name in parts if getattr(held, name))
+    return f"{held.states / 1e9:,.3g} GB: {sizes}"
+
+
+def host(config: TrainConfig, held: Host) -> str:
+    _, devices = config.nodes_and_devices
+    loading = f"{held.loading / 1e9:,.3g} GB while {devices} rank{'s' if devices > 1 else ''} load in fp32"
+    return f"{loading}; then {held.snapshots / 1e9:,.3g} GB for checkpoints in flight; and the processes themselves"
+
+
+def communication(config: TrainConfig, plan: Plan) -> str:
+    calls, dtype = sum(each.calls for each in plan.collectives), config.strategy.reduce_dtype
+    return f"each rank sends {plan.sent_bytes / 1e9:,.3g} GB in {calls:,} calls in a step, gradients in {dtype}"
+
+
+def gpu_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
+    held, size = plan.memory, config.trainer.micro_batch_size
+    text = (
+        f"{held.peak / 1e9:,.3g} GB with {config.attention} attention and micro-batches of {size}: states "
+        f"{held.states / 1e9:,.3g}, activations {held.activations / 1e9:,.3g}, the rest is temporary"
+    )
+    rows = [("memory of a GPU", text)]
+    if plan.memory_gb:
+        rows.append(("largest micro-batch", largest(plan.largest_micro_batch_size, plan.memory_gb)))
+    return rows
+
+
+def largest(size: int | None, memory_gb: float) -> str:
+    if size is None:
+        return f"none fits {memory_gb:g} GB: choose a higher ZeRO stage, or model.checkpoint_activations=true"
+    return f"trainer.micro_batch_size={size} fits {memory_gb:g} GB, of which {USABLE:.0%} may be used"
 
 
 def estimate_rows(config: TrainConfig, estimate: Estimate) -> list[tuple[str, str]]:
-    """Rows for speed, time, memory, and what the file system and the cores must provide."""
-    ranks, (nodes, devices) = config.world_size, config.nodes_and_devices
+    """Rows for speed, time, communication, and what the file system and the cores must provide."""
+    ranks, (_, devices), (name, speeds) = config.world_size, config.nodes_and_devices, link(config)
     (low, high), hours = estimate.tokens_per_second, estimate.hours
     read = estimate.read_bytes_per_second
     return [
         (
             "speed (estimate)",
             f"{span(low, high, 1e6)} M tokens/s, {span(low / ranks, high / ranks, 1e3)} k a GPU: "
-            f"{span(*UTILISATION, 0.01)} % of {PEAK_FLOPS / 1e12:.0f} TFLOP/s (H100, H200)"
-            + (f", {span(*NETWORK, 1e9)} GB/s a GPU between nodes" if nodes > 1 else ""),
+            f"{span(*UTILISATION, 0.01)} % of {PEAK_FLOPS / 1e12:.0f} TFLOP/s (H100, H200)",
         ),
         (
             "time (estimate)",
             f"{span(*hours)} hours, {span(hours[0] * ranks, hours[1] * ranks)} GPU-hours, without validation",
         ),
         (
-            "memory of a GPU (estimate)",
-            f"{estimate.memory_bytes_per_gpu / 1e9:,.3g} GB with micro-batches of {config.trainer.micro_batch_size}",
+            "communication (estimate)",
+            f"{span(*estimate.communication_seconds, 1e-3)} ms a step over {name} at {span(*speeds, 1e9)} GB/s, "
+            "if none of it overlaps",
         ),
         (
             "seconds to save (estimate)",
@@ -214,25 +307,9 @@ def estimate_rows(config: TrainConfig, estimate: Estimate) -> list[tuple[str, st
     ]
 
 
-def tokens_per_second(config: TrainConfig, num_parameters: int, sent: float) -> Range:
-    """Of all ranks. At best, what is sent between nodes overlaps with computation; at worst, it adds to it."""
-    model, ranks, (nodes, _) = config.model, config.world_size, config.nodes_and_devices
-    flops = 6 * num_parameters + 12 * model.num_layers * model.hidden_size * config.data.seq_len
-    slow, fast = (config.tokens_per_step * flops / (ranks * share * PEAK_FLOPS) for share in UTILISATION)
-    exchanged = sent if nodes > 1 else 0
-    slow, fast = slow + exchanged / NETWORK[0], max(fast, exchanged / NETWORK[1])
-    return config.tokens_per_step / slow, config.tokens_per_step / fast
-
-
-def activation_bytes(config: TrainConfig, vocab_size: int) -> int:
-    """What the forward pass of a micro-batch keeps for the backward pass."""
-    wider = 1 if config.trainer.precision == "bf16" else 2
-    model, tokens = config.model, config.trainer.micro_batch_size * config.data.seq_len
-    return wider * tokens * (LAYER_BYTES * model.num_layers * model.hidden_size + LOSS_BYTES * vocab_size)
-
-
 def span(low: float, high: float, unit: float = 1) -> str:
-    return " to ".join(f"{value / unit:,.3g}" for value in (low, high))
+    """Two numbers of three digits: `0.69 to 1,090`."""
+    return " to ".join(f"{float(f'{value / unit:.3g}'):,.10g}" for value in (low, high))
 
 
 def checkpoints_kept(config: TrainConfig) -> int:

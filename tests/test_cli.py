@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import MISSING
-from tools import make_configuration_docs
+from tools import make_configuration_docs, make_plan_docs
 
 from clippy_train import config
 from clippy_train.cli import VERBS, main
@@ -134,6 +134,10 @@ def test_errors_wrap_at_words_on_a_terminal(capsys: Capture, monkeypatch: Patch)
 
 def test_the_configuration_page_is_current() -> None:
     assert make_configuration_docs.PAGE.read_text() == make_configuration_docs.page(), "run make docs"
+
+
+def test_the_table_of_the_plan_is_current() -> None:
+    assert make_plan_docs.PAGE.read_text() == make_plan_docs.page(), "run make docs"
 
 
 def complete(line: str, folder: Path) -> list[str]:

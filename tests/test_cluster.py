@@ -246,8 +246,7 @@ def test_a_plan_estimates_large_runs(train_config: Callable[..., TrainConfig]) -
     rows = dict(plan_rows(sizes[64], make_plan(sizes[64])))
     assert "512 ranks x 2 x 1 accumulated" in rows["step"]
     assert {name for name in rows if name.endswith("(estimate)")} == {
-        f"{name} (estimate)"
-        for name in ("speed", "time", "memory of a GPU", "seconds to save", "reading", "tokenizing")
+        f"{name} (estimate)" for name in ("speed", "time", "communication", "seconds to save", "reading", "tokenizing")
     }
 
 

@@ -19,7 +19,7 @@ from clippy_train.corpus.build import build_corpus
 from clippy_train.errors import CheckpointError
 from clippy_train.hf.export import load_checkpoint_model
 from clippy_train.model.build import build_model
-from clippy_train.plan import state_bytes
+from clippy_train.plan import checkpoint_bytes
 from clippy_train.run.checkpoint import (
     find_checkpoint,
     open_checkpoint,
@@ -338,5 +338,5 @@ def test_the_recipes_own_model_takes_two_optimizer_steps(runs: Runs, tmp_path: P
     assert first["train/lr"] == 0
     assert second["train/lr"] == 1e-4
     assert abs(first["train/loss"] - torch.tensor(50261.0).log().item()) < 0.3
-    planned = state_bytes(125_201_664, load(runs.folder("recipe") / "config.yaml"))["checkpoint"]
+    planned = checkpoint_bytes(125_201_664, load(runs.folder("recipe") / "config.yaml"))
     assert read_checkpoint(checkpoint_folders(runs.folder("recipe"))[0]).num_bytes == pytest.approx(planned, rel=0.01)

@@ -8,7 +8,6 @@ made (`samples`: n, temperature, top_p, ...).
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,6 @@ from typing import Any
 from clippy_train.config import EvaluateConfig, keys, values
 from clippy_train.errors import ConfigError
 from clippy_train.files import atomic_write
-
-
-def require_writable(config: EvaluateConfig) -> None:
-    """Check before hours of work, not after, that `config.out` can be written.
-
-    Raises:
-        ConfigError: it is a folder, or its folder is not writable.
-    """
-    if config.out is None:
-        return
-    path = Path(config.out)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={path}: {error}") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"out={path} is a folder, or its folder is not writable: name a file")
 
 
 def write_results(config: EvaluateConfig, results: dict[str, Any], about: dict[str, Any] | None = None) -> None:

@@ -140,6 +140,21 @@ def _corpus_problems(config: TrainConfig) -> Iterator[DataError]:
             return
 
 
+def corpus_warnings(config: TrainConfig) -> Iterator[str]:
+    """What makes the corpus slow to read, if it can be read at all."""
+    try:
+        shards = len(open_corpus(config.data, "train").shards)
+    except DataError:
+        return
+    shared = shards % config.data.streams
+    if shared:
+        read = shards - shared + shared * config.data.streams
+        yield (
+            f"{shards} training shards do not divide into data.streams={config.data.streams}: every stream reads "
+            f"{shared} of them, so an epoch reads {read} shards. Make the number of shards a multiple of data.streams"
+        )
+
+
 def _base_problems(config: TrainConfig) -> Iterator[ConfigError]:
     if not (config.model.base or config.tokenizer.base):
         yield ConfigError("tokenizer.base: needed when model.base=null (folder or hub name of a tokenizer)")

@@ -225,6 +225,16 @@ def zero3_gathers(forward: list[Module], ranks: int) -> Iterator[int]:
             yield sum(padded(each.numel, ranks) for each in gathered)
 
 
+def gathered_elements(config: TrainConfig, vocab_size: int) -> int:
+    """Elements of the weights that are on a rank when ZeRO-3's forward pass ends."""
+    coordinator = Zero3(modules(config, vocab_size))
+    most = 0
+    for module in coordinator.order[: coordinator.forward]:
+        coordinator.advance()
+        most = max(most, sum(each.numel for each in coordinator.present | set(module)))
+    return most
+
+
 class Zero3:
     """DeepSpeed's `PartitionedParameterCoordinator`: which tensors are on a rank while a micro-batch passes."""
 

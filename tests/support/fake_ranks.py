@@ -90,14 +90,14 @@ class FakeGroup(dist.ProcessGroup):
     _allgather_base, _reduce_scatter_base = all_gather_single, reduce_scatter_single  # type: ignore[assignment]
 
 
-def run_as(function: Callable[[FakeGroup], T], rank: int, world_size: int) -> T:
+def run_as(function: Callable[[FakeGroup], T], rank: int, world_size: int, timeout: float = 60) -> T:
     """What `function` returns in a process that is `rank` of `world_size`. It gets the training group."""
 
     def as_rank() -> T:
         dist.destroy_process_group()
         return function(join(rank, world_size))
 
-    (result,) = run_distributed(as_rank, 1)
+    (result,) = run_distributed(as_rank, 1, timeout)
     return result
 
 

@@ -38,7 +38,7 @@ numbers of the experiments.
 
 
 def page() -> str:
-    verbs = [_verb(name) for name, verb in VERBS.items() if name != "plan"]
+    verbs = map(_verb, VERBS)
     return "\n".join([INTRODUCTION, *_groups(), "", *verbs])
 
 
@@ -64,12 +64,14 @@ def _verb(name: str) -> str:
     verb = VERBS[name]
     values = composed_values(verb.schema, [])
     lines = [f"## clippy {name}", "", f"`{verb.usage}`", "", verb.summary]
+    found = list(sections(verb.schema))
     if verb.schema is TrainConfig:
-        lines[-1] += (
-            " `clippy plan` takes the same keys. Defaults are those of the default options above; an experiment sets "
-            f"the keys marked {REQUIRED}."
-        )
-    for section, meaning, fields in sections(verb.schema):
+        lines[-1] += f" Defaults are those of the default options above; an experiment sets the keys marked {REQUIRED}."
+    elif issubclass(verb.schema, TrainConfig):
+        lines[-1] += " It takes the keys of `clippy train`, and:"
+        own = [field for field in found[0][2] if field.name not in TrainConfig.__annotations__]
+        found = [("", "", own)]
+    for section, meaning, fields in found:
         if fields:
             lines += [
                 "",
