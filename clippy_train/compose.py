@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -119,7 +119,8 @@ def parse_overrides(schema: type, overrides: list[str], sweep: bool = False) -> 
         if names.count(name) > 1:
             raise ConfigError(f"{name} is given {names.count(name)} times: choose one option")
     # Hydra can default to null in a group, but not be told to.
-    return [override for override in parsed if override.key_or_group not in options or override.value() is not None]
+    parsed = [override for override in parsed if override.key_or_group not in options or override.value() is not None]
+    return list({override.key_or_group: override for override in parsed}.values())  # of a key given twice, the last one
 
 
 def _parse(schema: type, options: dict[str, list[str]], text: str) -> Override:
@@ -218,6 +219,15 @@ def sweep_values(override: Override) -> list[str]:
     if not 0 < len(values) <= MOST_VALUES:
         raise ConfigError(f"{override.input_line}: {'too many values' if values else 'no value'} for a sweep")
     return values
+
+
+def shortened(override: Override) -> Override:
+    """A sweep over a range of numbers as one over its values without their rounding errors (0.30000000000000004)."""
+    value: Any = override.value()
+    if not isinstance(value, RangeSweep) or all(isinstance(n, int) for n in (value.start, value.stop, value.step)):
+        return override
+    values = ",".join(f"{float(each):.12g}" for each in sweep_values(override))
+    return _parse_value(override.key_or_group, f"choice({values})")
 
 
 def _wrong_type(schema: type, parsed: list[Override], error: Exception) -> str | None:

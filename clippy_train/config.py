@@ -335,6 +335,12 @@ class SweepConfig:
     trials: int | None = key(
         "Trials whose values Optuna chooses; null runs every combination of the values given.", None, minimum=1
     )
+    pruner: str = key(
+        "When Optuna ends a trial early: median if its best validation is worse than the median of earlier trials at "
+        "that step, halving (asynchronous successive halving) if it is not among the best quarter.",
+        "none",
+        choices=("none", "median", "halving"),
+    )
 
 
 @dataclass

@@ -24,11 +24,7 @@ from clippy_train.hf.export import export_run
 from clippy_train.launch.start import train
 from clippy_train.model.flops import count_parameters
 from clippy_train.report import print_table
-from clippy_train.run.folder import (
-    HF_FOLDER,
-    METRICS,
-    TENSORBOARD,
-)
+from clippy_train.run.folder import HF_FOLDER, METRICS
 from clippy_train.run.rows import read_rows
 from clippy_train.shards.sources import MANIFEST, open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, train_bpe
@@ -96,7 +92,7 @@ def results(run: TrainConfig, corpus: Path) -> list[tuple[str, str]]:
         ("bits per byte", f"{first['val/bits_per_byte']:.3f} -> {last['val/bits_per_byte']:.3f} ({fall:.0%} less)"),
         ("tokens/s (median)", f"{speeds[len(speeds) // 2]:,.0f}"),
         ("run folder", str(run.run_dir)),
-        ("watch it", f"tensorboard --logdir {run.run_dir / TENSORBOARD}"),
+        ("watch it", f"tensorboard --logdir {run.run_dir}"),
     ]
 
 

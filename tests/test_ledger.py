@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clippy_train.run.folder import (
     LEDGER,
-    TENSORBOARD,
 )
 from clippy_train.run.rows import (
     RowFile,
@@ -68,7 +67,7 @@ def test_after_kills_every_token_of_every_epoch_was_trained_once(
 
 @pytest.mark.processes
 def test_tensorboard_shows_one_curve_of_a_run_that_was_killed(killed: Runs) -> None:
-    events = EventAccumulator(str(killed.folder("killed") / TENSORBOARD))
+    events = EventAccumulator(str(killed.folder("killed")))
     events.Reload()
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert shown == [(row["step"], pytest.approx(row["train/loss"])) for row in killed.rows("killed")]

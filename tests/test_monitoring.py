@@ -1,5 +1,6 @@
 """Run logs as TensorBoard's own readers see them; Weights & Biases; slow ranks."""
 
+import json
 import re
 import socket
 import time
@@ -14,17 +15,19 @@ from support.fits import SETTINGS, Fit
 from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.api_pb2 import Status
 
 from clippy_train.config import TrainConfig
-from clippy_train.errors import ConfigError
+from clippy_train.errors import ClippyError, ConfigError, Interrupted, NonFinite
 from clippy_train.launch.start import preflight_problems
-from clippy_train.run.folder import TENSORBOARD
+from clippy_train.run.folder import METRICS
+from clippy_train.run.rows import SCORE
 from clippy_train.train import collective
-from clippy_train.train.loggers import CHARTS, METRICS_COMPARED, EventLogger
+from clippy_train.train.loggers import BEST, CHARTS, METRICS_COMPARED, EventLogger
 
 
 def read(run_dir: Path) -> EventAccumulator:
-    events = EventAccumulator(str(run_dir / TENSORBOARD), size_guidance={TENSORS: 0})
+    events = EventAccumulator(str(run_dir), size_guidance={TENSORS: 0})
     events.Reload()
     return events
 
@@ -63,22 +66,57 @@ def test_charts_are_grouped(tmp_path: Path) -> None:
     assert all(any(re.match(pattern, name) for pattern in patterns) for name in METRICS_COMPARED)
 
 
-@pytest.mark.parametrize(("status", "ended"), [("success", True), ("failed", False)])
-def test_a_run_that_failed_has_no_successful_end(tmp_path: Path, status: str, ended: bool) -> None:
-    logger = EventLogger(tmp_path, -1, {"optim.lr": 1e-3, "optim.name": "adafactor"})
-    logger.describe()
-    logger.finalize(status)
-    written = read(tmp_path).PluginTagToContent(metadata.PLUGIN_NAME)
+def status(run_dir: Path) -> str | None:
+    """The status of a run in the HPARAMS tab."""
+    content = read(run_dir).PluginTagToContent(metadata.PLUGIN_NAME).get(metadata.SESSION_END_INFO_TAG)
+    return Status.Name(metadata.parse_session_end_info_plugin_data(content).status) if content else None
+
+
+def test_every_run_shows_its_settings(tmp_path: Path) -> None:
+    logger = EventLogger(tmp_path, -1, {"optim.lr": "1e-3", "optim.name": "adafactor"})
+    logger.describe("optim:\n  lr: 1e-3\n")
+    events = read(tmp_path)
+    written = events.PluginTagToContent(metadata.PLUGIN_NAME)
     start = metadata.parse_session_start_info_plugin_data(written[metadata.SESSION_START_INFO_TAG])
     assert start.hparams["optim.lr"].number_value == 1e-3
     assert start.hparams["optim.name"].string_value == "adafactor"
     experiment = metadata.parse_experiment_plugin_data(written[metadata.EXPERIMENT_TAG])
     assert [info.name.tag for info in experiment.metric_infos] == list(METRICS_COMPARED)
-    assert (metadata.SESSION_END_INFO_TAG in written) == ended
+    assert b"      lr: 1e-3" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_a_run_has_the_status_of_its_last_attempt(tmp_path: Path) -> None:
+    for error, expected in ((Interrupted("saved"), None), (NonFinite("loss"), "STATUS_FAILURE")):
+        logger = EventLogger(tmp_path, -1)
+        logger.describe()
+        try:
+            raise error
+        except ClippyError:
+            logger.finalize("failed")  # as Lightning calls it
+        assert status(tmp_path) == expected
+    again = EventLogger(tmp_path, -1)
+    again.describe()
+    assert status(tmp_path) is None
+    again.finalize("success")
+    assert status(tmp_path) == "STATUS_SUCCESS"
+
+
+def test_the_best_validation_is_of_a_trained_model_and_survives_a_restart(tmp_path: Path) -> None:
+    def log(logger: EventLogger, values: dict[int, float]) -> None:
+        for step, value in values.items():
+            logger.log_metrics({SCORE: value}, step)
+
+    first = EventLogger(tmp_path, -1)
+    log(first, {0: 1.0, 10: 3.0, 20: 2.0, 30: 2.5})
+    rows = [{"step": step, SCORE: value} for step, value in ((0, 1.0), (10, 3.0), (20, 2.0))]
+    (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    second = EventLogger(tmp_path, 20)
+    log(second, {30: 2.2})
+    assert [(event.step, event.value) for event in read(tmp_path).Scalars(BEST)] == [(10, 3.0), (20, 2.0), (30, 2.0)]
 
 
 def test_the_settings_are_those_of_the_last_attempt(tmp_path: Path) -> None:
-    EventLogger(tmp_path, -1, {"optim.lr": 0.1}).describe()
+    EventLogger(tmp_path, -1, {"optim.lr": "0.1"}).describe()
     EventLogger(tmp_path, 4, {"optim.lr": "0.1 to step 4, then 0.2"}).describe()
     written = read(tmp_path).PluginTagToContent(metadata.PLUGIN_NAME)
     start = metadata.parse_session_start_info_plugin_data(written[metadata.SESSION_START_INFO_TAG])

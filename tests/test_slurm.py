@@ -6,6 +6,7 @@ minutes.
 """
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -23,7 +24,7 @@ from clippy_train.compose import LAUNCH
 from clippy_train.config import load
 from clippy_train.errors import Interrupted
 from clippy_train.run.folder import ATTEMPTS, JOB_FILE
-from clippy_train.sweep.sweep import TABLE
+from clippy_train.sweep.table import TABLE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.processes, pytest.mark.timeout(600)]
 
@@ -221,6 +222,11 @@ def test_a_job_is_not_requeued_for_ever(runs: Runs) -> None:
     assert "is not requeued: it was requeued launcher.max_requeues=0 times" in job.log
 
 
+def jobs_of(sweep: Path) -> dict[str, str]:
+    """The job of each trial."""
+    return {path.parent.name: json.loads(path.read_text())["job"] for path in sweep.glob(f"*/{JOB_FILE}")}
+
+
 def test_a_sweep_submits_a_job_of_two_nodes_per_trial_and_resumes_after_an_interrupt(runs: Runs) -> None:
     arguments = [
         "train", "-m", *runs.settings, *SETTINGS, "run.name=sweep", "trainer.max_steps=2", "launcher=slurm",
@@ -230,7 +236,7 @@ def test_a_sweep_submits_a_job_of_two_nodes_per_trial_and_resumes_after_an_inter
     left = runs.start_command(*arguments)
     ids = runs.root / "runs/sweep"
     deadline = time.monotonic() + STATE_SECONDS
-    while len(submitted := {path.parent.name: path.read_text() for path in ids.glob(f"*/{JOB_FILE}")}) < 2:
+    while len(submitted := jobs_of(ids)) < 2:
         assert time.monotonic() < deadline
         assert left.poll() is None, left.communicate()[0]
         time.sleep(0.1)
@@ -246,7 +252,7 @@ def test_a_sweep_submits_a_job_of_two_nodes_per_trial_and_resumes_after_an_inter
     assert [row["state"] for row in rows] == ["done"] * 4, shown
     grid = {(lr, seed) for lr in ("0.001", "0.0001") for seed in ("1", "2")}
     assert {(row["optim.lr"], row["seed"]) for row in rows} == grid
-    jobs = {path.parent.name: path.read_text() for path in ids.glob(f"*/{JOB_FILE}")}
+    jobs = jobs_of(ids)
     assert submitted.items() <= jobs.items()  # nothing was submitted twice
     assert len(set(jobs.values())) == len(grid)
     for row in rows:

@@ -8,7 +8,7 @@ attempts.json       Slurm: at which step each attempt of the job began
 metrics.jsonl       a row for each logged step, validation and checkpoint
 ledger.jsonl        `trainer.audit`: which documents each step was trained on
 samples.jsonl       completions of `logger.sample_prompts`
-tensorboard/        the same numbers as events
+events.out.*        the same numbers, for TensorBoard
 hf/                 configuration and tokenizer of the model in training, as Hugging Face files
 profile/            `trainer.profile_steps`: traces
 stacks/             what each rank was doing when one hung
@@ -16,7 +16,7 @@ checkpoints/step-00000500/    manifest.json, state (the strategy's), rng-00000.p
 checkpoints/best    link to the checkpoint with the lowest validation
 .lock               held while a command trains here
 output.log          output of a trial that runs beside others
-job.txt             id of a trial's Slurm job
+job.json            a trial's Slurm job, and the settings that it was submitted with
 """
 
 import re
@@ -32,7 +32,6 @@ ATTEMPTS = "attempts.json"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
 SAMPLES = "samples.jsonl"
-TENSORBOARD = "tensorboard"
 HF_FOLDER = "hf"
 PROFILE = "profile"
 STACKS = "stacks"
@@ -40,7 +39,7 @@ CHECKPOINTS = "checkpoints"
 BEST = "best"
 LOCK = ".lock"
 OUTPUT = "output.log"
-JOB_FILE = "job.txt"
+JOB_FILE = "job.json"
 
 # In a checkpoint's folder
 MANIFEST = "manifest.json"

@@ -1,10 +1,10 @@
 """`clippy train -m`: a sweep. Hydra or Optuna chooses the values; each trial is a run in `run.root`/`run.name`/VALUES.
 
-The same command again continues the trials that are not done. A trial that failed or was interrupted has a state and no
-result. `sweep.csv` is updated while trials run. Costs a composition per trial, and no torch.
+The same command again continues the trials that are not done. A trial that failed, was pruned or interrupted has a
+state and no result. A trial whose folder has results of other settings is refused. `sweep.csv` is updated while trials
+run. Costs a composition per trial, and no torch.
 """
 
-import csv
 import hashlib
 import os
 import re
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from math import inf
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -33,26 +33,22 @@ from clippy_train.compose import (
     parse_overrides,
     quoted,
     register_schema,
+    shortened,
     sweep_values,
 )
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError, Interrupted
-from clippy_train.files import atomic_write
 from clippy_train.launch.lock import lock_folder
 from clippy_train.launch.resources import JOB
-from clippy_train.report import print_columns
-from clippy_train.run.folder import last_step
+from clippy_train.launch.slurm import requeue, why_stop
+from clippy_train.run.folder import METRICS
 from clippy_train.signals import handling_signals
-from clippy_train.sweep.trials import (
-    OBJECTIVE,
-    Local,
-    Slurm,
-    Trial,
-)
+from clippy_train.sweep import table
+from clippy_train.sweep.trials import DONE, PRUNED, Local, Slurm, Trial, matters, settings_that_matter
 
-TABLE = "sweep.csv"
 LONGEST_NAME = 120  # characters of a trial's folder name, before the hash
-COLUMNS = ["state", "step", "bits per byte", "at step", "at the end", "folder"]
+
+Prune = Callable[[int, int, float], bool]  # number of a job in its batch, step, validation -> whether to end it
 
 
 def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None) -> int:
@@ -64,14 +60,13 @@ def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None
     Raises:
         ConfigError: a trial's configuration is wrong; no trial has started.
     """
-    parsed = parse_overrides(TrainConfig, overrides, sweep=True)
+    parsed = [shortened(override) for override in parse_overrides(TrainConfig, overrides, sweep=True)]
     _require_one_folder(parsed)
     firsts = [composition(TrainConfig, first) for first in first_values(parsed)]
     settings = firsts[0]
-    varied = [override.key_or_group for override in parsed if override.is_sweep_override()]
     try:
         _require_sweepable(parsed, settings)
-        run = Sweep(varied, Local(1) if plan else _runner(settings.launcher), plan)
+        run = Sweep(parsed, settings.sweep.trials, Local(1) if plan else _runner(settings.launcher), plan)
     except OmegaConfBaseException as error:  # an interpolation that has no value or the wrong type
         raise ConfigError(explanation(error)) from error
     for first in firsts:
@@ -83,11 +78,15 @@ def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None
         if plan:  # Hydra writes multirun.yaml
             arguments.append(f"hydra.sweep.dir={quoted(scratch)}")
         _multirun(run.batch, arguments)
+    if run.stopped and isinstance(run.runner, Slurm) and JOB in os.environ:  # the sweep is a job itself
+        attempts = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
+        requeue(why_stop(attempts, [], settings.launcher.max_requeues))
     return run.end()
 
 
 def _runner(settings: DictConfig) -> "Local | Slurm":
-    if settings.name == "slurm" and JOB not in os.environ:
+    """Jobs with launcher=slurm; inside an allocation only if `launcher.sbatch` asks for them."""
+    if settings.name == "slurm" and (settings.sbatch or JOB not in os.environ):
         return Slurm(settings.parallel, settings.sbatch)
     return Local(settings.parallel or 1)
 
@@ -104,9 +103,14 @@ def _require_one_folder(parsed: list[Override]) -> None:
 def _require_sweepable(parsed: list[Override], settings: DictConfig) -> None:
     """Raises ConfigError if Optuna (with `sweep.trials`) or Hydra (without) cannot choose from the values given."""
     varied, trials = [override for override in parsed if override.is_sweep_override()], settings.sweep.trials
+    launcher = settings.launcher
+    if launcher.sbatch and launcher.name != "slurm":
+        raise ConfigError(f"launcher.sbatch={launcher.sbatch} needs launcher=slurm, which submits a job for each trial")
+    if settings.sweep.pruner != "none" and trials is None:
+        raise ConfigError(f"sweep.pruner={settings.sweep.pruner} needs sweep.trials=N: Optuna prunes trials")
     if trials is not None and not varied:
         raise ConfigError(f"sweep.trials={trials}: no key has several values, as in 'optim.lr=interval(1e-5,1e-3)'")
-    if trials is not None and settings.launcher.name == "slurm" and settings.launcher.parallel is None:
+    if trials is not None and launcher.name == "slurm" and launcher.parallel is None:
         raise ConfigError(
             f"sweep.trials={trials} on Slurm: set launcher.parallel, the number of trials chosen at a time"
         )
@@ -141,10 +145,11 @@ def _plugins(settings: DictConfig, parallel: int) -> list[str]:
         f"hydra.sweeper.trials={settings.sweep.trials}",
         f"hydra.sweeper.parallel={min(parallel, settings.sweep.trials)}",
         f"hydra.sweeper.seed={settings.seed}",
+        f"hydra.sweeper.pruner={settings.sweep.pruner}",
     ]
 
 
-def _multirun(task: Callable[[list[DictConfig]], list[float | None]], arguments: list[str]) -> None:
+def _multirun(task: Callable[..., list[float | None]], arguments: list[str]) -> None:
     """Have Hydra choose the trials and call `task` with each batch of them; errors of `task` pass through."""
     register_schema(TrainConfig)
     argv, sys.argv = sys.argv, ["clippy train", "--multirun", *arguments]
@@ -162,13 +167,27 @@ def _multirun(task: Callable[[list[DictConfig]], list[float | None]], arguments:
 
 
 class Sweep:
-    """The trials of one command, in batches: one for a grid, several with Optuna."""
+    """The trials of one command, in batches: one for a grid, several with Optuna.
+
+    Args:
+        parsed: the overrides of the command.
+        total: number of trials; None for those of the first batch.
+        plan: called for each trial instead of running it.
+    """
 
     def __init__(
-        self, varied: list[str], runner: "Local | Slurm", plan: Callable[[TrainConfig], int] | None = None
+        self,
+        parsed: list[Override],
+        total: int | None,
+        runner: "Local | Slurm",
+        plan: Callable[[TrainConfig], int] | None = None,
     ) -> None:
-        self.varied, self.runner, self.plan = varied, runner, plan
+        self.varied = [each.key_or_group for each in parsed if each.is_sweep_override()]
+        fixed = [each for each in parsed if not each.is_sweep_override() and matters(each.key_or_group)]
+        self.settings = " ".join(map(input_line, fixed))
+        self.total, self.runner, self.plan = total, runner, plan
         self._trials: dict[Path, Trial] = {}  # by folder
+        self._clock = Clock()
         self.stopped = False
 
     def check(self, composed: DictConfig) -> TrainConfig | None:
@@ -179,8 +198,11 @@ class Sweep:
         """
         return None if isinstance(self.runner, Slurm) else checked(composed, TrainConfig)
 
-    def batch(self, jobs: list[DictConfig]) -> list[float | None]:
+    def batch(self, jobs: list[DictConfig], prune: Prune | None = None) -> list[float | None]:
         """Run those of these trials that are not done; return each trial's result, None where it has none.
+
+        Args:
+            prune: asked after each validation of a trial.
 
         Raises:
             ConfigError: a configuration is wrong; none of these trials has started.
@@ -190,14 +212,15 @@ class Sweep:
         if self.plan:
             return [None for _ in trials]
         trials = [self._trials.setdefault(trial.run_dir, trial) for trial in trials]  # Optuna may choose one twice
-        self._run(list({trial.run_dir: trial for trial in trials if not trial.done}.values()))
+        self._run(list({trial.run_dir: trial for trial in trials if not trial.done}.values()), Judge(trials, prune))
         if self.stopped:
             raise Interrupted("the sweep was interrupted: the same command continues it")
         return [trial.result for trial in trials]
 
     def _trial(self, job: DictConfig) -> Trial:
         task = [item.lstrip("+") for item in job.hydra.overrides.task]
-        varied = dict(item.split("=", 1) for item in task if item.split("=")[0] in self.varied)
+        given = dict(item.split("=", 1) for item in task)
+        varied = {name: given[name] for name in self.varied}
         folder, name = Path(job.run.root) / job.run.name, trial_name(varied)
         compared = ",".join(quoted(f"{key}={value}") for key, value in varied.items())
         arguments = [item for item in task if item.split("=")[0] not in ("run.root", "run.name")]
@@ -205,12 +228,15 @@ class Sweep:
         with open_dict(job):
             del job["hydra"]
         job.run.root, job.run.name = str(folder), name
+        settings = settings_that_matter(job)
         config = self.check(job)
+        trial = Trial(varied, arguments, folder / name, job.trainer.max_steps, settings)
+        trial.require_same_settings()
         if self.plan and config:
             self.plan(config)
-        return Trial(varied, arguments, folder / name, job.trainer.max_steps)
+        return trial
 
-    def _run(self, pending: list[Trial]) -> None:
+    def _run(self, pending: list[Trial], judge: "Judge") -> None:
         running: list[Trial] = []
 
         def stop(signal_number: int, frame: FrameType | None) -> None:
@@ -224,40 +250,77 @@ class Sweep:
                     self.runner.start(running[-1])
                 time.sleep(self.runner.poll_seconds)
                 running = self._poll(running)
+                for trial in filter(judge.prunes, running):
+                    self.runner.end(trial)
 
     def _poll(self, running: list[Trial]) -> list[Trial]:
         """The trials that are still running; the others are reported, and the table updated."""
         still_running = self.runner.poll(running)
         for trial in running:
             if trial not in still_running:
-                print(f"{trial.run_dir}: {trial.state}", flush=True)
+                self._clock.ended += 1
+                print(f"{trial.run_dir}: {trial.state} ({self._progress()})", flush=True)
                 self.write()
         return still_running
+
+    def _progress(self) -> str:
+        """How many trials are done, and how long the others will take if they take as long."""
+        total, trials = max(self.total or 0, len(self._trials)), self._trials.values()
+        over = sum(trial.over for trial in trials)
+        text = f"{sum(trial.done for trial in trials)} of {total} done"
+        return f"{text}, about {self._clock.left(total - over)} left" if over < total else text
 
     @property
     def _folder(self) -> Path:
         return next(iter(self._trials)).parent
 
-    def write(self) -> None:
-        """Write the current table, the best trial first."""
-        with atomic_write(self._folder / TABLE) as file:
-            csv.writer(file).writerows([[*self.varied, *COLUMNS], *(row(trial) for trial in self._ranked())])
-
-    def _ranked(self) -> list[Trial]:
-        """Trials with a result, best first, then the others in the order in which they were chosen."""
-        return sorted(self._trials.values(), key=lambda trial: inf if trial.result is None else trial.result)
+    def write(self) -> list[table.Row]:
+        """Update the table; return its rows."""
+        rows = [table.row(trial, self.settings) for trial in self._trials.values()]
+        return table.update(self._folder, self.varied, rows)
 
     def end(self) -> int:
         """Print and write the table; return the exit code of the sweep."""
         if not self._trials:
             return 0
-        self.write()
-        rows = [["" if cell is None else _shown(cell) for cell in row(trial)[:-1]] for trial in self._ranked()]
-        title = f"{self._folder}, by the lowest {OBJECTIVE}"
-        print_columns(title, [*self.varied, *COLUMNS[:-1]], rows)
-        unfinished = [trial.code for trial in self._trials.values() if not trial.done]
+        table.show(self._folder, self.varied, self.write(), self.settings)
+        unfinished = [trial.code for trial in self._trials.values() if trial.state not in (DONE, PRUNED)]
         failed = [code for code in unfinished if code not in (None, Interrupted.exit_code)]
         return failed[0] or 1 if failed else Interrupted.exit_code if unfinished else 0
+
+
+class Clock:
+    """Estimates the time that trials will take from that of the trials that `ended` since it was made."""
+
+    def __init__(self) -> None:
+        self.started, self.ended = time.monotonic(), 0
+
+    def left(self, trials: int) -> timedelta:
+        return timedelta(seconds=round((time.monotonic() - self.started) / self.ended * trials))
+
+
+class Judge:
+    """Asks `prune` about each new validation of the trials of a batch."""
+
+    def __init__(self, trials: list[Trial], prune: Prune | None) -> None:
+        self.numbers = {trial.run_dir: number for number, trial in reversed(list(enumerate(trials)))}
+        self.prune = prune
+        self.seen: dict[Path, int] = {}  # the last step that was judged
+        self.sizes: dict[Path, int] = {}  # of the metrics that were read
+
+    def prunes(self, trial: Trial) -> bool:
+        """Whether a running trial is to end now; it is marked as pruned."""
+        if self.prune is None or trial.pruned or not self._has_news(trial.run_dir / METRICS):
+            return False
+        for value, step in trial.validations():
+            if step > self.seen.get(trial.run_dir, 0):
+                self.seen[trial.run_dir] = step
+                trial.pruned = trial.pruned or self.prune(self.numbers[trial.run_dir], step, value)
+        return trial.pruned
+
+    def _has_news(self, metrics: Path) -> bool:
+        before, self.sizes[metrics] = self.sizes.get(metrics), metrics.stat().st_size if metrics.exists() else 0
+        return before != self.sizes[metrics]
 
 
 def trial_name(varied: dict[str, str]) -> str:
@@ -265,16 +328,3 @@ def trial_name(varied: dict[str, str]) -> str:
     text = ",".join(f"{key}={value}" for key, value in varied.items()) or "trial"
     name = re.sub(r"[^\w.=,+-]+", "_", text)[:LONGEST_NAME]
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def row(trial: Trial) -> list[Any]:
-    """A trial's row of the table: the values that it varies, then `COLUMNS`."""
-    shown: list[Any] = [*trial.varied.values(), trial.state, last_step(trial.run_dir)]
-    if trial.result is None:
-        return [*shown, None, None, None, trial.run_dir]
-    validations = trial.validations()
-    return [*shown, *min(validations), validations[-1][0], trial.run_dir]
-
-
-def _shown(cell: Any) -> str:
-    return f"{cell:.4f}" if isinstance(cell, float) else str(cell)

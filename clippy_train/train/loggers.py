@@ -3,24 +3,31 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from torch.utils.tensorboard import FileWriter
+from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE
+from tensorboard.plugins.hparams.metadata import PLUGIN_DATA_VERSION
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
+from torch.utils.tensorboard.writer import FileWriter
 
-from clippy_train.config import TrainConfig
-from clippy_train.run.folder import (
-    METRICS,
-    TENSORBOARD,
-)
+from clippy_train.config import TrainConfig, as_document, values
+from clippy_train.errors import Interrupted
+from clippy_train.run.folder import METRICS
 from clippy_train.run.history import changed, phases
-from clippy_train.run.rows import RowFile
+from clippy_train.run.rows import SCORE, RowFile, read_rows
 
-METRICS_COMPARED = ("val/bits_per_byte", "val/loss", "val/perplexity", "train/loss", "throughput/tokens_per_sec")
-HPARAMS = ".hparams"  # suffix of the file with the settings
+BEST = "val/best"  # TensorBoard only: the lowest bits per byte so far, without the validation of the untrained model
+METRICS_COMPARED = (BEST, "train/loss", "throughput/tokens_per_sec")
+# Suffixes of event files that the next attempt removes, since TensorBoard keeps what it reads first: the settings, and
+# that the last attempt failed.
+SETTINGS, FAILED = ".settings", ".failed"
+DESCRIBED = ("model", "tokenizer", "data", "optim", "strategy", "trainer", "checkpoint", "seed")  # in TensorBoard
 # TensorBoard's custom scalars: group -> chart -> the names in it, as regular expressions.
 CHARTS = {
     "Training": {
@@ -30,7 +37,7 @@ CHARTS = {
         "tokens": ["^tokens$"],
     },
     "Validation": {
-        "bits per byte": ["val/bits_per_byte$"],
+        "bits per byte": ["val/bits_per_byte$", "val/best$"],
         "bits per byte by language": ["val/bits_per_byte/.+"],
         "perplexity": ["val/perplexity$"],
         "loss by language": ["val/loss/.+"],
@@ -69,19 +76,18 @@ def build_loggers(config: TrainConfig, resumed_step: int) -> list[Logger]:
     """The loggers of a run; they drop what was logged after `resumed_step`."""
     loggers: list[Logger] = [JsonlLogger(config.run_dir / METRICS, resumed_step)]
     if config.logger.tensorboard:
-        events = EventLogger(config.run_dir, resumed_step, hparams(config))
-        events.describe()
+        events = EventLogger(config.run_dir, resumed_step, settings(config), config.logger.hparams)
+        events.describe(as_document(config))
         loggers.append(events)
     if config.logger.wandb:
         loggers.append(WandbRun(config.run_dir))
     return loggers
 
 
-def hparams(config: TrainConfig) -> dict[str, float | str]:
-    """What TensorBoard's HPARAMS tab shows of a run: `logger.hparams`, and every setting that was changed, by step."""
-    chosen = dict(each.split("=", 1) for each in config.logger.hparams)
-    texts = {**chosen, **changed(phases(config.run_dir, config.trainer.max_steps))}
-    return {name: _number(text) for name, text in texts.items()}
+def settings(config: TrainConfig) -> dict[str, str]:
+    """The settings that TensorBoard compares; of one that was changed, every value with its steps."""
+    shown = {name: str(value) for name, value in values(config).items() if name.split(".")[0] in DESCRIBED}
+    return {**shown, **changed(phases(config.run_dir))}
 
 
 class JsonlLogger(Logger):
@@ -109,28 +115,41 @@ class JsonlLogger(Logger):
 class EventLogger(TensorBoardLogger):
     """TensorBoard: numbers, text, and the layout of the charts. Each call returns after its data is in the file.
 
-    Its writer does not survive a disk error: nothing is written after one.
+    Its files are in the run folder itself, so a run has its own name. Its writer does not survive a disk error:
+    nothing is written after one.
 
     Args:
         resumed_step: what an earlier attempt logged after it is hidden.
-        hparams: settings for the HPARAMS tab.
+        settings: the run's, by name.
+        hparams: NAME=VALUE of the settings that are columns of the HPARAMS tab; empty for all.
     """
 
-    def __init__(self, run_dir: Path, resumed_step: int, hparams: Mapping[str, float | str] | None = None) -> None:
-        super().__init__(run_dir, name="", version=TENSORBOARD, purge_step=resumed_step + 1)
-        self._broken = False
-        self._hparams = dict(hparams or {})
+    def __init__(
+        self, run_dir: Path, resumed_step: int, settings: Mapping[str, str] | None = None, hparams: Sequence[str] = ()
+    ) -> None:
+        super().__init__(run_dir, name="", version="", purge_step=resumed_step + 1)
+        self._broken, self._first_step = False, resumed_step + 1
+        self._columns = dict(each.split("=", 1) for each in hparams) or dict(settings or {})
+        self._settings = {**(settings or {}), **self._columns}
+        rows = (row for row in read_rows(run_dir / METRICS, SCORE) if 0 < row["step"] <= resumed_step)
+        self._best = min((row[SCORE] for row in rows), default=inf)
+        for suffix in (SETTINGS, FAILED):
+            for path in run_dir.glob(f"*{suffix}"):
+                path.unlink()
 
-    def describe(self) -> None:
-        """Write the layout of the charts, and the `hparams` of this run."""
+    def describe(self, text: str = "") -> None:
+        """Write the layout of the charts and the settings, also as a text."""
         groups = {
             group: {chart: ["Multiline", names] for chart, names in charts.items()} for group, charts in CHARTS.items()
         }
         self._write(lambda: self.experiment.add_custom_scalars(groups))
-        self._unless_broken(self._write_hparams)
+        self._write_apart(SETTINGS, _hparams(self._columns)[0], _hparams(self._settings)[1])
+        self.log_text("settings", text, self._first_step)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
+        if SCORE in numbers and step:
+            self._best = numbers[BEST] = min(self._best, numbers[SCORE])
         self._write(lambda: super(EventLogger, self).log_metrics(numbers, step))
 
     def log_text(self, name: str, text: str, step: int) -> None:
@@ -139,28 +158,33 @@ class EventLogger(TensorBoardLogger):
         self._write(lambda: self.experiment.add_text(name, markdown, step))
 
     def save(self) -> None:
-        self._unless_broken(super().save)
+        """Nothing: what is logged is flushed, and the settings are beside it."""
 
     def finalize(self, status: str) -> None:
-        if self._hparams and status == "success":
-            end = self._hparams_summaries()[2]
+        if status == "success":
+            end = _hparams(self._settings)[2]
             self._write(lambda: self.experiment.file_writer.add_summary(end))
+        elif not isinstance(sys.exception(), Interrupted):
+            self._write_failure()
         self._unless_broken(lambda: super(EventLogger, self).finalize(status))
 
-    def _hparams_summaries(self) -> Any:
-        """What the HPARAMS tab reads: names of settings and metrics, this run's settings, and that it has succeeded."""
-        return hparams_summaries(self._hparams, dict.fromkeys(METRICS_COMPARED))
+    def _write_failure(self) -> None:
+        """Give the run a status."""
+        summary = _hparams(self._settings)[2]
+        end = HParamsPluginData(session_end_info=SessionEndInfo(status=STATUS_FAILURE), version=PLUGIN_DATA_VERSION)
+        summary.value[0].metadata.plugin_data.content = end.SerializeToString()
+        self._write_apart(FAILED, summary)
 
-    def _write_hparams(self) -> None:
-        """In a file of their own that the next attempt replaces: TensorBoard shows the first ones that it finds."""
-        for path in Path(self.log_dir).glob(f"*{HPARAMS}"):
-            path.unlink()
-        if not self._hparams:
-            return
-        writer = FileWriter(self.log_dir, filename_suffix=HPARAMS)
-        for each in self._hparams_summaries()[:2]:
-            writer.add_summary(each)
-        writer.close()
+    def _write_apart(self, suffix: str, *summaries: Any) -> None:
+        """Write a file of its own, which the next attempt removes."""
+
+        def write() -> None:
+            writer = FileWriter(self.log_dir, filename_suffix=suffix)
+            for each in summaries:
+                writer.add_summary(each)
+            writer.close()
+
+        self._unless_broken(write)
 
     def _write(self, write: Callable[[], Any]) -> None:
         """Write and flush, so that a curve has no gap where a run was killed and resumed."""
@@ -186,6 +210,11 @@ class WandbRun(WandbLogger):
 
     def finalize(self, status: str) -> None:
         self.experiment.finish(exit_code=int(status != "success"))  # the rank exits without waiting for its threads
+
+
+def _hparams(settings: Mapping[str, str]) -> Any:
+    """What the HPARAMS tab reads: names of columns, a run's settings, and that it has succeeded."""
+    return hparams_summaries({name: _number(text) for name, text in settings.items()}, dict.fromkeys(METRICS_COMPARED))
 
 
 def _number(text: str) -> float | str:
