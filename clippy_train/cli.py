@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from clippy_train import __version__, compose, config
 from clippy_train.errors import CheckpointError, ClippyError, ConfigError
 from clippy_train.files import atomic_write, require_writable
@@ -223,15 +225,22 @@ VERBS = {
 
 @dataclass(frozen=True)
 class Flag:
+    """An option of some verbs; `value` names what follows it, if anything does."""
+
     verbs: tuple[str, ...]
     meaning: str
     short: tuple[str, ...] = ()
+    value: str = ""
 
 
 FLAGS = {
     "--report": Flag(("corpus",), "show the statistics of the finished corpus in out=DIR"),
     "--multirun": Flag(("train", "plan"), "sweep over keys with several values (KEY=A,B)", ("-m",)),
     "--dry-run": Flag(("train", "plan"), "check everything and print the plan only"),
+    "--config-dir": Flag(
+        ("train", "plan"), "take options of groups also from DIR/experiment/*.yaml, DIR/model/*.yaml, ...", value="DIR"
+    ),
+    "--cfg": Flag(("train", "plan"), "print the composed configuration (--cfg job) as YAML, and exit", value="job"),
     "--interactive": Flag(("generate",), "ask for prompts, one after another"),
 }
 
@@ -242,12 +251,12 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     arguments = sys.argv[1:] if arguments is None else arguments
     _complete()
-    verb = next((each for each in arguments if not each.startswith("-")), "")
-    parser = _parser(verb)
-    if verb and verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
+    parser = _parser(next((each for each in arguments if each in VERBS), ""))
+    typed = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if typed is not None and typed not in VERBS:
+        near = difflib.get_close_matches(typed, VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(VERBS)}"
-        print_error(parser.prog, f"unknown verb {verb!r}; {hint}")
+        print_error(parser.prog, f"unknown verb {typed!r}; {hint}")
         return ConfigError.exit_code
     options = parser.parse_intermixed_args(arguments)
     if options.verb is None:
@@ -287,7 +296,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("-h", "--help", action="store_true", help="show this help, and exit")
     for option, flag in FLAGS.items():
         meaning = flag.meaning if name in flag.verbs else argparse.SUPPRESS
-        parser.add_argument(*flag.short, option, action="store_true", help=meaning)
+        takes: dict[str, Any] = {"metavar": flag.value} if flag.value else {"action": "store_true"}
+        parser.add_argument(*flag.short, option, help=meaning, **takes)
     for option, meaning, shown in (
         ("--launch-dir", "print the folder of the Slurm and torchrun scripts, and exit", str(compose.LAUNCH)),
         ("--version", "print the version, and exit", f"clippy_train {__version__}"),
@@ -313,6 +323,7 @@ def _completions(prefix: str, parsed_args: argparse.Namespace, **_: object) -> l
 
 def _call(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     verb, overrides = VERBS[options.verb], options.overrides
+    compose.ADDED[:] = _config_dir(options.config_dir)
     if verb.bare:
         overrides = _keyed(verb, overrides)
     if options.help:
@@ -326,12 +337,27 @@ def _call(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         return report_corpus(compose.compose(config.CorpusConfig, overrides))
     if options.interactive:
         return run_interactive(compose.compose(config.GenerateConfig, overrides))
+    if options.cfg:
+        return _print_configuration(options.cfg, overrides)
     plan = options.dry_run or verb.schema is config.PlanConfig
     if options.multirun:
         return sweep(overrides, show_plan if plan else None)
     if plan:
         verb = VERBS["plan"]
     return verb.run(compose.compose(verb.schema, overrides))
+
+
+def _config_dir(typed: str | None) -> list[Path]:
+    if typed and not Path(typed).is_dir():
+        raise ConfigError(f"--config-dir {typed}: no such folder")
+    return [Path(typed).resolve()] if typed else []
+
+
+def _print_configuration(part: str, overrides: list[str]) -> int:
+    if part != "job":
+        raise ConfigError(f"--cfg {part}: only --cfg job exists")
+    print(OmegaConf.to_yaml(compose.composition(config.TrainConfig, overrides)), end="")
+    return 0
 
 
 def _keyed(verb: Verb, arguments: list[str]) -> list[str]:

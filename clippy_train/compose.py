@@ -1,12 +1,12 @@
 """Command line -> typed configuration, through Hydra, once per run.
 
 Overrides are Hydra's `KEY=VALUE`, except that an unknown key or option is rejected with the nearest one, and free text
-(prompts, paths) is taken as typed, without Hydra's quoting rules.
+(prompts, paths) is taken as typed, without Hydra's quoting rules. Options of groups come from the package's conf/, from
+a conf/ with experiments in the current folder, and from `--config-dir`.
 """
 
 import difflib
 import re
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import NoneType, UnionType
@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from clippy_train.config import TrainConfig, keys, to_schema
 from clippy_train.errors import ConfigError, first_line
@@ -31,6 +32,7 @@ _HERE = Path(__file__).parent
 _INSTALLED = (_HERE / "conf").is_dir()
 CONF = _HERE / "conf" if _INSTALLED else _HERE.parent / "conf"
 LAUNCH = _HERE / "launch_scripts" if _INSTALLED else _HERE.parent / "launch"
+ADDED: list[Path] = []  # folders like `CONF` that the command line names
 MOST_VALUES = 10_000  # of one key in a sweep: stops an endless range
 TYPE_NAMES: dict[Any, str] = {
     bool: "true or false",
@@ -69,8 +71,9 @@ def composition(schema: type, overrides: list[str]) -> DictConfig:
     name = register_schema(schema)
     try:
         with _search_path(schema):
-            return hydra.compose(name, overrides=[input_line(override) for override in parsed])
-    except (HydraException, OmegaConfBaseException) as error:
+            places = search_path() if issubclass(schema, TrainConfig) else []
+            return hydra.compose(name, overrides=[*places, *map(input_line, parsed)])
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_wrong_type(schema, parsed, error) or explanation(error)) from error
 
 
@@ -81,7 +84,19 @@ def _search_path(schema: type) -> hydra.initialize | hydra.initialize_config_dir
     return hydra.initialize(None, version_base="1.3")
 
 
-@cache
+def config_dirs() -> list[Path]:
+    """The folders of groups, `CONF` first."""
+    own = Path.cwd() / "conf"
+    found = [CONF, *([own] if (own / "experiment").is_dir() else []), *ADDED]
+    return list(dict.fromkeys(folder.resolve() for folder in found))
+
+
+def search_path() -> list[str]:
+    """Hydra's own override for the folders beside `CONF`."""
+    places = ",".join(quoted(f"file://{folder}") for folder in config_dirs()[1:])
+    return [f"hydra.searchpath=[{places}]"] if places else []
+
+
 def register_schema(schema: type) -> str:
     """Make a schema known to Hydra; return the name of the configuration to compose."""
     training = issubclass(schema, TrainConfig)
@@ -96,7 +111,7 @@ def groups() -> dict[str, list[str]]:
     found = {}
     for name, default in ((str(name), str(item[name] or "null")) for item in defaults for name in item):
         if (CONF / name).is_dir():
-            options = sorted(path.stem for path in (CONF / name).glob("*.yaml"))
+            options = sorted({path.stem for folder in config_dirs() for path in (folder / name).glob("*.yaml")})
             found[name] = [default, *(option for option in options if option != default)]
     return dict(sorted(found.items(), key=lambda item: item[1][0] != "null"))
 
@@ -170,7 +185,16 @@ def _parse_choice(group: str, value: str, options: list[str]) -> Override:
             raise ConfigError(f"{group}={value}: null cannot be part of a sweep")
     if not chosen or not set(chosen) <= set(options):
         raise ConfigError(f"{group}={value}: choose one of {', '.join(options)}")
+    for option in chosen:
+        _require_one_file(group, option)
     return _parse_value(group, "null") if chosen == ["null"] else override
+
+
+def _require_one_file(group: str, option: str) -> None:
+    """Raises ConfigError if two files with different contents define an option: Hydra would take the first."""
+    paths = [path for folder in config_dirs() if (path := folder / group / f"{option}.yaml").exists()]
+    if len({path.read_bytes() for path in paths}) > 1:
+        raise ConfigError(f"{group}={option}: {' and '.join(map(str, paths))} differ; rename yours")
 
 
 def _parse_value(name: str, value: str, as_text: str | None = None) -> Override:
@@ -254,6 +278,8 @@ def explanation(error: Exception) -> str:
     name, cause = _key_at_fault(error)
     text = first_line(cause) if name else " ".join(str(error).split())
     text = text.replace("a ListConfig, list or tuple", "a list")
+    if re.search(rf"Key '({'|'.join(groups())})' not in '{TrainConfig.__name__}'", text):
+        text += "; does that file begin with `# @package _global_`?"
     return f"{name}: {text}" if name else text
 
 

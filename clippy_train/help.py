@@ -10,7 +10,10 @@ from clippy_train.compose import groups
 from clippy_train.config import TrainConfig, as_yaml, keys
 
 REQUIRED = "(required)"
-GROUPS = "Groups: GROUP=OPTION sets several keys at once. The first option is the default."
+GROUPS = (
+    "Groups: GROUP=OPTION sets several keys at once. The first option is the default. conf/experiment/NAME.yaml in the "
+    "current folder adds experiment=NAME."
+)
 VALUES = "Values are those of this command line: clippy train experiment=NAME --help shows an experiment's."
 
 

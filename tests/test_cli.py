@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from tools import make_configuration_docs, make_plan_docs
 
 from clippy_train import config
 from clippy_train.cli import VERBS, main
-from clippy_train.compose import CONF, compose, composed_values, groups, parse_overrides
+from clippy_train.compose import ADDED, CONF, compose, composed_values, groups, parse_overrides
 from clippy_train.errors import ConfigError
 from clippy_train.help import limits
 
@@ -172,6 +172,74 @@ def test_a_shell_completes_keys_options_and_choices(line: str, expected: list[st
 def test_every_experiment_composes_validates_and_prints_its_plan(experiment: str, capsys: Capture) -> None:
     assert main(["train", f"experiment={experiment}", "--dry-run"]) == 0
     assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hardware", groups()["hardware"][1:])
+def test_every_hardware_is_planned_with_the_recipe(hardware: str, capsys: Capture) -> None:
+    assert main(["plan", "experiment=code_clippy_125m", f"hardware={hardware}"]) == 0
+    assert "parameters" in capsys.readouterr().out
+
+
+MINE = """\
+# @package _global_
+defaults: [demo, _self_]
+optim:
+  lr: 2.5e-4
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: Patch) -> Iterator[Path]:
+    """A user's folder with an experiment of their own, `mine`, in conf/."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(MINE)
+    yield folder
+    ADDED.clear()
+
+
+def test_an_experiment_in_the_current_folder_is_found(own: Path, capsys: Capture) -> None:
+    assert main(["train", "experiment=mine", "--cfg", "job"]) == 0
+    composed = yaml.safe_load(capsys.readouterr().out)
+    assert (composed["optim"]["lr"], composed["trainer"]["max_steps"], composed["run"]["name"]) == (2.5e-4, 700, "demo")
+    assert main(["train", "--help"]) == 0
+    assert "code_clippy_readme_125m, demo, mine" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", "-m", "experiment=mine", "seed=1,2"]) == 0
+    assert capsys.readouterr().out.count("parameters") == 2
+
+
+def test_a_folder_of_configurations_can_be_named(own: Path, capsys: Capture) -> None:
+    elsewhere = own.parent.rename(own.parents[1] / "my settings")
+    assert "choose one of" in fails(capsys, 2, "plan", "experiment=mine")
+    named = ["--config-dir", str(elsewhere), "experiment=mine"]
+    assert main(["plan", *named]) == 0
+    assert main(["plan", "-m", *named, "seed=1,2"]) == 0
+    assert "no such folder" in fails(capsys, 2, "plan", "--config-dir", "nowhere", "experiment=demo")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (MINE + "  lrr: 1\n", "lrr"),
+        (MINE.replace("# @package _global_\n", ""), "does that file begin with `# @package _global_`?"),
+        (MINE + " a: [", "mine.yaml"),
+        (MINE.replace("2.5e-4", "fast"), "optim.lr"),
+        (MINE.replace("demo", "nothing"), "experiment/nothing"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_message(own: Path, text: str, expected: str, capsys: Capture) -> None:
+    (own / "mine.yaml").write_text(text)
+    assert expected in fails(capsys, 2, "plan", "experiment=mine")
+
+
+def test_a_file_that_would_be_hidden_by_one_of_ours_is_refused(own: Path, capsys: Capture) -> None:
+    (own / "demo.yaml").write_text(MINE)
+    assert "rename yours" in fails(capsys, 2, "plan", "experiment=demo")
+
+
+def test_only_the_job_can_be_printed(capsys: Capture) -> None:
+    assert "--cfg job" in fails(capsys, 2, "plan", "--cfg", "hydra", "experiment=demo")
 
 
 @pytest.mark.parametrize("strategy", sorted(path.stem for path in (CONF / "strategy").iterdir()))
@@ -666,7 +734,7 @@ def test_a_value_has_one_home() -> None:
     }
     for path in CONF.rglob("*.yaml"):
         content = OmegaConf.load(path)
-        prefix = "" if path.parent.name in ("experiment", "recipe", CONF.name) else f"{path.parent.name}."
+        prefix = "" if path.parent.name in ("experiment", "recipe", "hardware", CONF.name) else f"{path.parent.name}."
         for name, default in defaults.items():
             if name.startswith(prefix):
                 value = OmegaConf.select(content, name.removeprefix(prefix))

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from clippy_train.compose import (
+    ADDED,
     CONF,
     checked,
     composition,
@@ -33,6 +34,7 @@ from clippy_train.compose import (
     parse_overrides,
     quoted,
     register_schema,
+    search_path,
     shortened,
     sweep_values,
 )
@@ -73,7 +75,7 @@ def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None
         run.check(first)
     if isinstance(run.runner, Local) and not plan:
         lock_folder(Path(settings.run.root) / settings.run.name, f"run.name={settings.run.name}")
-    arguments = [*_plugins(settings, run.runner.parallel), *map(input_line, parsed)]
+    arguments = [*search_path(), *_plugins(settings, run.runner.parallel), *map(input_line, parsed)]
     with suppress(Interrupted), TemporaryDirectory() as scratch:
         if plan:  # Hydra writes multirun.yaml
             arguments.append(f"hydra.sweep.dir={quoted(scratch)}")
@@ -223,7 +225,8 @@ class Sweep:
         varied = {name: given[name] for name in self.varied}
         folder, name = Path(job.run.root) / job.run.name, trial_name(varied)
         compared = ",".join(quoted(f"{key}={value}") for key, value in varied.items())
-        arguments = [item for item in task if item.split("=")[0] not in ("run.root", "run.name")]
+        arguments = [f"--config-dir={each}" for each in ADDED]
+        arguments += [item for item in task if item.split("=")[0] not in ("run.root", "run.name")]
         arguments += [f"run.root={quoted(str(folder))}", f"run.name={quoted(name)}", f"logger.hparams=[{compared}]"]
         with open_dict(job):
             del job["hydra"]
