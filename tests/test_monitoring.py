@@ -20,10 +20,10 @@ from tensorboard.plugins.hparams.api_pb2 import Status
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ClippyError, ConfigError, Interrupted, NonFinite
 from clippy_train.launch.start import preflight_problems
-from clippy_train.run.folder import METRICS
+from clippy_train.run.folder import METRICS, VALIDATION
 from clippy_train.run.rows import SCORE
 from clippy_train.train import collective
-from clippy_train.train.loggers import BEST, CHARTS, METRICS_COMPARED, EventLogger
+from clippy_train.train.loggers import BEST, CHARTS, LOSS, METRICS_COMPARED, EventLogger
 
 
 def read(run_dir: Path) -> EventAccumulator:
@@ -45,6 +45,15 @@ def test_a_curve_is_continuous_after_a_rollback(tmp_path: Path) -> None:
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert shown == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 15), (6, 16), (7, 17), (8, 18)]
     assert [event.step for event in events.Scalars("val/loss")] == [1, 2, 3, 4]
+
+
+def test_the_loss_comes_first_with_validation_as_a_run_of_its_own(tmp_path: Path) -> None:
+    logger = EventLogger(tmp_path, resumed_step=-1)
+    logger.log_metrics({"train/loss": 2.0, "checkpoint/age": 1.0}, 1)
+    logger.log_metrics({"val/loss": 3.0}, 1)
+    assert min(read(tmp_path).Tags()["scalars"]) == LOSS
+    for folder, value in ((tmp_path, 2.0), (tmp_path / VALIDATION, 3.0)):
+        assert [(event.step, event.value) for event in read(folder).Scalars(LOSS)] == [(1, value)]
 
 
 def test_each_row_is_readable_as_soon_as_it_is_logged(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from support import forks, processes
-from support.runs import Runs, environment
+from support.runs import Runs, command, environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
@@ -34,6 +34,7 @@ from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError, Interrupted
 from clippy_train.run.folder import (
     CONFIG,
+    JOB_FILE,
     METRICS,
     OUTPUT,
     checkpoint_folder,
@@ -135,7 +136,8 @@ def test_the_table_names_the_settings_of_its_trials(swept: Swept) -> None:
     (settings,) = {row["settings"] for row in rows}
     assert f"trainer.max_steps={STEPS}" in settings.split()
     assert not re.search(r"optim\.lr=|run\.name=|data\.num_workers=", settings)
-    assert "settings: experiment=demo" in output
+    assert settings.split() == sorted(settings.split())
+    assert "settings: data.path=" in output
 
 
 def test_the_table_has_the_best_trial_first_by_its_lowest_validation(runs: Runs, swept: Swept) -> None:
@@ -194,7 +196,9 @@ def test_a_trial_that_fails_is_marked_and_does_not_end_the_sweep(runs: Runs) -> 
     assert re.search(r"exit code 3 \(0 of 2 done, about 0:00:\d\d left\)\n", output)
     assert "exit code 3 (0 of 2 done)\n" in output
     with (runs.folder("failing") / TABLE).open() as file:
-        rows = [(row["optim.lr"], row["seed"], row["state"]) for row in csv.DictReader(file)]
+        found = list(csv.DictReader(file))
+    assert not any("optim.lr" in row["settings"] for row in found)
+    rows = [(row["optim.lr"], row["seed"], row["state"]) for row in found]
     assert rows == [("0.001", "7", "failed: exit code 3"), ("0.002", "7", "failed: exit code 3")]
 
 
@@ -274,8 +278,10 @@ def test_values_have_no_rounding_errors(typed: str, values: list[str]) -> None:
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder where stand-ins of Slurm's commands write what they were given."""
     answers = {
-        "sbatch": 'env > "$HERE/env"; printf "%s\\n" "$@" > "$HERE/arguments"; echo 42', "squeue": "echo 42 RUNNING"
-    }  # fmt: skip
+        "sbatch": 'env > "$HERE/env"; printf "%s\\n" "$@" > "$HERE/arguments"; echo 42',
+        "squeue": "echo 42 RUNNING",
+        "scontrol": 'echo "$@" >> "$HERE/scontrol.log"; echo BatchFlag=1 Requeue=1 JobState=RUNNING',
+    }
     for name, answer in answers.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
         (tmp_path / name).chmod(0o755)
@@ -306,6 +312,23 @@ def test_a_sweep_inside_a_job_submits_jobs_that_inherit_nothing_of_it(
     runner.start(again)
     assert again.state == "failed: exit code 2"
     assert "job 42 in the queue has other settings: optim.lr was 1.0, is 2.0" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_a_sweep_that_is_a_job_is_requeued_and_its_trials_go_on(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    options = ["launcher=slurm", "launcher.sbatch=--nodes=1", "seed=choice(1)", "run.name=job"]
+    sweep = processes.start(
+        command("train", "-m", "experiment=demo", *options), cwd=slurm, env=environment(slurm), stdout=subprocess.PIPE
+    )
+    while not (slurm / "runs" / "job" / "seed=1" / JOB_FILE).exists():
+        assert sweep.poll() is None
+        time.sleep(0.02)
+    sweep.send_signal(signal.SIGUSR1)
+    sweep.communicate(timeout=30)
+    assert sweep.returncode == Interrupted.exit_code
+    assert "in the queue: job 42" in (slurm / "runs" / "job" / TABLE).read_text()
+    assert (slurm / "scontrol.log").read_text().splitlines()[-1] == "requeue 7"
 
 
 def test_a_sweep_uses_the_allocation_that_it_runs_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,11 +419,12 @@ def test_optuna_approaches_the_best_value_and_continues_its_study(tmp_path: Path
 def test_a_trial_that_fails_or_is_refused_does_not_stay_in_the_study(tmp_path: Path) -> None:
     values = ["optim.lr=1e-3,1e20", "seed=1,2"]
     search = Search(tmp_path, "sweep.trials=4", *values)
-    search.run(lambda lr, _: None if lr > 1 else 2.0)
-    assert len(search.tried) == 4
     with pytest.raises(ConfigError, match="wrong"):
-        Search(tmp_path, "sweep.trials=9", *values).run(refused)
-    assert set(states(tmp_path)) == {"COMPLETE", "FAIL"}
+        search.run(refused)
+    assert states(tmp_path) == ["FAIL"]
+    search.run(lambda lr, _: None if lr > 1 else 2.0)
+    assert len(search.tried) == 1 + 4
+    assert states(tmp_path)[1:] == ["COMPLETE" if lr < 1 else "FAIL" for lr in search.tried[1:]]
     for other in (["optim.lr=1e-3,2e-3", "seed=1,2"], ["optim.lr=1e-3,1e20"]):
         with pytest.raises(ConfigError, match="its study chooses from other values"):
             Search(tmp_path, "sweep.trials=9", *other).run(refused)

@@ -63,6 +63,7 @@ def test_a_run_writes_the_documented_files(runs: Runs, reference: str) -> None:
         "metrics.jsonl",
         "ledger.jsonl",
         "checkpoints",
+        "validation",
         "hf",
     }
     assert json.loads((folder / "environment.json").read_text())["packages"]["torch"] == torch.__version__

@@ -9,6 +9,7 @@ metrics.jsonl       a row for each logged step, validation and checkpoint
 ledger.jsonl        `trainer.audit`: which documents each step was trained on
 samples.jsonl       completions of `logger.sample_prompts`
 events.out.*        the same numbers, for TensorBoard
+validation/         the same for the loss of validations, as a run beside this one
 hf/                 configuration and tokenizer of the model in training, as Hugging Face files
 profile/            `trainer.profile_steps`: traces
 stacks/             what each rank was doing when one hung
@@ -32,6 +33,7 @@ ATTEMPTS = "attempts.json"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
 SAMPLES = "samples.jsonl"
+VALIDATION = "validation"
 HF_FOLDER = "hf"
 PROFILE = "profile"
 STACKS = "stacks"

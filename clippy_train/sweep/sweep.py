@@ -80,10 +80,11 @@ def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None
         if plan:  # Hydra writes multirun.yaml
             arguments.append(f"hydra.sweep.dir={quoted(scratch)}")
         _multirun(run.batch, arguments)
+    code = run.end()
     if run.stopped and isinstance(run.runner, Slurm) and JOB in os.environ:  # the sweep is a job itself
         attempts = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
         requeue(why_stop(attempts, [], settings.launcher.max_requeues))
-    return run.end()
+    return code
 
 
 def _runner(settings: DictConfig) -> "Local | Slurm":
@@ -186,7 +187,7 @@ class Sweep:
     ) -> None:
         self.varied = [each.key_or_group for each in parsed if each.is_sweep_override()]
         fixed = [each for each in parsed if not each.is_sweep_override() and matters(each.key_or_group)]
-        self.settings = " ".join(map(input_line, fixed))
+        self.settings = " ".join(sorted(map(input_line, fixed)))
         self.total, self.runner, self.plan = total, runner, plan
         self._trials: dict[Path, Trial] = {}  # by folder
         self._clock = Clock()
@@ -250,6 +251,7 @@ class Sweep:
             while running or (pending and not self.stopped):
                 while pending and not self.stopped and len(running) < self.runner.parallel:
                     running.append(pending.pop(0))
+                    running[-1].code, running[-1].pruned = None, False  # Optuna may choose one again
                     self.runner.start(running[-1])
                 time.sleep(self.runner.poll_seconds)
                 running = self._poll(running)

@@ -30,13 +30,15 @@ FOLLOWS = "CLIPPY_SWEEP"  # environment variable of a trial's process: its stand
 DONE, PRUNED, INTERRUPTED = "done", "pruned", "interrupted"  # states of a trial
 REMEDY = "Restore them, or choose another run.name"
 OBJECTIVE = "val/bits_per_byte"  # trials are ranked by their lowest validation, that of the run's best checkpoint
-# Sections and keys that, apart from rounding, change neither what a trial learns nor how that is measured.
+# Sections, groups and keys that, apart from rounding, change neither what a trial learns nor how that is measured.
 NEUTRAL = (
-    "run", "launcher", "sweep", "logger", "checkpoint", "resume", "data.num_workers", "data.max_bad_fraction",
-    "model.attention", "model.compile", "model.checkpoint_activations", "strategy.name", "strategy.stage",
-    "strategy.reduce_bucket_size", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
-    "trainer.micro_batch_size", "trainer.eval_micro_batch_size", "trainer.log_every_steps", "trainer.audit",
-    "trainer.watchdog_seconds", "trainer.profile_steps", "trainer.peak_tflops", "trainer.deterministic",
+    "run", "launcher", "sweep", "logger", "checkpoint", "resume", "debug", "hardware",
+    "data.num_workers", "data.max_bad_fraction",
+    "model.attention", "model.compile", "model.checkpoint_activations",
+    "strategy.name", "strategy.stage", "strategy.reduce_bucket_size",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.micro_batch_size",
+    "trainer.eval_micro_batch_size", "trainer.log_every_steps", "trainer.audit", "trainer.watchdog_seconds",
+    "trainer.profile_steps", "trainer.peak_tflops", "trainer.deterministic",
 )  # fmt: skip
 
 

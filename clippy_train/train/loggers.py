@@ -14,15 +14,16 @@ from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE
 from tensorboard.plugins.hparams.metadata import PLUGIN_DATA_VERSION
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
-from torch.utils.tensorboard.writer import FileWriter
+from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from clippy_train.config import TrainConfig, as_document, values
 from clippy_train.errors import Interrupted
-from clippy_train.run.folder import METRICS
+from clippy_train.run.folder import METRICS, VALIDATION
 from clippy_train.run.history import changed, phases
 from clippy_train.run.rows import SCORE, RowFile, read_rows
 
 BEST = "val/best"  # TensorBoard only: the lowest bits per byte so far, without the validation of the untrained model
+LOSS = "Loss"  # TensorBoard only: sorts before all other names, so that the page that opens first begins with it
 METRICS_COMPARED = (BEST, "train/loss", "throughput/tokens_per_sec")
 # Suffixes of event files that the next attempt removes, since TensorBoard keeps what it reads first: the settings, and
 # that the last attempt failed.
@@ -133,6 +134,8 @@ class EventLogger(TensorBoardLogger):
         self._settings = {**(settings or {}), **self._columns}
         rows = (row for row in read_rows(run_dir / METRICS, SCORE) if 0 < row["step"] <= resumed_step)
         self._best = min((row[SCORE] for row in rows), default=inf)
+        # TensorBoard gives a colour to a run, not to a curve.
+        self._validation = SummaryWriter(str(run_dir / VALIDATION), purge_step=self._first_step)
         for suffix in (SETTINGS, FAILED):
             for path in run_dir.glob(f"*{suffix}"):
                 path.unlink()
@@ -150,6 +153,11 @@ class EventLogger(TensorBoardLogger):
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
         if SCORE in numbers and step:
             self._best = numbers[BEST] = min(self._best, numbers[SCORE])
+        if "train/loss" in numbers:
+            numbers[LOSS] = numbers["train/loss"]
+        if "val/loss" in numbers:
+            self._unless_broken(lambda: self._validation.add_scalar(LOSS, numbers["val/loss"], step))
+            self._unless_broken(self._validation.flush)
         self._write(lambda: super(EventLogger, self).log_metrics(numbers, step))
 
     def log_text(self, name: str, text: str, step: int) -> None:
@@ -166,6 +174,7 @@ class EventLogger(TensorBoardLogger):
             self._write(lambda: self.experiment.file_writer.add_summary(end))
         elif not isinstance(sys.exception(), Interrupted):
             self._write_failure()
+        self._unless_broken(self._validation.close)
         self._unless_broken(lambda: super(EventLogger, self).finalize(status))
 
     def _write_failure(self) -> None:
