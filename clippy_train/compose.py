@@ -278,7 +278,7 @@ def explanation(error: Exception) -> str:
     name, cause = _key_at_fault(error)
     text = first_line(cause) if name else " ".join(str(error).split())
     text = text.replace("a ListConfig, list or tuple", "a list")
-    if re.search(rf"Key '({'|'.join(groups())})' not in '{TrainConfig.__name__}'", text):
+    if re.search(rf"Key '({'|'.join(groups())})' not in '(Train|Plan)Config'", text):
         text += "; does that file begin with `# @package _global_`?"
     return f"{name}: {text}" if name else text
 

@@ -126,7 +126,7 @@ def test_the_readme_names_every_verb() -> None:
 def test_keys_that_are_named_exist(path: Path) -> None:
     """`section.key`; a section alone, or `section.*`, stands for all of its keys."""
     sections = "|".join(map(re.escape, sorted(SECTIONS, key=len, reverse=True)))
-    files = (".py", ".json", ".jsonl", ".yaml", ".safetensors", ".md")
+    files = (".py", ".json", ".jsonl", ".yaml", ".safetensors", ".md", ".csv")
     for text in code(path):
         for name in re.findall(rf"(?<![\w./-])(?:{sections})\.(?:\w+|\*)(?:\.\w+|\.\*)*", text):
             assert name.removesuffix(".*") in KEYS | SECTIONS or name.endswith(files), f"{name} in {text}"

@@ -41,7 +41,7 @@ MOVED = ("data.path", "data.hub", "data.hub_config", "tokenizer.base")
 # Applied, and not about the steps that an attempt makes.
 STARTED = (
     "run.name", "run.root", "resume", "launcher.name", "launcher.preflight", "launcher.parallel", "launcher.sbatch",
-    "launcher.max_requeues", "sweep.trials", "logger.hparams",
+    "launcher.max_requeues", "sweep.trials", "sweep.pruner", "logger.hparams",
 )  # fmt: skip
 APPLIED = (
     "model.attention", "model.compile", "model.checkpoint_activations", "model.loss_dtype",
