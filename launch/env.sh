@@ -12,6 +12,12 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # A rank that fails aborts its peers' collectives, instead of leaving them to the watchdog.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 
+# NCCL's flight recorder: when a collective fails or times out, each rank writes its last ones, with their stacks, to a
+# file of this name and its rank. `torchfrtrace --prefix PREFIX FOLDER` says which rank did not join which collective.
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$PWD/nccl-${SLURM_JOB_ID:-0}-rank-}"
+
 # Expandable segments reduce fragmentation when batch shapes change (validation after training).
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 

@@ -1,7 +1,9 @@
 """Decisions of a launcher before ranks run: devices, requeues, rank environments; preflight and torchrun."""
 
 import json
+import mmap
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import processes
@@ -230,6 +233,17 @@ def test_settings_that_512_ranks_cannot_share_are_rejected(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         train_config(*LARGE, *overrides)
+
+
+def test_torch_reads_the_variables_that_jobs_set() -> None:
+    """A renamed variable would have no effect, and nobody would notice before a collective hangs."""
+    set_ones = re.findall(r"^export (\w*TORCH\w+)=", (LAUNCH / "env.sh").read_text(), re.MULTILINE)
+    assert {"TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DUMP_ON_TIMEOUT"} <= set(set_ones)
+    torch_files = Path(torch.__file__).parent
+    headers = b"".join(path.read_bytes() for path in torch_files.glob("include/**/*.h*") if "c10" in str(path))
+    with (torch_files / "lib" / "libtorch_cpu.so").open("rb") as file:
+        library = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        assert [each for each in set_ones if each.encode() not in headers and library.find(each.encode()) < 0] == []
 
 
 def test_a_plan_estimates_large_runs(train_config: Callable[..., TrainConfig]) -> None:
