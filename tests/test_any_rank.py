@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from support.fake_ranks import Call, FakeGroup, run_as
 from support.fits import SETTINGS, Fit
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils._pytree import tree_leaves
 
 from clippy_train.config import TrainConfig
 from clippy_train.files import STAGING
 from clippy_train.model import traffic
-from clippy_train.plan import make_plan
-from clippy_train.run.folder import checkpoint_folder
+from clippy_train.model.flops import count_parameters
+from clippy_train.plan import make_plan, saved_bytes
+from clippy_train.run.folder import STATE, checkpoint_folder
 from clippy_train.train.callbacks.checkpointer import make_staging
 from clippy_train.train.internals import own_part
 
@@ -35,11 +38,12 @@ Sums = dict[tuple[str, str], tuple[int, int]]  # calls and bytes by collective a
 
 
 class Seen(NamedTuple):
-    """What a rank sent in its last optimizer step and in the validation after it, and its `shard`."""
+    """What a rank sent in its last optimizer step and in the validation after it, its `shard`, and bytes it `saved`."""
 
     step: list[Call]
     validation: list[Call]
     shard: int
+    saved: int
     vocab_size: int
 
 
@@ -76,8 +80,11 @@ def settings(strategy: str, world: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def write_corpus(folder: Path) -> Path:
     """Blocks for 512 ranks."""
-    folder = tmp_path_factory.mktemp("corpus")
     for split in ("train", "validation"):
         (folder / split).mkdir()
         lines = (json.dumps({"text": f"def f{i}(x):\n    return x + {i} * {i}\n" * 4}) for i in range(2048))
@@ -87,7 +94,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(config: TrainConfig, group: FakeGroup) -> Seen:
     fit = Fit(config)
-    make_staging(checkpoint_folder(config.run_dir, STEPS).with_suffix(STAGING), config.deepspeed)  # rank 0 makes it
+    staging = checkpoint_folder(config.run_dir, STEPS).with_suffix(STAGING)
+    make_staging(staging, config.deepspeed)  # rank 0 makes it
     marks = Marks(group)
     fit.callbacks.insert(0, marks)
     fit.fit()
@@ -97,6 +105,7 @@ def train(config: TrainConfig, group: FakeGroup) -> Seen:
         group.calls[began:ended],
         group.calls[slice(*validation)],
         shard(fit),
+        saved(staging if staging.exists() else checkpoint_folder(config.run_dir, STEPS)),
         fit.module.model.config.vocab_size,
     )
 
@@ -107,6 +116,15 @@ def shard(fit: Fit) -> int:
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         return sum(each.numel() for group in optimizer.optim.param_groups for each in group["params"])
     return sum(own_elements(each) for each in fit.module.model.parameters())
+
+
+def saved(folder: Path) -> int:
+    """Bytes of the tensors in a rank's files of a checkpoint."""
+    state = folder / STATE
+    files = state.rglob("*.pt") if state.is_dir() else filter(Path.exists, [state])
+    leaves = [leaf for path in files for leaf in tree_leaves(torch.load(path, weights_only=False))]
+    storages = [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 
 def own_elements(parameter: Any) -> int:
@@ -131,6 +149,16 @@ def short(call: Call) -> str:
     return str(call.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 
+def planned_step(config: TrainConfig, vocab_size: int) -> Sums:
+    planned = traffic.step_collectives(config, vocab_size)
+    return sums((each.name, each.dtype, each.calls, each.num_bytes) for each in planned)
+
+
+def planned_saved(config: TrainConfig, vocab_size: int, rank: int) -> int:
+    first, each = saved_bytes(count_parameters(config, vocab_size), config)
+    return (first if rank == 0 else 0) + each
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(("strategy", "world", "rank", "more"), CASES)
 def test_a_rank_sends_and_keeps_what_the_plan_says(
@@ -144,11 +172,11 @@ def test_a_rank_sends_and_keeps_what_the_plan_says(
 ) -> None:
     config = train_config(*settings(strategy, world), more, f"data.path={corpus}", f"run.root={tmp_path}")
     found = run_as(lambda group: train(config, group), rank, world)
-    planned = traffic.step_collectives(config, found.vocab_size)
-    assert seen(found.step) == sums((each.name, each.dtype, each.calls, each.num_bytes) for each in planned)
+    assert seen(found.step) == planned_step(config, found.vocab_size)
     # Validation: ZeRO-3 gathers weights; the sums of losses go through our own group
     assert {each.name for each in found.validation} == ({"all_gather"} if strategy == "zero3" else set())
     assert found.shard == traffic.shard_elements(config, found.vocab_size, rank)
+    assert found.saved == pytest.approx(planned_saved(config, found.vocab_size, rank), rel=0.02)
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
