@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from clippy_train.launch.start import preflight_problems
 from clippy_train.run.folder import METRICS, VALIDATION
 from clippy_train.run.rows import SCORE
 from clippy_train.train import collective
-from clippy_train.train.loggers import BEST, CHARTS, LOSS, METRICS_COMPARED, EventLogger
+from clippy_train.train.loggers import BEST, CHARTS, LOSS, METRICS_COMPARED, EventLogger, WandbRun
 
 
 def read(run_dir: Path) -> EventAccumulator:
@@ -130,6 +131,17 @@ def test_the_settings_are_those_of_the_last_attempt(tmp_path: Path) -> None:
     written = read(tmp_path).PluginTagToContent(metadata.PLUGIN_NAME)
     start = metadata.parse_session_start_info_plugin_data(written[metadata.SESSION_START_INFO_TAG])
     assert start.hparams["optim.lr"].string_value == "0.1 to step 4, then 0.2"
+
+
+def test_an_upload_that_fails_after_the_end_does_not_fail_the_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def finish(exit_code: int) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(WandbRun, "experiment", SimpleNamespace(finish=finish))
+    WandbRun.__new__(WandbRun).finalize("success")
+    assert "metrics.jsonl has it: no route to host" in caplog.text
 
 
 def test_missing_weights_and_biases_settings_are_reported_before_the_run_starts(

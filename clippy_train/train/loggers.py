@@ -218,7 +218,10 @@ class WandbRun(WandbLogger):
         super().__init__(name=run_dir.name, save_dir=run_dir, id=where, project=project, resume="allow")
 
     def finalize(self, status: str) -> None:
-        self.experiment.finish(exit_code=int(status != "success"))  # the rank exits without waiting for its threads
+        try:
+            self.experiment.finish(exit_code=int(status != "success"))  # the rank exits without waiting for its threads
+        except Exception as error:  # its errors share no base class
+            log.error("Weights & Biases: what was logged last may be missing there, %s has it: %s", METRICS, error)
 
 
 def _hparams(settings: Mapping[str, str]) -> Any:
