@@ -73,7 +73,7 @@ class Isolation:
 
 def _gaps(isolation: Isolation, landlock: int, seccomp: bool) -> Iterator[str]:
     if os.getuid() == 0 and not isolation.drop_root:
-        yield "samples run as root (the interpreter is not readable for others)"
+        yield "samples run as root (as another user, the interpreter does not work)"
     if isolation.namespaces:
         return
     yield NO_NAMESPACES
