@@ -127,7 +127,7 @@ def test_a_document_has_the_fields_of_the_code_clippy_format(packages: Path, tmp
 
 
 def test_text_is_kept_byte_for_byte(packages: Path, tmp_path: Path) -> None:
-    text = "\ufeff# \N{GRINNING FACE}\u2028\r\n\tif x:\r\n" + CODE + "\0\n\n"
+    text = "# \N{GRINNING FACE}\u2028\r\n\tif x:\r\n" + CODE + "\0\n\n"
     (packages / "one" / "odd.py").write_bytes(text.encode())
     build(packages, tmp_path / "out")
     assert text in [document["text"] for document in everything(tmp_path / "out")]
@@ -140,10 +140,11 @@ def test_text_is_kept_byte_for_byte(packages: Path, tmp_path: Path) -> None:
         ("strange", CODE.encode(), "no_language"),
         ("x.py", b"a" * 63, "too_small"),
         ("x.py", b"a" * 201, "too_large"),
-        ("x.py", CODE.encode() + "café".encode("latin-1"), "not_utf8"),
+        ("x.py", CODE.encode() + "привет".encode("koi8-r"), "not_utf8"),
+        ("x.py", b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9000000\n", "lfs_pointer"),
         ("x.py", bytes(range(256))[:200], "not_utf8"),
     ],
-    ids=["extension", "no language", "too small", "too large", "latin-1", "binary"],
+    ids=["extension", "no language", "too small", "too large", "Cyrillic 8-bit", "LFS pointer", "binary"],
 )
 def test_a_file_is_rejected_and_counted_by_the_rule_that_it_breaks(
     packages: Path, tmp_path: Path, name: str, data: bytes, rule: str

@@ -1,6 +1,7 @@
 """The sources of a corpus: git repositories, plain folders, datasets; their names, licences, and flaws."""
 
 import json
+import mimetypes
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from identify.vendor.licenses import LICENSES
 
 from clippy_train.config import CorpusConfig, FilterConfig
 from clippy_train.corpus.document import Document, Rejected
-from clippy_train.corpus.folders import folder_documents
+from clippy_train.corpus.folders import folder_documents, mime_type
 from clippy_train.corpus.hub import UNNAMED_REPOSITORIES, hub_documents
 from clippy_train.corpus.licences import folder_licence, header_licence
 from clippy_train.corpus.repository import origin_name
@@ -71,14 +72,14 @@ def test_git_repositories_are_found_at_any_depth(tmp_path: Path) -> None:
         ("octo/cat", "src/a.py", "MIT"),
         ("octo/dog", "src/a.py", "Apache-2.0"),
     ]
-    assert "token" not in json.dumps([document[:3] for document in found(tmp_path)])
+    assert "token" not in json.dumps([metas, [document[:2] for document in found(tmp_path)]])
 
 
 @pytest.mark.processes
 def test_a_git_repository_among_other_sources_is_one_repository(tmp_path: Path) -> None:
     cat = clone(tmp_path / "cat", spdx="MIT")
     assert {document.repository for document in found(cat, clone(tmp_path / "dog"))} == {"cat", "dog"}
-    alone = {read_meta(document)["file_name"]: document for document in found(cat)}
+    alone = {document.key: document for document in found(cat)}
     assert alone["cat/src/a.py"].repository == "src"
     assert read_meta(alone["cat/src/a.py"])["license"] == "MIT"
 
@@ -126,6 +127,28 @@ def test_a_repository_with_its_git_folder_elsewhere_is_named_after_its_own_addre
     (inner / ".git").write_text(f"gitdir: {pointer.format(outer=outer)}\n")
     git(inner, "rev-parse", "--git-dir")  # git accepts it
     assert origin_name(inner) == "a/inner"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("address", [None, "https://example.org/octo/cat"])
+def test_a_worktree_is_its_repository(tmp_path: Path, address: str | None) -> None:
+    main = clone(tmp_path / "code" / "main", address)
+    git(main, "add", ".")
+    git(main, "-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "--quiet", "--message=x")
+    git(main, "worktree", "add", str(tmp_path / "code" / "other" / "tree"))
+    documents = found(tmp_path / "code")
+    assert [document.key for document in documents] == ["code/main/src/a.py", "code/other/tree/src/a.py"]
+    assert {document.repository for document in documents} == {"octo/cat" if address else "main"}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["--bare", "--mirror"])
+def test_a_clone_without_files_is_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    git(tmp_path, "clone", "--quiet", kind, str(clone(tmp_path / "main")), str(tmp_path / "code" / "copy.git"))
+    assert found(tmp_path / "code") == []
+    assert "copy.git is a bare repository" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -232,6 +255,21 @@ def test_other_files_are_not_taken_for_licences(tmp_path: Path) -> None:
     (tmp_path / "licensed.py").write_text(LICENCE_TEXTS["MIT"])
     os.mkfifo(tmp_path / "LICENCE")
     assert licence_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "windows-1252"])
+def test_a_file_is_decoded_without_its_mark(tmp_path: Path, encoding: str) -> None:
+    text = "# Größe: 3 €, ça coûte\r\nx = 1\n"
+    (tmp_path / "a.py").write_bytes(text.encode(encoding))
+    assert list(map(read_text, found(tmp_path))) == [text]
+
+
+def test_mime_types_do_not_depend_on_the_machine() -> None:
+    mimetypes.add_type("text/of-this-machine", ".rs")
+    try:
+        assert mime_type("a.rs") == "text/plain"
+    finally:
+        del mimetypes.types_map[".rs"]
 
 
 def test_pipes_are_not_opened(tmp_path: Path) -> None:

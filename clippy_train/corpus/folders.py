@@ -10,7 +10,7 @@ import mimetypes
 import os
 import sysconfig
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from clippy_train.config import FilterConfig
 from clippy_train.corpus.document import Document, Rejected
 from clippy_train.corpus.languages import HEAD, language_of
 from clippy_train.corpus.licences import folder_licence, header_licence
-from clippy_train.corpus.repository import origin_name
+from clippy_train.corpus.repository import git_name, is_bare
+from clippy_train.corpus.text import decoded
 from clippy_train.errors import DataError
 from clippy_train.shards.filters import has_extension
 from clippy_train.shards.format import MAX_LINE_BYTES
@@ -44,10 +45,11 @@ def python_sources() -> list[Path]:
 def folder_documents(sources: list[Path], rules: FilterConfig, out: Path) -> Iterator[Document]:
     """Every regular file below the source folders.
 
-    A folder with a `.git` is one repository, named after its origin, or else after its path. A file outside of any
-    repository belongs to the top-level entry of its source folder: a package, or a single module. A repository that is
-    the only source is divided in the same way, since nothing could be held out otherwise. A file has the licence that
-    it states itself, or else the nearest one upward in its repository or source folder.
+    A folder with a `.git` is one repository, named after its origin, or else after its path; so are all its worktrees.
+    A bare clone has no files, and is skipped. A file outside of any repository belongs to the top-level entry of its
+    source folder: a package, or a single module. A repository that is the only source is divided in the same way, since
+    nothing could be held out otherwise. A file has the licence that it states itself, or else the nearest one upward in
+    its repository or source folder.
 
     Args:
         rules: of these, `extensions` and `max_bytes` decide which files are read; without `extensions`, only those in a
@@ -79,6 +81,9 @@ def _files(root: Path, visited: set[tuple[int, int]], is_alone: bool) -> Iterato
                 continue
             visited.add(inode)
             files, folders = _list_folder(folder)
+            if is_bare(folder, files + folders):
+                log.warning("%s is a bare repository and is skipped: its files are not checked out", _readable(folder))
+                continue
             if (folder / ".git").exists() and not (is_alone and folder == root):
                 repository, licence = _git_repository(root, folder), None
         except OSError as error:
@@ -104,8 +109,7 @@ def _inode(folder: Path) -> tuple[int, int]:
 
 
 def _git_repository(root: Path, folder: Path) -> Repository:
-    name = origin_name(folder) or _readable(folder.relative_to(root.parent if folder == root else root))
-    return Repository(name, folder, "")
+    return Repository(_readable(Path(git_name(folder, root.parent if folder == root else root))), folder, "")
 
 
 def _package(root: Path, name: str) -> Repository:
@@ -125,9 +129,7 @@ def _read(path: Path, repository: Repository, licence: str | None, rules: Filter
                 raise Rejected("no_language")
             if os.fstat(file.fileno()).st_size > min(rules.max_bytes or MAX_LINE_BYTES, MAX_LINE_BYTES):
                 raise Rejected("too_large")
-            text = (head + file.read()).decode()
-    except UnicodeDecodeError:
-        raise Rejected("not_utf8") from None
+            text = decoded(head + file.read())
     except OSError:
         raise Rejected("unreadable") from None
     return text, {
@@ -146,4 +148,10 @@ def _readable(path: Path) -> str:
 
 
 def mime_type(name: str) -> str:
-    return mimetypes.guess_type(name)[0] or "text/plain"
+    return _mime_types().guess_type(name)[0] or "text/plain"
+
+
+@cache
+def _mime_types() -> mimetypes.MimeTypes:
+    """Python's own table, without what the machine's /etc/mime.types adds."""
+    return mimetypes.MimeTypes()
