@@ -1,5 +1,6 @@
 """The sources of a corpus: git repositories, plain folders, datasets; their names, licences, and flaws."""
 
+import gzip
 import json
 import mimetypes
 import os
@@ -11,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from identify.vendor.licenses import LICENSES
 
 from clippy_train.config import CorpusConfig, FilterConfig
@@ -364,29 +366,66 @@ def test_rows_without_a_text_are_rejected(tmp_path: Path) -> None:
             document.read()
 
 
-def test_a_dataset_without_the_column_names_those_that_it_has(tmp_path: Path) -> None:
+def test_a_dataset_without_the_column_names_the_key(tmp_path: Path) -> None:
     config = dataset(tmp_path / "data", ROWS, "parquet")
     config.text_column = "text"
-    with pytest.raises(
-        DataError, match=r"text_column=text: .*data has no such column; it has code, repo_name, path, stars"
-    ):
+    with pytest.raises(DataError, match=r"hub=.*data: no document can be read .*no_text 10.* text_column=text"):
         list(hub_documents(config))
 
 
 @pytest.mark.parametrize(
-    "line",
-    ['{"code": "password-1', '{"code": "x", "stars": "password-1"}', '{"code": "x", "stars": {"password-1": 2}}'],
-    ids=["cut", "text for a number", "object for a number"],
+    ("name", "data", "reason"),
+    [
+        ("z.jsonl", b'{"code": "password-1', "not_json"),
+        ("z.jsonl", b'{"code": 7}', "no_text"),
+        ("z.jsonl.zst", zstandard.compress(b'{"code": "password-1"}')[:-4], "damaged_shard"),
+        ("z.json.gz", gzip.compress(b'{"code": "password-1"}')[:-4], "damaged_shard"),
+        ("z.parquet", b"password-1", "damaged_shard"),
+    ],
+    ids=["cut line", "number", "cut zstd", "cut gzip", "not parquet"],
 )
-def test_a_broken_dataset_is_an_error_that_shows_no_content(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], line: str
+def test_a_bad_row_of_a_local_dataset_is_counted_without_its_content(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, data: bytes, reason: str
 ) -> None:
     config = dataset(tmp_path / "data", ROWS, "jsonl")
-    (tmp_path / "data" / "zz.jsonl").write_text(line)
-    with pytest.raises(DataError, match="cannot be read beyond row 10: ") as raised:
-        list(hub_documents(config))
-    assert "password" not in str(raised.value)
-    assert capfd.readouterr().err == ""
+    (tmp_path / "data" / name).write_bytes(data)
+    *good, bad = hub_documents(config)
+    assert list(map(read_text, good)) == [row["code"] for row in ROWS]
+    with pytest.raises(Rejected, match=reason):
+        bad.read()
+    assert "password" not in capfd.readouterr().err
+
+
+def test_a_column_may_change_its_type_between_shards(tmp_path: Path) -> None:
+    config = dataset(tmp_path / "data", ROWS, "jsonl")
+    for name, licence in (("y.jsonl", '"MIT"'), ("z.ndjson", "[1, {}]")):
+        (tmp_path / "data" / name).write_text(f'{{"code": "x", "license": {licence}}}\n')
+    assert [read_meta(each)["license"] for each in hub_documents(config)] == [None] * len(ROWS) + ["MIT", None]
+
+
+def test_a_long_window_of_zstd_is_read(tmp_path: Path) -> None:
+    config = dataset(tmp_path / "data", [], "jsonl")
+    long = zstandard.ZstdCompressionParameters(window_log=30)
+    compressor = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    data = compressor.compress(b'{"code": "x"}\n') + compressor.flush()
+    (tmp_path / "data" / "a.jsonl.zst").write_bytes(data)
+    assert list(map(read_text, hub_documents(config))) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [("train", ["data/train-0.jsonl"]), ("test", ["data/test-0.jsonl", "test/a.jsonl"]), ("validation", [])],
+)
+def test_a_local_dataset_has_the_splits_that_its_names_say(tmp_path: Path, split: str, names: list[str]) -> None:
+    for name in ("data/train-0.jsonl", "data/test-0.jsonl", "test/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"code": name}) + "\n")
+    config = CorpusConfig(hub=str(tmp_path), text_column="code", hub_split=split, out="")
+    if names:
+        assert list(map(read_text, hub_documents(config))) == names
+    else:
+        with pytest.raises(DataError, match="cannot be opened"):
+            list(hub_documents(config))
 
 
 @pytest.mark.parametrize(

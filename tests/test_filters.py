@@ -1,5 +1,6 @@
 """The rules on documents: each against an independent definition, and on documents with missing meta."""
 
+import json
 from typing import Any
 
 import pytest
@@ -107,6 +108,21 @@ def test_fields_are_found_under_the_names_of_other_datasets() -> None:
         "max_stars_repo_licenses": ["MIT"],
     }
     assert code_clippy_meta(row) == META == code_clippy_meta({"meta": META})
+
+
+def test_the_meta_of_redpajama_is_json_with_the_bytes_of_each_language() -> None:
+    languages = [{"name": "Shell", "bytes": "70"}, {"name": "Python", "bytes": "3000"}, {"name": "C"}]
+    fields = {"repo_name": "octo/cat", "path": "src/f.py", "license": "MIT", "language": languages}
+    row = {"text": TEXT, "meta": json.dumps(fields), "red_pajama_subset": "github"}
+    assert code_clippy_meta(row) == {**META, "stars": None, "mime_type": None}
+    for unusable in ("{", "[]", "7", "[" * 100_000):
+        assert set(code_clippy_meta({"text": TEXT, "meta": unusable}).values()) == {None}
+
+
+def test_the_fields_of_the_stack_2() -> None:
+    row = {"repo_name": "octo/cat", "path": "src/f.py", "gha_stargazers_count": 12, "gha_language": "Python"}
+    found = code_clippy_meta({**row, "star_events_count": None, "detected_licenses": ["MIT"]})
+    assert found == {**META, "mime_type": None}
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)

@@ -62,8 +62,9 @@ def document(text: str, stars: int = 0) -> dict[str, Any]:
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".jsonl": bytes,
-    ".jsonl.gz": gzip.compress,
-    ".jsonl.zst": zstandard.compress,
+    ".ndjson": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
 }
 
 
@@ -73,7 +74,7 @@ def encoded(suffix: str, documents: list[dict[str, Any]]) -> bytes:
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(documents), sink, row_group_size=10)
         return sink.getvalue()
-    return COMPRESS[suffix](b"".join(json.dumps(each).encode() + b"\n" for each in documents))
+    return COMPRESS[Path(f"0{suffix}").suffix](b"".join(json.dumps(each).encode() + b"\n" for each in documents))
 
 
 @pytest.fixture

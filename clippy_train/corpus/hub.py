@@ -1,9 +1,11 @@
-"""A `datasets` dataset -> documents: from the hub by name, or from a local folder of jsonl, parquet, ...
+"""A dataset -> documents: a local folder of shards, or a `datasets` dataset of the hub.
 
-Promises: streamed, never downloaded as a whole; rows in the dataset's order; no code of the dataset runs. Memory: 10 MB
-chunks of jsonl; of parquet, what Arrow decodes ahead of a slower reader, at most 1 GiB.
+Promises: streamed, never downloaded as a whole; rows in the dataset's order; no code of the dataset runs; a row of a
+local shard that cannot be used is counted by reason. Memory: of the hub's jsonl 10 MB chunks; of its parquet, what
+Arrow decodes ahead of a slower reader, at most 1 GiB.
 """
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,43 +16,63 @@ from clippy_train.corpus.document import Document, Rejected
 from clippy_train.corpus.folders import mime_type
 from clippy_train.corpus.languages import language_of
 from clippy_train.errors import DataError
-from clippy_train.shards.filters import code_clippy_meta
+from clippy_train.shards.format import SPLITS, SUFFIXES, Entry, Fields, document_entry
+from clippy_train.shards.sources import FileCorpus, require_text
 
 UNNAMED_REPOSITORIES = 4096  # shared by the rows that name no repository, so memory does not grow with the rows
 
 
 def hub_documents(config: CorpusConfig) -> Iterator[Document]:
     """Every row of the dataset `hub`, with the meta that `filters.code_clippy_meta` finds; a language or MIME type that
-    the dataset lacks comes from the file name.
+    the dataset lacks comes from the file name and the text.
 
     Raises:
         DataError: it cannot be opened, has no column `text_column`, or cannot be read to its end.
     """
+    shards = _local_shards(Path(str(config.hub), config.hub_config or ""), config.hub_split)
+    for number, entry in enumerate(_local_entries(config, shards) if shards else _hub_entries(config)):
+        unnamed = f"rows {number % UNNAMED_REPOSITORIES} modulo {UNNAMED_REPOSITORIES}"
+        repository = entry.meta["repo_name"] if entry.meta else None
+        yield Document(f"row {number}", repository or unnamed, partial(_read, entry))
+
+
+def _read(entry: Entry) -> tuple[str, dict[str, Any]]:
+    if entry.text is None or entry.meta is None:
+        raise Rejected(entry.reason)
+    name = entry.meta["file_name"] or ""
+    language = entry.meta["repo_language"] or language_of(name, entry.text)
+    return entry.text, {
+        **entry.meta,
+        "repo_language": language,
+        "mime_type": entry.meta["mime_type"] or mime_type(name),
+    }
+
+
+def _local_shards(folder: Path, split: str) -> list[str]:
+    """The shards of a split below a local folder: those with its name as the first word of their own name or of a
+    folder, as in `data/train-00000.parquet`; without any such names, all are `train`."""
+    paths = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    words = [{re.split(r"[^a-z]", part)[0] for part in path.relative_to(folder).parts} for path in paths]
+    if split == "train" and not any(each.intersection(SPLITS) for each in words):
+        return list(map(str, paths))
+    return [str(path) for path, each in zip(paths, words, strict=True) if split in each]
+
+
+def _local_entries(config: CorpusConfig, shards: list[str]) -> Iterator[Entry]:
+    corpus = FileCorpus(f"hub={config.hub}", tuple(shards), "", Fields(config.text_column, with_meta=True))
+    require_text(corpus, "text_column")
+    for shard in range(len(shards)):
+        yield from corpus.documents(shard)
+
+
+def _hub_entries(config: CorpusConfig) -> Iterator[Entry]:
+    fields = Fields(config.text_column, with_meta=True)
     for number, row in enumerate(_rows(config)):
         if number == 0 and config.text_column not in row:
             raise DataError(
                 f"text_column={config.text_column}: hub={config.hub} has no such column; it has {', '.join(row)}"
             )
-        meta = code_clippy_meta(row)
-        repository = meta["repo_name"] or f"rows {number % UNNAMED_REPOSITORIES} modulo {UNNAMED_REPOSITORIES}"
-        yield Document(f"row {number}", repository, partial(_read, row[config.text_column], meta))
-
-
-def _read(value: Any, meta: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    text, name = _text(value), meta["file_name"] or ""
-    meta["repo_language"] = meta["repo_language"] or language_of(name, text)
-    meta["mime_type"] = meta["mime_type"] or mime_type(name)
-    return text, meta
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise Rejected("no_text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Rejected("not_utf8") from None
-    return value
+        yield document_entry(number, row, fields)
 
 
 def _rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:

@@ -5,22 +5,23 @@ the order of `RULES`. Cost: rules on meta and size are almost free; rules on lin
 one on letters and digits at some 45 MB/s (tokenising: 2 to 3 MB/s).
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from clippy_train.config import FilterConfig
 
-# Fields of the Code Clippy meta, each with its names in other datasets: GitHub on BigQuery, CodeParrot, The Stack.
+# Fields of the Code Clippy meta, each with its names in other datasets: GitHub on BigQuery, CodeParrot, RedPajama, The
+# Stack 1 and 2, StarCoder.
 META_COLUMNS = {
     "repo_name": ("repo_name", "repository_name", "repo", "max_stars_repo_name"),
-    "stars": ("stars", "star_events_count", "max_stars_count"),
-    "repo_language": ("repo_language", "language", "lang"),
+    "stars": ("stars", "star_events_count", "max_stars_count", "gha_stargazers_count"),
+    "repo_language": ("repo_language", "language", "lang", "gha_language"),
     "file_name": ("file_name", "path", "file_path", "max_stars_repo_path"),
     "mime_type": ("mime_type",),
-    "license": ("license", "licenses", "detected_licenses", "max_stars_repo_licenses"),
+    "license": ("license", "licenses", "detected_licenses", "max_stars_repo_licenses", "gha_license_id"),
 }
-
 _VERSION = re.compile(r"-only$|-or-later$|\+$")
 
 
@@ -54,11 +55,29 @@ def code_clippy_meta(document: dict[str, Any]) -> dict[str, Any]:
 
     `stars` is an int. Several licences become one expression, `A AND B`: a filter must accept them all.
     """
-    meta = document.get("meta")
-    fields = meta if isinstance(meta, dict) else document
+    fields = _meta(document)
     found = {name: _first_known(fields, columns) for name, columns in META_COLUMNS.items()}
+    found["repo_language"] = _main_language(found["repo_language"])
     texts = {name: value if isinstance(value, str) else None for name, value in found.items()}
     return {**texts, "stars": _number(found["stars"]), "license": _licence(found["license"])}
+
+
+def _meta(document: dict[str, Any]) -> dict[str, Any]:
+    """The field `meta`, an object or (in RedPajama's parquet) one as JSON; without it, the document itself."""
+    meta = document.get("meta")
+    if isinstance(meta, str):
+        try:
+            meta = json.loads(meta)
+        except (ValueError, RecursionError):
+            meta = None
+    return meta if isinstance(meta, dict) else document
+
+
+def _main_language(value: Any) -> Any:
+    """The language, or in RedPajama the one with the most bytes of a repository's languages."""
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        return value
+    return max(value, key=lambda each: _number(each.get("bytes")) or 0, default={}).get("name")
 
 
 def _first_known(fields: dict[str, Any], columns: Iterable[str]) -> Any:

@@ -1,9 +1,10 @@
-"""One shard of a corpus (`.jsonl.zst`, `.jsonl.gz`, `.jsonl`, `.parquet`): bytes -> documents; and how we write one.
+"""One shard of a corpus (JSON lines, plain or compressed, or parquet): bytes -> documents; and how we write one.
 
 A document is a JSON object on a line, or a parquet row: `{"text": ..., "meta": {...}}`. Promises: what cannot be used
 is counted by reason and skipped; a damaged or truncated shard is detected (most readers take the end of a truncated
-zstd stream for the end of the file); rejected content is never shown. Memory is bounded by the longest line, or by 16
-parquet rows. Reading costs about 1/100 of tokenising; skipping lines costs their decompression.
+zstd stream for the end of the file); rejected content is never shown. Memory is bounded by the longest line and the
+window that a zstd stream asks for, or by 16 parquet rows. Reading costs about 1/100 of tokenising; skipping lines costs
+their decompression.
 """
 
 import codecs
@@ -25,7 +26,13 @@ from clippy_train.shards.filters import META_COLUMNS, RULES, broken_rule, code_c
 
 SPLITS = ("train", "validation", "test")
 SUFFIX = ".jsonl.zst"  # what is written
-SUFFIXES = (SUFFIX, ".jsonl.gz", ".jsonl", ".parquet")  # what is read
+LINES = (".jsonl", ".ndjson")
+SUFFIXES = (
+    *LINES,
+    *(f"{lines}{end}" for lines in (*LINES, ".json") for end in (".zst", ".gz")),
+    ".parquet",
+)  # are read
+ZSTD_WINDOW = 1 << 31  # bytes: the largest of `zstd --ultra --long=31`; a reader holds what the stream asks for
 READ_BYTES = 1 << 20  # per read: one request, if the shard is remote
 FEED_BYTES = 1 << 12  # per decompressor call: zstd can make 32,000 times as much, and damage loses the whole feed
 MAX_LINE_BYTES = 1 << 27  # 128 MiB: longer lines are skipped as `too_long` without being held in memory
@@ -170,11 +177,11 @@ def _lines(chunks: Iterator[bytes | None], selection: Selection) -> Iterator[tup
 def _chunks(file: ByteFile, name: str) -> Iterator[bytes | None]:
     """Decompressed bytes of a shard; a final None says that its compressed stream is damaged or truncated."""
     blocks = iter(partial(file.read, READ_BYTES), b"")
-    if name.endswith(".jsonl"):
+    if name.endswith(LINES):
         return blocks
     if name.endswith(".gz"):
         return _decompressed(blocks, partial(zlib.decompressobj, zlib.MAX_WBITS | 16))
-    return _decompressed(blocks, zstandard.ZstdDecompressor().decompressobj)
+    return _decompressed(blocks, zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj)
 
 
 def _decompressed(blocks: Iterator[bytes], new_decoder: Callable[[], Any]) -> Iterator[bytes | None]:

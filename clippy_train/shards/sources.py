@@ -113,8 +113,11 @@ def open_corpus(data: SourceConfig, split: str, with_meta: bool = False) -> Corp
     return _open_hub(data, name, fields) if data.hub else _open_files(str(data.path), name, fields)
 
 
-def require_text(corpus: Corpus) -> None:
+def require_text(corpus: Corpus, text_key: str = "data.text_column") -> None:
     """Check the first lines of a split, so that a corpus in another format is refused before anything starts.
+
+    Args:
+        text_key: the key of the text's column, for the message.
 
     Raises:
         DataError: none of them can be used; the message says why and names the keys.
@@ -127,7 +130,7 @@ def require_text(corpus: Corpus) -> None:
         reasons[entry.reason] += 1
     raise DataError(
         f"{corpus.place}: no document can be read (first lines: {format_counts(reasons)}); each line must be a "
-        f"JSON object (in parquet, a row) with its text under data.text_column={corpus.fields.text}"
+        f"JSON object (in parquet, a row) with its text under {text_key}={corpus.fields.text}"
         + (", and must pass the rules of data.filter" if corpus.fields.rules else "")
     )
 
