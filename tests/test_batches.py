@@ -353,6 +353,28 @@ def test_too_many_bad_lines_stop_the_run_and_name_their_shards(
     assert progress.all_counts()["rejected/no_text"] == sum(progress.rejected.values())
 
 
+def test_unreadable_shards_stop_the_run_with_their_documents(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "train").mkdir()
+    lines = [json.dumps({"text": f"def f{number}(x): return {number} + x  # a comment"}) for number in range(300)]
+    for number in range(8):
+        data = zstandard.compress("\n".join(lines).encode())
+        (tmp_path / f"train/{number}.jsonl.zst").write_bytes(bytes(len(data)) if number % 2 else data)
+    settings = config(1, 2, 0, f"data.path={tmp_path}", "data.max_bad_fraction=0.4")
+    progress = Progress(
+        settings, START, np.zeros(len(COUNTS), dtype=np.int64), open_corpus(settings.data, "train").shards
+    )
+    trainer: Any = SimpleNamespace(global_step=0)
+    unused: Any = None  # the callback does not read the module
+    for batch in DataModule(settings, tokenizer, 0, START).train_dataloader():
+        progress.on_train_batch_end(trainer, unused, None, batch, 0)
+        if progress.cursors[:, 0].min() == 1:
+            break
+    with pytest.raises(DataError, match=r"1200 of \d+ lines|2400 of \d+ lines"):
+        progress.all_counts()
+
+
 RANK = """
 import multiprocessing, sys, time
 from pathlib import Path

@@ -208,6 +208,39 @@ def test_ten_thousand_shards_are_opened_in_two_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", shard_format.SUFFIXES)
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_damaged_shard_counts_with_all_its_lost_documents(tmp_path: Path, suffix: str, manifest: bool) -> None:
+    (tmp_path / "train").mkdir()
+    names = [f"train/{number}{suffix}" for number in range(4)]
+    for name in names:
+        (tmp_path / name).write_bytes(encoded(suffix, [document(text) for text in TEXTS]))
+    if manifest:
+        files = {"train": [{"name": name, "documents": len(TEXTS), "bytes": 0} for name in names]}
+        (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    for name in (names[0], names[2]):
+        size = (tmp_path / name).stat().st_size
+        (tmp_path / name).write_bytes(b"\xff" * (size - 1) + b"\n")  # unreadable from the first byte on
+    corpus = opened(tmp_path)
+    lost = [sum(entry.documents for entry in corpus.documents(shard) if entry.reason) for shard in range(4)]
+    unreadable = len(TEXTS) if not suffix.endswith(shard_format.LINES) else 1  # plain text has no damage, but bad lines
+    assert lost == [unreadable, 0, unreadable, 0]
+
+
+def test_a_damaged_shard_counts_without_what_was_read_of_it(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    data = encoded(".parquet", [document(text) for text in TEXTS])
+    (tmp_path / "train" / "0.parquet").write_bytes(data)
+    lines = [json.dumps(document(text)).encode() + b"\n" for text in TEXTS]
+    cut = zstandard.compress(b"".join(lines[:30])) + zstandard.compress(b"".join(lines[30:]))[:-9]
+    (tmp_path / "train" / "1.jsonl.zst").write_bytes(cut)
+    files = {"train": [{"name": "train/1.jsonl.zst", "documents": len(TEXTS), "bytes": 0}]}
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    entries = list(opened(tmp_path).documents(1))
+    assert sum(entry.documents for entry in entries) == len(TEXTS)
+    assert entries[-1].documents == len(TEXTS) - len(entries) + 1
+
+
+@pytest.mark.parametrize("suffix", shard_format.SUFFIXES)
 def test_excluded_documents_are_counted_by_rule(tmp_path: Path, suffix: str) -> None:
     (tmp_path / "train").mkdir()
     documents = [document("a", stars=1), document("b", stars=5), document("a longer text", stars=9)]

@@ -54,7 +54,7 @@ class Block(NamedTuple):
     cursor: Cursor  # where the stream continues after this block
     counts: np.ndarray  # [len(COUNTS)] int64, what was read for this block
     spans: list[Span]  # where its tokens come from, in order
-    rejected: Counter[int]  # the rejected lines in `counts`, by shard
+    rejected: Counter[int]  # the rejected documents in `counts`, by shard
     skipped: tuple[Span, ...] = ()  # of the blocks passed over before it; `counts` and `rejected` include theirs
 
 
@@ -65,6 +65,7 @@ class StreamEntry(NamedTuple):
     reason: str  # "" if there is a text
     part: int
     line: int
+    documents: int  # that `reason` rejects
 
 
 class WindowDocument(NamedTuple):
@@ -178,7 +179,7 @@ class Stream:
         for number in range(cursor.part, len(order)):
             part = order[number]
             for entry in self.corpus.documents(part.shard, line, part.stride, part.residue):
-                yield StreamEntry(entry.text, entry.reason, number, entry.number + 1)
+                yield StreamEntry(entry.text, entry.reason, number, entry.number + 1, entry.documents)
             line = 0
 
     def _window(self, entries: Iterator[StreamEntry], order: list[ShardPart], cursor: Cursor) -> Window:
@@ -191,9 +192,9 @@ class Stream:
         for entry in entries:
             if entry.text is None:
                 filtered = entry.reason in FILTERED
-                counts += _counts(**{entry.reason if filtered else f"rejected/{entry.reason}": 1})
+                counts += _counts(**{entry.reason if filtered else f"rejected/{entry.reason}": entry.documents})
                 if not filtered:
-                    rejected[order[entry.part].shard] += 1
+                    rejected[order[entry.part].shard] += entry.documents
                 continue
             documents.append(WindowDocument(entry.text, order[entry.part].shard, entry.line - 1))
             size += len(entry.text)

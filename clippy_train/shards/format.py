@@ -52,6 +52,7 @@ class Entry(NamedTuple):
     text: str | None
     reason: str  # "" if there is a text
     meta: dict[str, Any] | None = None  # Code Clippy meta, if `Fields.with_meta`
+    documents: int = 1  # lost ones, if the rest of a shard is
 
 
 class ByteFile(Protocol):

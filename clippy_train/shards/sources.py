@@ -10,8 +10,9 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
@@ -20,7 +21,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from clippy_train.config import DataConfig, FilterConfig, SourceConfig
 from clippy_train.errors import DataError
-from clippy_train.shards.format import FILTERED, SUFFIXES, Entry, Fields, Selection, document_entry, read_documents
+from clippy_train.shards.format import (
+    ALL_LINES,
+    FILTERED,
+    SUFFIXES,
+    Entry,
+    Fields,
+    Selection,
+    document_entry,
+    read_documents,
+)
 from clippy_train.shards.retry import HTTP, RetriedFile, error_summary, filesystem, retried
 
 PLACEHOLDER = "{split}"
@@ -48,15 +58,18 @@ class Corpus(ABC):
     def documents(self, shard: int, start: int = 0, stride: int = 1, residue: int = 0) -> Iterator[Entry]:
         """Lines of a shard from `start` on whose number is `residue` modulo `stride`; see `format.read_documents`.
 
-        Lines that cannot be used are counted and logged once, after the last line.
+        Lines that cannot be used are counted and logged once, after the last line; a damaged shard counts with all its
+        lost documents.
 
         Raises:
             DataError: the shard cannot be read at all, or its connection keeps failing.
         """
         rejected: Counter[str] = Counter()
         for entry in self._entries(shard, Selection(start, stride, residue)):
+            if entry.reason == "damaged_shard":
+                entry = entry._replace(documents=max(1, self._length(shard) - entry.number))
             if entry.reason and entry.reason not in FILTERED:
-                rejected[entry.reason] += 1
+                rejected[entry.reason] += entry.documents
             yield entry
         if rejected:
             share = f" (every {stride}th line)" if stride > 1 else ""
@@ -71,15 +84,41 @@ class Corpus(ABC):
     @abstractmethod
     def _entries(self, shard: int, selection: Selection) -> Iterator[Entry]: ...
 
+    def _length(self, shard: int) -> int:
+        """How many documents a damaged shard should have; 0 if that cannot be told."""
+        return 0
+
 
 @dataclass(frozen=True)
 class FileCorpus(Corpus):
-    """Shards are files, each named by its path or URL."""
+    """Shards are files, each named by its path or URL.
+
+    Attributes:
+        sizes: bytes of each shard.
+        lengths: documents of the shards that the manifest knows.
+    """
+
+    sizes: tuple[int, ...] = ()
+    lengths: Mapping[str, int] = field(default_factory=dict)
 
     def _entries(self, shard: int, selection: Selection) -> Iterator[Entry]:
         name = self.shards[shard]
         with RetriedFile(name, f"{self.place}: {name}") as file:
             yield from read_documents(file, name, self.fields, selection)
+
+    def _length(self, shard: int) -> int:
+        """By the manifest, or else by the shard's size and the first shard that is whole."""
+        if (known := self.lengths.get(self.shards[shard])) is not None:
+            return known
+        return round(self.sizes[shard] * self._documents_per_byte) if self.sizes else 0
+
+    @cached_property
+    def _documents_per_byte(self) -> float:
+        for shard, size in enumerate(self.sizes):
+            reasons = [entry.reason for entry in self._entries(shard, ALL_LINES)]
+            if reasons and reasons[-1] != "damaged_shard":
+                return len(reasons) / size
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -150,7 +189,7 @@ def _open_files(path: str, split: str, fields: Fields) -> FileCorpus:
         raise DataError(f"{place} cannot be opened: {error_summary(error)}") from error
 
     manifest = _read_manifest(fs, root, place) if is_folder else b""
-    sizes = _sizes_in_manifest(manifest, root, split) if path.startswith(HTTP) else None
+    sizes = _in_manifest(manifest, root, split, "bytes") if path.startswith(HTTP) else None
     if sizes is None:
         glob = not is_folder and (where.endswith(SUFFIXES) or fsspec.core.has_magic(where))
         sizes = _list_files(fs, fs.glob if glob else fs.ls, where, place)
@@ -163,7 +202,9 @@ def _open_files(path: str, split: str, fields: Fields) -> FileCorpus:
     prefix = _path_or_url(fs, root)
     listing = "".join(f"{name.removeprefix(prefix).lstrip('/')}\0{size}\n" for name, size in sizes.items())
     fingerprint = hashlib.sha256(listing.encode() + manifest).hexdigest()
-    return FileCorpus(f"data.path={where}", tuple(sizes), fingerprint, fields)
+    documents = _in_manifest(manifest, root, split, "documents") or {}
+    lengths = {_path_or_url(fs, name): number for name, number in documents.items()}
+    return FileCorpus(f"data.path={where}", tuple(sizes), fingerprint, fields, tuple(sizes.values()), lengths)
 
 
 def _read_manifest(fs: Any, root: str, place: str) -> bytes:
@@ -174,10 +215,10 @@ def _read_manifest(fs: Any, root: str, place: str) -> bytes:
     return content
 
 
-def _sizes_in_manifest(manifest: bytes, root: str, split: str) -> dict[str, int] | None:
-    """Shards of a split and their sizes, if `manifest` is one of `clippy corpus`."""
+def _in_manifest(manifest: bytes, root: str, split: str, number: str) -> dict[str, int] | None:
+    """A number of each shard of a split, `bytes` or `documents`, if `manifest` is one of `clippy corpus`."""
     try:
-        return {root + file["name"]: int(file["bytes"]) for file in json.loads(manifest)["files"][split]}
+        return {root + file["name"]: int(file[number]) for file in json.loads(manifest)["files"][split]}
     except (ValueError, KeyError, TypeError):
         return None
 
