@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from clippy_train.errors import ConfigError
 from clippy_train.files import new_folder
 from clippy_train.shards import format as shard_format
-from clippy_train.shards.format import Fields, Selection, ShardWriter, document_line, line_entry
+from clippy_train.shards.format import Entry, Fields, Selection, ShardWriter, document_line, line_entry
 
 Line = tuple[int, str | None, str]  # number, text, reason
 Flushed = tuple[list[str], list[int], bytes]
@@ -168,7 +168,7 @@ def test_an_unusable_line_is_reported_with_its_reason(tmp_path: Path, line: byte
     ],
 )
 def test_an_unusual_line_is_still_used(line: bytes, text: str) -> None:
-    assert line_entry(0, line, Fields()) == (0, text, "", None)
+    assert line_entry(0, line, Fields()) == Entry(0, text, "", None)
 
 
 def test_an_entry_has_the_meta_on_request() -> None:

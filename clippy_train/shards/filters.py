@@ -77,7 +77,8 @@ def _main_language(value: Any) -> Any:
     """The language, or in RedPajama the one with the most bytes of a repository's languages."""
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         return value
-    return max(value, key=lambda each: _number(each.get("bytes")) or 0, default={}).get("name")
+    nothing: dict[str, Any] = {}
+    return max(value, key=lambda each: _number(each.get("bytes")) or 0, default=nothing).get("name")
 
 
 def _first_known(fields: dict[str, Any], columns: Iterable[str]) -> Any:
