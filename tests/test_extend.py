@@ -182,6 +182,15 @@ def test_a_folder_that_is_not_empty_is_never_written_to(base: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
+def test_tokens_that_the_tokenizer_has_and_the_model_lacks_get_rows_too() -> None:
+    tokenizer = small_bpe()
+    model = gpt_neo(vocab_size=len(tokenizer))
+    add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")
+    extend_model(model, tokenizer, settings())
+    (tab,) = tokenizer("\t")["input_ids"]
+    assert torch.equal(embedding(model)[330:], embedding(model)[[tab] * 4])
+
+
 @pytest.mark.parametrize("padding", [0.0, 0.02])
 def test_rows_that_were_padding_are_initialised_and_rows_that_were_learnt_are_kept(padding: float) -> None:
     tokenizer = small_bpe()

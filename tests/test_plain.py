@@ -177,8 +177,9 @@ def test_commands_refuse_a_hostile_checkpoint_with_the_exit_code_for_checkpoints
 @pytest.mark.filterwarnings("ignore")
 def test_no_form_of_a_file_runs_code(trap: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        file.write_bytes(pickle.dumps(Hostile(trap), protocol))
+    pickles = [pickle.dumps(Hostile(trap), protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for content in (*pickles, b""):
+        file.write_bytes(content)
         with pytest.raises(CheckpointError, match=f"{file} is refused"):
             plain.load_plain(file)
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), file)
@@ -199,7 +200,7 @@ def test_pickled_weights_of_a_base_are_read_only_if_they_hold_tensors_alone(tmp_
     (base / "model.safetensors").unlink()
     torch.save(expected, base / "pytorch_model.bin")
     assert load_model(str(base)).state_dict().keys() == expected.keys()
-    for content in (pickle.dumps(Hostile(trap)), b"version https://git-lfs.github.com/spec/v1\n"):
+    for content in (pickle.dumps(Hostile(trap)), b"version https://git-lfs.github.com/spec/v1\n", b""):
         (base / "pytorch_model.bin").write_bytes(content)
         with pytest.raises(ConfigError, match="nothing of it has been run"):
             load_model(str(base))

@@ -40,6 +40,7 @@ def grow_embeddings(
 
     vocabulary = tokenizer.get_vocab()
     new_ids = {vocabulary[token]: ids for token, ids in pieces.items()}
+    rows = range(min(rows.start, old_rows), rows.stop)  # the tokenizer may have tokens that the model lacks
     for row in [row for row in rows if row >= old_rows or is_padding(weight[:old_rows], row)]:
         weight[row] = weight[tab[0]] if init == "tab" or row not in new_ids else weight[new_ids[row]].mean(dim=0)
 

@@ -39,7 +39,7 @@ def load_model(name: str) -> PreTrainedModel:
     try:
         # Otherwise the library asks on the terminal whether to run a model's own code
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
-    except UnpicklingError as error:  # its text recommends to load the file nevertheless
+    except (EOFError, UnpicklingError) as error:  # its text recommends to load the file nevertheless
         raise ConfigError(
             f"no model could be loaded from {name}: its weights are a damaged pickle, or one that holds more than "
             "tensors; nothing of it has been run. Use a folder with safetensors"

@@ -27,7 +27,9 @@ DEEPSPEED_TYPES = (
 
 
 def load_plain(file: Any, map_location: Any = "cpu", **options: Any) -> Any:
-    """`torch.load`, with its options, of tensors and plain values; in host memory, unless the caller says otherwise.
+    """`torch.load`, with its options, of tensors and plain values.
+
+    In host memory, unless the caller says otherwise: a node without GPUs can read what a GPU wrote.
 
     Raises:
         CheckpointError: the file asks for anything else.
@@ -36,7 +38,7 @@ def load_plain(file: Any, map_location: Any = "cpu", **options: Any) -> Any:
 
     try:
         return load(file, map_location=map_location, **{**options, "weights_only": True})
-    except (UnpicklingError, RuntimeError) as error:
+    except (EOFError, RuntimeError, UnpicklingError) as error:
         path = file if isinstance(file, str | Path) else getattr(file, "name", file)  # Lightning opens it itself
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"{forbidden[1] if forbidden else 'its content'} is neither a tensor nor a plain value"

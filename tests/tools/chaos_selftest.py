@@ -53,6 +53,20 @@ MUTATIONS = [
         pytest("test_checkpoint.py"),
     ),
     Mutation(
+        "nothing that stands in a file of a checkpoint is run",
+        "run/plain.py",
+        '"weights_only": True',
+        '"weights_only": False',
+        pytest("test_plain.py", "-k", "no_form"),
+    ),
+    Mutation(
+        "... nor by the loaders of Lightning and DeepSpeed",
+        "run/plain.py",
+        "    torch.load = load_plain ",
+        "    torch.load = before ",
+        pytest("test_plain.py", "-k", "rank_runs and zero1"),
+    ),
+    Mutation(
         "signals only set a flag",
         "train/callbacks/preemption.py",
         "        self.signal = number\n",
