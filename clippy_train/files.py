@@ -11,6 +11,7 @@ from typing import TextIO
 from clippy_train.errors import ConfigError
 
 STAGING = ".writing"  # suffix of what is not complete yet
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins whose content Git LFS did not fetch
 
 
 @contextmanager
@@ -101,3 +102,13 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def lfs_hint(folder: Path) -> str:
+    """What to do about a folder that cannot be loaded because Git LFS did not fetch its files; else nothing."""
+    for path in sorted(folder.glob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    return f" ({path.name} is only a pointer of Git LFS: run `git lfs pull` in that folder)"
+    return ""

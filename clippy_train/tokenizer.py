@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from clippy_train.errors import ConfigError, first_line
+from clippy_train.files import lfs_hint
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -23,15 +24,19 @@ END_OF_TEXT = "<|endoftext|>"
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer from a folder or from the hub, without running anything that stands there.
 
+    It decodes without "cleaning up" spaces, which changes code.
+
     Raises:
         ConfigError: it cannot be loaded, is not a fast tokenizer, or has no end-of-text token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)  # otherwise it asks
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        reason = f"{first_line(error)}{lfs_hint(Path(name))}"
+        raise ConfigError(f"no tokenizer could be loaded from {name}: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {name} is not a fast tokenizer with an end-of-text token")
+    tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
 
 
@@ -53,7 +58,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, model_max_length: int) -> P
 def gpt2_tokenizer(vocabulary: dict[str, int], merges: Iterable[Iterable[str]]) -> PreTrainedTokenizerFast:
     """GPT-2's tokenizer class with a given vocabulary and pairs to merge."""
     pairs: Any = [tuple(pair) for pair in merges]  # transformers declares list[str], but needs pairs
-    return GPT2Tokenizer(vocabulary, pairs)
+    return GPT2Tokenizer(vocabulary, pairs, clean_up_tokenization_spaces=False)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -88,8 +93,8 @@ def add_whitespace_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str],
             "tokenizer.whitespace_tokens: with tokenizer.matching=first_listed, tokens that begin with an earlier one "
             "are never produced and must come last"
         )
-    special = [each.content for each in tokenizer.added_tokens_decoder.values() if each.special]
-    if set(special) & set(tokens):
+    special = {each.content for each in tokenizer.added_tokens_decoder.values() if each.special}
+    if special.union(tokenizer.all_special_tokens) & set(tokens):  # a legacy folder names them beside the vocabulary
         raise ConfigError(
             "the tokenizer registers whitespace tokens as special, so decoding would delete all indentation; use one "
             "without them (tokenizer.base=EleutherAI/gpt-neo-125m); the model keeps its rows for them"

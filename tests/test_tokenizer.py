@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from clippy_train.errors import ConfigError
+from clippy_train.files import LFS_POINTER
 from clippy_train.tokenizer import END_OF_TEXT, add_whitespace_tokens, load_tokenizer, token_bytes
 
 INDENTATION = ["\t", "\t\t", "\t\t\t", " ", "  ", "   ", "    ", "        ", "            ", "\t  ", "  \t", "\u00a0"]
@@ -207,6 +208,50 @@ def test_whitespace_tokens_that_are_special_are_refused() -> None:
     tokenizer.add_tokens([AddedToken("    ", special=True)])
     with pytest.raises(ConfigError, match="delete all indentation"):
         add_whitespace_tokens(tokenizer, WHITESPACE_TOKENS, "longest")
+
+
+@pytest.fixture
+def legacy(tmp_path: Path) -> Path:
+    """A folder as older versions of transformers wrote it, with the whitespace tokens among the special ones."""
+    model = json.loads(small_bpe().backend_tokenizer.to_str())["model"]
+    vocabulary = {**model["vocab"], END_OF_TEXT: len(model["vocab"])}
+    added = {token: len(vocabulary) + number for number, token in enumerate(WHITESPACE_TOKENS)}
+    special = {"eos_token": END_OF_TEXT, "additional_special_tokens": WHITESPACE_TOKENS}
+    for name, content in {
+        "vocab.json": vocabulary,
+        "added_tokens.json": added,
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": True},
+        "config.json": {"model_type": "gpt_neo"},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    return tmp_path
+
+
+def test_whitespace_tokens_that_are_special_in_a_legacy_folder_are_refused(legacy: Path) -> None:
+    with pytest.raises(ConfigError, match="delete all indentation"):
+        add_whitespace_tokens(load_tokenizer(legacy), WHITESPACE_TOKENS, "longest")
+
+
+def test_decoding_never_cleans_up_spaces(legacy: Path) -> None:
+    tokenizer = load_tokenizer(legacy)
+    assert tokenizer.decode(tokenizer("a , b . c").input_ids) == "a , b . c"
+    tokenizer.save_pretrained(legacy / "new")
+    assert json.loads((legacy / "new" / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(LFS_POINTER + b"v1\nsize 9\n", "{} is only a pointer of Git LFS"), (b"zz qq\n", "could be loaded from")],
+    ids=["pointer", "damaged"],
+)
+def test_a_damaged_tokenizer_is_a_configuration_error(legacy: Path, name: str, content: bytes, message: str) -> None:
+    (legacy / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message.format(name)):
+        load_tokenizer(legacy)
 
 
 def test_ids_on_the_gpt2_vocabulary_are_those_of_the_originals_construction() -> None:

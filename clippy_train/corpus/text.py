@@ -8,6 +8,7 @@ import codecs
 import re
 
 from clippy_train.corpus.document import Rejected
+from clippy_train.files import LFS_POINTER
 
 # The marks of UTF-32 begin with those of UTF-16.
 _MARKS = {
@@ -18,7 +19,6 @@ _MARKS = {
 }
 # Binary data has control characters; Cyrillic or Chinese text has long runs of bytes that are not ASCII.
 _NOT_WESTERN = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]|[\x80-\xff]{3}")
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def decoded(data: bytes) -> str:
@@ -27,7 +27,7 @@ def decoded(data: bytes) -> str:
     Raises:
         Rejected: the file is a pointer of Git LFS, whose content is elsewhere, or no text that can be told.
     """
-    if data.startswith(_LFS_POINTER):
+    if data.startswith(LFS_POINTER):
         raise Rejected("lfs_pointer")
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8-sig")
     try:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from clippy_train.errors import ConfigError, first_line
+from clippy_train.files import lfs_hint
 from clippy_train.tokenizer import load_tokenizer
 
 
@@ -45,7 +46,8 @@ def load_model(name: str) -> PreTrainedModel:
             "tensors; nothing of it has been run. Use a folder with safetensors"
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"no model could be loaded from {name}: {first_line(error)}") from error
+        reason = f"{first_line(error)}{lfs_hint(Path(name))}"
+        raise ConfigError(f"no model could be loaded from {name}: {reason}") from error
 
 
 def generation_config(model: PreTrainedModel) -> GenerationConfig:
