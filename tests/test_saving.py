@@ -17,9 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from clippy_train.config import TrainConfig
 from clippy_train.run.checkpoint import find_checkpoint, hash_file, open_checkpoint
-from clippy_train.run.folder import METRICS, checkpoint_folder, last_step
+from clippy_train.run.consolidate import WEIGHTS, consolidated_tensors
+from clippy_train.run.folder import METRICS, STATE, checkpoint_folder, last_step
+from clippy_train.run.moments import MOMENTS
 from clippy_train.run.rows import SCORE, read_rows
 from clippy_train.train import collective
+from clippy_train.train.strategy import build_trainer
 from clippy_train.train.writer import Snapshot
 
 SLOW = 0.4  # seconds that each file takes to write
@@ -77,6 +80,40 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_th
     (row, *_) = read_rows(run_dir / METRICS, "checkpoint/stall")
     assert row["checkpoint/step"] == 4
     assert row["checkpoint/stall"] < SLOW < row["checkpoint/seconds"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("strategy", ["single", "zero1", "zero3"])
+def test_a_checkpoint_of_a_gpu_is_read_without_one(
+    train_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """Files name the device of each tensor; what reads them must not need it."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+    config = train_config(
+        *SETTINGS, f"strategy={strategy}", "trainer.devices=1", "checkpoint.every_steps=3", f"run.root={tmp_path}"
+    )
+
+    def train() -> None:
+        fit = Fit(config)
+        fit.module.model.config.save_pretrained(config.run_dir)
+        fit.fit()
+
+    def resume(state: Path) -> int:
+        fit = Fit(config)
+        trainer = build_trainer(config, callbacks=[], logger=False)
+        trainer.fit(fit.module, fit.data, ckpt_path=state)
+        return trainer.global_step
+
+    run_distributed(train, 1)
+    checkpoint = find_checkpoint(config.run_dir)
+    assert checkpoint
+    state = checkpoint.path / STATE
+    files = state.rglob("*optim_states.pt") if state.is_dir() else [state]
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(next(iter(files)), weights_only=False)
+    assert run_distributed(lambda: resume(state), 1) == [3]
+    found = consolidated_tensors(checkpoint, config.run_dir, (WEIGHTS, *MOMENTS))
+    assert {each.device.type for tensors in found.values() for each in tensors.values()} == {"cpu"}
 
 
 def test_a_snapshot_does_not_change_with_the_state_and_keeps_ties_and_types() -> None:
