@@ -33,6 +33,7 @@ from clippy_train.run.folder import (
     checkpoint_folders,
 )
 from clippy_train.run.rows import read_rows
+from clippy_train.train.loggers import SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def reference(runs: Runs) -> str:
 
 def test_a_run_writes_the_documented_files(runs: Runs, reference: str) -> None:
     folder = runs.folder(reference)
-    assert len(list(folder.glob("events.out.*"))) == 1  # TensorBoard
+    assert sorted(path.suffix == SETTINGS for path in folder.glob("events.out.*")) == [False, True]  # TensorBoard
     assert {path.name for path in folder.iterdir() if not path.name.startswith("events.out.")} == {
         LOCK,
         "config.yaml",
