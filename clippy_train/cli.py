@@ -338,8 +338,10 @@ def _call(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.interactive:
         return run_interactive(compose.compose(config.GenerateConfig, overrides))
     if options.cfg:
-        return _print_configuration(options.cfg, overrides)
+        return _print_configuration(options.cfg, verb.schema, overrides)
     plan = options.dry_run or verb.schema is config.PlanConfig
+    if options.multirun and any(each.startswith(("out=", "memory_gb=")) for each in overrides):
+        raise ConfigError("out and memory_gb are for the plan of one run: leave out -m")
     if options.multirun:
         return sweep(overrides, show_plan if plan else None)
     if plan:
@@ -353,10 +355,10 @@ def _config_dir(typed: str | None) -> list[Path]:
     return [Path(typed).resolve()] if typed else []
 
 
-def _print_configuration(part: str, overrides: list[str]) -> int:
+def _print_configuration(part: str, schema: type, overrides: list[str]) -> int:
     if part != "job":
         raise ConfigError(f"--cfg {part}: only --cfg job exists")
-    print(OmegaConf.to_yaml(compose.composition(config.TrainConfig, overrides)), end="")
+    print(OmegaConf.to_yaml(compose.composition(schema, overrides)), end="")
     return 0
 
 

@@ -20,7 +20,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clippy_train.errors import ConfigError
+from clippy_train.errors import ConfigError, first_line
 from clippy_train.files import atomic_write
 
 T = TypeVar("T")
@@ -120,7 +120,7 @@ class FilterConfig:
 
     extensions: list[str] = key("File extensions to keep, as in [.py,.c]; [] keeps all.", [])
     languages: list[str] = key(
-        "Programming languages to keep, by their Pygments names, as in [Python,C++]; [] keeps all.", []
+        "Programming languages to keep, by linguist's names, as in [Python,C++]; [] keeps all.", []
     )
     licences: list[str] = key("Licences to keep, by their SPDX ids, as in [MIT,Apache-2.0]; [] keeps all.", [])
     min_stars: int | None = key("Fewest stars of a document's repository.", None, minimum=0)
@@ -224,8 +224,8 @@ class StrategyConfig:
         "ZeRO stage, that is what is partitioned: 1 optimizer state, 2 also gradients, 3 also weights.", 0, minimum=0
     )
     reduce_dtype: str = key(
-        "Precision in which ranks sum their gradients: fp32 as in the original. bf16 halves the traffic and rounds the "
-        "sum (simulated: 0.4 % off at 8 ranks, 2.3 % at 512).",
+        "Precision in which ranks sum their gradients: fp32 as in the original. bf16 halves the gradients' bytes and "
+        "rounds the sum (simulated: 0.4 % off at 8 ranks, 2.3 % at 512).",
         "fp32",
         choices=("fp32", "bf16"),
     )
@@ -909,5 +909,5 @@ def load(path: Path) -> TrainConfig:
     try:
         content = literal(yaml.safe_load(path.read_text()) or {})
         return to_schema(cast(DictConfig, OmegaConf.merge(TrainConfig, content)), TrainConfig)
-    except (OmegaConfBaseException, OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not a configuration of this version: {error}") from error
+    except (ConfigError, OmegaConfBaseException, OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not a configuration of this version: {first_line(error)}") from error

@@ -18,9 +18,12 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins w
 def atomic_write(path: Path, durable: bool = False) -> Iterator[TextIO]:
     """Open a text file that replaces `path` as a whole when the block ends; if the block raises, nothing changes.
 
+    A link stays, and what it names is replaced.
+
     Args:
         durable: flush the content to the disk first.
     """
+    path = path.resolve()
     staging = path.with_name(path.name + STAGING)
     try:
         with staging.open("w", newline="") as file:
@@ -38,7 +41,7 @@ def require_writable(out: str | None) -> None:
     """Check before the work, not after, that the file that `out=` names can be written; None names none.
 
     Raises:
-        ConfigError: it is a folder, or its folder is not writable.
+        ConfigError: it is a folder or a device, or its folder is not writable.
     """
     if out is None:
         return
@@ -47,8 +50,8 @@ def require_writable(out: str | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out={path}: {error}") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"out={path} is a folder, or its folder is not writable: name a file")
+    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"out={path} is not a file, or its folder is not writable: name a file")
 
 
 def replace_link(link: Path, target: Path) -> None:

@@ -1,6 +1,6 @@
 """What a training will take, from its configuration alone: arithmetic, no device, no network.
 
-What depends on hardware is a range, from the assumptions that stand here as constants and are printed with it. None of
+What depends on hardware is a range, from the assumptions that are constants here and are printed with it. None of
 them was measured on a GPU by this project.
 """
 
@@ -19,6 +19,8 @@ PEAK_FLOPS = 989e12  # H100 and H200, dense bf16
 # Of the peak, with attention counted in full. Published for models of 125 M: 10 to 17 % with HF's eager attention, 45
 # to 51 % with flash attention and compilation.
 UTILISATION: Range = (0.15, 0.40)
+EAGER_UTILISATION: Range = (0.10, 0.17)
+RECOMPUTATION = 4 / 3  # a second forward pass, with `model.checkpoint_activations`
 # Bytes a second that a GPU sends, and receives as many: NVLink 4 has 450e9, an InfiniBand NDR port 50e9
 NVLINK: Range = (200e9, 400e9)
 NETWORK: Range = (25e9, 50e9)
@@ -184,11 +186,16 @@ def estimate(config: TrainConfig, num_parameters: int, sent: float) -> Estimate:
     )
 
 
+def utilisation(config: TrainConfig) -> Range:
+    return EAGER_UTILISATION if config.attention == "eager" else UTILISATION
+
+
 def tokens_per_second(config: TrainConfig, num_parameters: int, exchange: Range) -> Range:
     """Of all ranks. At best, the exchange overlaps with computation; at worst, it adds to it."""
     model, ranks = config.model, config.world_size
-    flops = 6 * num_parameters + 12 * model.num_layers * model.hidden_size * config.data.seq_len
-    slow, fast = (config.tokens_per_step * flops / (ranks * share * PEAK_FLOPS) for share in UTILISATION)
+    of_a_token = 6 * num_parameters + 12 * model.num_layers * model.hidden_size * config.data.seq_len
+    flops = of_a_token * (RECOMPUTATION if model.checkpoint_activations else 1)
+    slow, fast = (config.tokens_per_step * flops / (ranks * share * PEAK_FLOPS) for share in utilisation(config))
     return config.tokens_per_step / (slow + exchange[1]), config.tokens_per_step / max(fast, exchange[0])
 
 
@@ -242,7 +249,7 @@ def states(held: Memory) -> str:
 
 def host(config: TrainConfig, held: Host) -> str:
     _, devices = config.nodes_and_devices
-    loading = f"{held.loading / 1e9:,.3g} GB while {devices} rank{'s' if devices > 1 else ''} load in fp32"
+    loading = f"{held.loading / 1e9:,.3g} GB while {devices} rank{'s load' if devices > 1 else ' loads'} in fp32"
     return f"{loading}; then {held.snapshots / 1e9:,.3g} GB for checkpoints in flight; and the processes themselves"
 
 
@@ -259,14 +266,17 @@ def gpu_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
     )
     rows = [("memory of a GPU", text)]
     if plan.memory_gb:
-        rows.append(("largest micro-batch", largest(plan.largest_micro_batch_size, plan.memory_gb)))
+        rows.append(("largest micro-batch", largest(plan)))
     return rows
 
 
-def largest(size: int | None, memory_gb: float) -> str:
-    if size is None:
-        return f"none fits {memory_gb:g} GB: choose a higher ZeRO stage, or model.checkpoint_activations=true"
-    return f"trainer.micro_batch_size={size} fits {memory_gb:g} GB, of which {USABLE:.0%} may be used"
+def largest(plan: Plan) -> str:
+    held, usable = plan.memory, f"{plan.memory_gb:g} GB, of which {USABLE:.0%} may be used"
+    if plan.largest_micro_batch_size:
+        return f"trainer.micro_batch_size={plan.largest_micro_batch_size} fits {usable}"
+    if plan.memory_gb and held.states + held.gathered + held.validation > USABLE * plan.memory_gb * 1e9:
+        return f"none fits {usable}: validation needs more; lower trainer.eval_micro_batch_size"
+    return f"none fits {usable}: choose a higher ZeRO stage, or model.checkpoint_activations=true"
 
 
 def estimate_rows(config: TrainConfig, estimate: Estimate) -> list[tuple[str, str]]:
@@ -278,7 +288,7 @@ def estimate_rows(config: TrainConfig, estimate: Estimate) -> list[tuple[str, st
         (
             "speed (estimate)",
             f"{span(low, high, 1e6)} M tokens/s, {span(low / ranks, high / ranks, 1e3)} k a GPU: "
-            f"{span(*UTILISATION, 0.01)} % of {PEAK_FLOPS / 1e12:.0f} TFLOP/s (H100, H200)",
+            f"{span(*utilisation(config), 0.01)} % of {PEAK_FLOPS / 1e12:.0f} TFLOP/s (H100, H200)",
         ),
         (
             "time (estimate)",

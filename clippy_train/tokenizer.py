@@ -22,7 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer from a folder or from the hub, without running anything that stands there.
+    """Load a fast tokenizer from a folder or from the hub, without running code from there.
 
     It decodes without "cleaning up" spaces, which changes code.
 

@@ -14,7 +14,7 @@ from clippy_train.config import TrainConfig
 
 SLOWEST = ("test_parity.py", "test_train.py", "test_import_flax.py")  # minutes each: started first, one on each worker
 
-# How fast a machine is, and whether it has Hypothesis' tables of characters yet, is no property of the code.
+# How fast a machine is, and whether it has Hypothesis' tables of characters yet, says nothing about the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 

@@ -44,13 +44,15 @@ def test_a_base_that_no_key_describes_is_refused(changed: dict[str, Any], said: 
 
 @pytest.mark.processes
 def test_a_run_whose_base_is_gone_resumes_from_its_checkpoint(
-    train_config: Callable[..., TrainConfig], tmp_path: Path
+    train_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also if it had a relative name, which might be one on the hub."""
+    monkeypatch.chdir(tmp_path)
     base = base_folder(tmp_path / "base", small_bpe())
     shape = [f"model.{name}={getattr(gpt_neo().config, name)}" for name in SHAPE]
     config = train_config(
         *SETTINGS, *SINGLE, *shape, f"run.root={tmp_path}", "run.name=kept", "trainer.max_steps=1",
-        f"model.base={base}", "tokenizer.base=null",
+        "model.base=base", "tokenizer.base=null",
     )  # fmt: skip
     train(config)
     shutil.copytree(tmp_path / "kept", tmp_path / "gone")
@@ -62,7 +64,7 @@ def test_a_run_whose_base_is_gone_resumes_from_its_checkpoint(
     assert [row["train/loss"] for row in gone] == [row["train/loss"] for row in kept]
     assert len(gone) == 2
     with pytest.raises(ConfigError, match=f"model.base={base}: no such folder"):
-        prepare(replace(longer, run=replace(longer.run, name="new")))
+        prepare(replace(longer, run=replace(longer.run, name="new"), model=replace(longer.model, base=str(base))))
 
 
 def train(config: TrainConfig) -> None:

@@ -42,7 +42,7 @@ from clippy_train.run.folder import (
     checkpoint_step,
     run_of,
 )
-from clippy_train.run.rows import SCORE
+from clippy_train.run.rows import SCORE, read_rows
 
 LAYOUT = {"ranks": 2, "strategy.name": "zero", "strategy.stage": 1, "optim.name": "adamw"}
 FILES = ("rng-00000.pt", "state/latest", "state/checkpoint/mp_rank_00_model_states.pt")
@@ -269,6 +269,13 @@ def test_validations_of_other_sequences_are_not_compared(run_dir: Path) -> None:
     best = find_best(run_dir)
     assert best
     assert checkpoint_step(best) == 2
+
+
+def test_damaged_rows_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"step": 1, "a": 2}\n[1]\n"a"\n{"a": 1}\n\xff\n{"step": 2, "a": 3}\n{"step": 3, "a"')
+    assert [row["a"] for row in read_rows(path, "a")] == [2, 3]
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
 
 
 def test_ls_lists_and_verify_reads_every_byte(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

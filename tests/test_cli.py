@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from clippy_train.cli import VERBS, main
 from clippy_train.compose import ADDED, CONF, compose, composed_values, groups, parse_overrides
 from clippy_train.errors import ConfigError
 from clippy_train.help import limits
+from clippy_train.launch.start import choose_checkpoint
 
 DEMO = ["train", "experiment=demo"]
 Capture = pytest.CaptureFixture[str]
@@ -423,6 +425,21 @@ def test_an_unknown_verb_names_the_nearest(typed: str, hint: str, capsys: Captur
     assert f"unknown verb {typed!r}; {hint}" in fails(capsys, 2, typed)
 
 
+def test_a_result_is_not_written_over_a_device_and_a_link_stays(tmp_path: Path, capsys: Capture) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "is not a file" in fails(capsys, 2, "plan", "experiment=demo", f"out={tmp_path / 'pipe'}")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert main(["plan", "experiment=demo", f"out={tmp_path / 'link'}"]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "file").read_text())["parameters"] > 0
+
+
+def test_what_is_not_a_checkpoint_is_refused(train_config: Callable[..., config.TrainConfig], tmp_path: Path) -> None:
+    for name in ("nver", str(tmp_path)):
+        with pytest.raises(ConfigError, match=f"resume={name}: not the folder of a checkpoint"):
+            choose_checkpoint(train_config(f"run.root={tmp_path}/runs", f"resume={name}"))
+
+
 def test_an_unknown_task_is_the_only_problem(capsys: Capture) -> None:
     text = fails(capsys, 2, "evaluate", "model=m", "task=nope")
     assert "task=nope: must be one of" in text
@@ -504,7 +521,7 @@ def test_a_flag_of_another_verb_is_refused(arguments: list[str], owner: str, tmp
 @pytest.mark.processes
 def test_a_plan_of_many_trials_trains_none(tmp_path: Path) -> None:
     arguments = ["plan", "-m", "experiment=code_clippy_125m", f"run.root={tmp_path}/runs", "seed=1,2"]
-    command = [sys.executable, "-m", "clippy_train.cli", *arguments]  # Hydra would set up this process's logging anew
+    command = [sys.executable, "-m", "clippy_train.cli", *arguments]  # Hydra would set up this process's logging again
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.count("2,097,152 tokens") == 2
     assert not list(tmp_path.rglob("config.yaml"))

@@ -2,7 +2,7 @@
 
 A folder states it by licence files (whose texts are compared with those of choosealicense.com), by a REUSE folder
 `LICENSES`, or in its package's metadata; a file by a header `SPDX-License-Identifier`. What is not a valid SPDX
-expression is no licence. Promises: only regular files are opened, and none above `MAX_BYTES`. Cost: some 20 ms for a
+expression is ignored. Promises: only regular files are opened, and none above `MAX_BYTES`. Cost: some 20 ms for a
 licence file that does not contain a known text unchanged, next to nothing otherwise.
 """
 
@@ -22,7 +22,7 @@ MAX_BYTES = 200_000  # larger files hold more than one licence; the longest know
 REUSE = "LICENSES"  # a folder of texts, each named by its SPDX id
 _LICENCE_FILE = re.compile(r"([\w.]+-)?(licen[cs]e|copying|unlicense)([-._].*)?", re.IGNORECASE)
 _HEADER = re.compile(r"SPDX-License-Identifier:[ \t]*([^\n]*?)[ \t]*(?:\*/|-->|\*\)|\"|\r|\n|$)")
-# Above the terms of a known text stand title and copyright, below them an appendix.
+# The terms of a known text follow its title and copyright; an appendix follows them.
 _TERMS = re.compile(r"(?:.*(?:\[year\].*?\n|Everyone is permitted))?(.*?)(?:END OF TERMS AND CONDITIONS.*)?", re.DOTALL)
 
 

@@ -25,7 +25,7 @@ def decoded(data: bytes) -> str:
     """The text of a file.
 
     Raises:
-        Rejected: the file is a pointer of Git LFS, whose content is elsewhere, or no text that can be told.
+        Rejected: the file is a pointer of Git LFS, whose content is elsewhere, or its encoding is unknown.
     """
     if data.startswith(LFS_POINTER):
         raise Rejected("lfs_pointer")

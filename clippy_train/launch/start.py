@@ -23,7 +23,17 @@ from clippy_train.launch.resources import resource_problems
 from clippy_train.run.changes import changes
 from clippy_train.run.checkpoint import Checkpoint, checkpoint_layout, find_checkpoint, open_checkpoint
 from clippy_train.run.environment import environment
-from clippy_train.run.folder import CONFIG, ENVIRONMENT, HF_FOLDER, METRICS, STACKS, checkpoint_folders, run_of
+from clippy_train.run.folder import (
+    CONFIG,
+    ENVIRONMENT,
+    HF_FOLDER,
+    MANIFEST,
+    METRICS,
+    STACKS,
+    STATE,
+    checkpoint_folders,
+    run_of,
+)
 from clippy_train.run.history import record
 from clippy_train.run.identity import data_identity
 from clippy_train.run.moments import BaseState, open_base_state
@@ -110,12 +120,15 @@ def _begin(config: TrainConfig) -> Start:
 def _resume(config: TrainConfig, checkpoint: Checkpoint) -> Start:
     step = checkpoint.manifest.step
     print(f"resuming {config.run_dir} from step {step} ({checkpoint.path})", flush=True)
-    for line in changes(run_of(checkpoint.path), config, step):
+    found = changes(run_of(checkpoint.path), config, step)
+    for line in found:
         print(line, flush=True)
-    gone = list(_missing_folders(config))
+    own = config.run_dir / HF_FOLDER
+    needed = not own.is_dir() or any(line.startswith("tokenizer.base was") for line in found)
+    gone = [] if needed else [f"{key}={name}" for key, name in _bases(config) if not Path(name).is_dir()]
     if gone:
-        print(f"{'; '.join(gone)}: gone, and not needed: the run has its own description of the model", flush=True)
-    start = Start(checkpoint.path, description=config.run_dir / HF_FOLDER if gone else None)
+        print(f"{'; '.join(gone)}: not read, since the run has its own description of the model", flush=True)
+    start = Start(checkpoint.path, description=own if gone else None)
     changed = layout_changes(checkpoint, config)
     if not changed:
         return start
@@ -123,6 +136,8 @@ def _resume(config: TrainConfig, checkpoint: Checkpoint) -> Start:
 
     print(f"resharding: {'; '.join(changed)}", flush=True)
     description = run_of(checkpoint.path) / HF_FOLDER
+    if not description.is_dir():
+        raise CheckpointError(f"{checkpoint.path} cannot be resharded: {description}, which describes it, is missing")
     return replace(start, consolidated=consolidate(checkpoint, description, config.run_dir))
 
 
@@ -160,18 +175,19 @@ def _base_problems(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError("tokenizer.base: needed when model.base=null (folder or hub name of a tokenizer)")
     if checkpoint_folders(config.run_dir):
         return  # the run has taken from its base what it needs
-    for missing in _missing_folders(config):
-        yield ConfigError(f"{missing}: no such folder")
+    for key, name in _bases(config):
+        if looks_local(name) and not Path(name).is_dir():
+            yield ConfigError(f"{key}={name}: no such folder")
     try:
         base_state(config)
     except ConfigError as error:
         yield error
 
 
-def _missing_folders(config: TrainConfig) -> Iterator[str]:
-    for key, name in (("model.base", config.model.base), ("tokenizer.base", config.tokenizer.base)):
-        if name and looks_local(name) and not Path(name).is_dir():
-            yield f"{key}={name}"
+def _bases(config: TrainConfig) -> list[tuple[str, str]]:
+    """The keys that name a base, with its folder or hub name."""
+    named = ("model.base", config.model.base), ("tokenizer.base", config.tokenizer.base)
+    return [(key, name) for key, name in named if name]
 
 
 def _wandb_problems(config: TrainConfig) -> Iterator[ConfigError]:
@@ -217,6 +233,11 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
     if config.resume == "must" and not found:
         raise CheckpointError(f"resume=must, but {config.run_dir} has no checkpoint")
     if config.resume not in ("auto", "must", "never") and not found:
+        if not any((Path(config.resume) / name).exists() for name in (MANIFEST, STATE)):
+            raise ConfigError(
+                f"resume={config.resume}: not the folder of a checkpoint, as in runs/NAME/checkpoints/step-00000500, "
+                "nor auto, must or never"
+            )
         found = open_checkpoint(Path(config.resume))
     if found:
         changes(run_of(found.path), config, found.manifest.step)

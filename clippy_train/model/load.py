@@ -32,7 +32,7 @@ def move_to_device(model: nn.Module) -> None:
 
 
 def load_model(name: str) -> PreTrainedModel:
-    """Load a causal LM in fp32 from a folder or the hub, without running anything that stands there.
+    """Load a causal LM in fp32 from a folder or the hub, without running code from there.
 
     Raises:
         ConfigError: it cannot be loaded.

@@ -192,7 +192,8 @@ def _validation(config: TrainConfig, shape: _Shape) -> int:
     batch = config.trainer.eval_micro_batch_size
     size = batch * config.data.seq_len * shape.width
     head = shape.copies + (shape.value * shape.vocab * shape.width if shape.autocast else 0)
-    logits = CHUNK["cuda"] * shape.vocab * (shape.value + 4) + 2 * shape.weight * size
+    tokens = min(batch * (config.data.seq_len - 1), CHUNK["cuda"])
+    logits = tokens * shape.vocab * (shape.value + 4) + 2 * shape.weight * size
     if config.model.loss_dtype == "bf16":
         logits = 3 * BYTES["bf16"] * batch * config.data.seq_len * shape.vocab
     layer = size * (2 * shape.weight + 10 * shape.value)

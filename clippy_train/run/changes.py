@@ -10,8 +10,9 @@ from clippy_train.config import DataConfig, TrainConfig, as_yaml, load, values
 from clippy_train.errors import ConfigError
 from clippy_train.run.folder import CONFIG
 
-ORDER, MODEL, OPTIMIZER = "another order of the data", "another model", "another optimizer"
-START = "a start that has happened"
+ORDER, MODEL = "it would be another order of the data", "it would be another model"
+OPTIMIZER = "it would be another optimizer"
+START = "only the start of a run reads it"
 
 # A name covers the keys below it.
 REFUSED = {
@@ -61,7 +62,7 @@ APPLIED = (
 
 
 def changes(run_dir: Path, config: TrainConfig, step: int) -> list[str]:
-    """A line for each difference to the last attempt in a run's folder; none if the folder has no record of one.
+    """A line for each difference to the last attempt in a run's folder, or one that says that there is no record of it.
 
     Args:
         step: the last one that was made.
@@ -71,13 +72,13 @@ def changes(run_dir: Path, config: TrainConfig, step: int) -> list[str]:
     """
     recorded = run_dir / CONFIG
     if not recorded.exists():
-        return []
+        return [f"{recorded} is missing: settings are not compared"]
     last = load(recorded)
     then, now = values(last), values(config)
     changed = {
         name: f"{name} was {as_yaml(then[name])}, is {as_yaml(now[name])}" for name in now if then[name] != now[name]
     }
-    refused = [f"{line}: refused, it means {why}" for name, line in changed.items() if (why := refusal(name))]
+    refused = [f"{line}: refused: {why}" for name, line in changed.items() if (why := refusal(name))]
     if passed_over(last.data, step) != passed_over(config.data, step):
         refused.append(
             f"{changed['data.skip_steps']}: refused for the data before step {step + 1}, which has been read"
@@ -90,7 +91,7 @@ def changes(run_dir: Path, config: TrainConfig, step: int) -> list[str]:
 
 
 def refusal(name: str) -> str | None:
-    """What another value of a key would mean for a run, if that is refused."""
+    """Why another value of a key is refused; None if it is not."""
     return next((why for refused, why in REFUSED.items() if f"{name}.".startswith(f"{refused}.")), None)
 
 

@@ -30,7 +30,7 @@ class Phase(NamedTuple):
 
 def phases(run_dir: Path, last_step: float = math.inf) -> list[Phase]:
     """The phases of a run's steps up to `last_step`; nothing about steps that no attempt has recorded."""
-    return [each for each in _phases(read_rows(run_dir / HISTORY)) if each.step < last_step]
+    return [each for each in _phases(read_rows(run_dir / HISTORY, "settings")) if each.step < last_step]
 
 
 def record(run_dir: Path, step: int, config: TrainConfig, origin: Path) -> None:
@@ -39,7 +39,7 @@ def record(run_dir: Path, step: int, config: TrainConfig, origin: Path) -> None:
     Args:
         origin: folder of the run that made the steps before.
     """
-    rows = list(read_rows(origin / HISTORY))
+    rows = list(read_rows(origin / HISTORY, "settings"))
     longer = [*rows, {"step": step, "settings": values(config)}]
     if _phases(longer) != _phases(rows):
         with atomic_write(run_dir / HISTORY) as file:

@@ -1,4 +1,4 @@
-"""Read a checkpoint's files without running anything that stands in them: tensors and plain values, nothing else.
+"""Read a checkpoint's files without running code from them: tensors and plain values, nothing else.
 
 torch's files are pickles, and a pickle may call any function. torch's weights-only reader calls none but those of a
 fixed list; DeepSpeed's and Lightning's loaders switch it off. `plain_loads` switches it on for whoever calls

@@ -42,17 +42,21 @@ class RowFile:
 
 
 def read_rows(path: Path, key: str = "") -> Iterator[dict[str, Any]]:
-    """The rows of a file that have `key`, without one that a crash cut short."""
+    """The rows of a file that have `key`, without one that a crash cut short or a disk damaged."""
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         for line in file:
             if key and f'"{key}"' not in line:
                 continue
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except ValueError:
-                log.warning("%s: dropped a line that was cut short", path)
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
+            else:
+                log.warning("%s: dropped a line that is damaged or was cut short", path)
 
 
 def validated(path: Path, step: int) -> bool:

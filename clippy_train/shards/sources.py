@@ -85,7 +85,7 @@ class Corpus(ABC):
     def _entries(self, shard: int, selection: Selection) -> Iterator[Entry]: ...
 
     def _length(self, shard: int) -> int:
-        """How many documents a damaged shard should have; 0 if that cannot be told."""
+        """How many documents a damaged shard should have; 0 if that is not known."""
         return 0
 
 

@@ -20,6 +20,7 @@ from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
 from clippy_train.config import TrainConfig, load
 from clippy_train.errors import CheckpointError, ClippyError, ConfigError, Interrupted, first_line
 from clippy_train.model.build import build_described, build_model
+from clippy_train.model.memory import memory
 from clippy_train.report import escape_unprintable, quiet_transformers
 from clippy_train.run.checkpoint import Checkpoint, read_checkpoint
 from clippy_train.run.consolidate import WEIGHTS_FILE, set_weights
@@ -93,7 +94,7 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
         validate_on_resume(trainer)  # if it validates at all: `num_sanity_val_steps`
     module = CodeLM(config, model, token_bytes(tokenizer, model.config.vocab_size))
     data = DataModule(config, tokenizer, rank, cursors, base.step if base else max(0, resumed_step))
-    with plain_loads():  # Lightning and DeepSpeed would run what stands in a checkpoint
+    with plain_loads():  # Lightning and DeepSpeed would run code in a checkpoint
         trainer.fit(module, data, ckpt_path=native)
 
 
@@ -139,10 +140,11 @@ def main(run_dir: str) -> int:
         print(f"rank {rank}: {error}", file=sys.stderr)
         return error.exit_code
     except torch.OutOfMemoryError as error:
-        size = config.trainer.micro_batch_size
+        rows = config.model.vocab_size + len(config.tokenizer.whitespace_tokens)
         print(
-            f"rank {rank}: out of memory with trainer.micro_batch_size={size} ({first_line(error)}). Lower it: "
-            "trainer.global_batch_size stays, accumulation grows. `clippy plan` says what fits",
+            f"rank {rank}: out of memory with trainer.micro_batch_size={config.trainer.micro_batch_size}, for which "
+            f"`clippy plan` expects {memory(config, rows).peak / 1e9:.3g} GB ({first_line(error)}). Lower it: "
+            "trainer.global_batch_size stays, accumulation grows. `clippy plan memory_gb=...` says what fits",
             file=sys.stderr,
         )
         return ConfigError.exit_code

@@ -43,7 +43,7 @@ class TrialLauncher(Launcher):
     def run(
         self, job_overrides: Sequence[Sequence[str]], prune: Callable[[int, int, float], bool] | None = None
     ) -> list[float | None]:
-        """Run a batch; `prune` is told the number of a job, a step and its validation, and says whether to end it."""
+        """Run a batch; `prune` gets the number of a job, a step and its validation, and decides whether to end it."""
         jobs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
         values: list[float | None] = self.task_function(jobs, prune)
         return values

@@ -145,10 +145,7 @@ class FakeCodeLM(CodeLM):
     """A module whose `forward` is its loss, as the strategies' wrappers call it."""
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self._loss(self._mean_loss, batch)
-
-    def losses(self, batch: dict[str, Tensor]) -> Tensor:
-        return self._loss(self._token_losses, batch)
+        return self._loss(self._mean_loss if torch.is_grad_enabled() else self._token_losses, batch)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FakeCodeLM":
         return self  # it has its device and types already, and fake tensors cannot be exchanged
@@ -163,7 +160,7 @@ def _phases(config: TrainConfig, vocab_size: int) -> dict[str, int]:
     _imitate_cuda()
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         engine, module = _build(config, vocab_size)
-        _validate(module, live)  # as a new run does: the order of modules under ZeRO-3 follows from it
+        _validate(engine, module.config, live)  # as a new run does: ZeRO-3's order of modules follows from it
         batch = _batch(config, config.trainer.micro_batch_size)
         for _ in range(2 * config.micro_steps):  # from the second step on, all states exist
             live.enter("forward")
@@ -173,14 +170,14 @@ def _phases(config: TrainConfig, vocab_size: int) -> dict[str, int]:
             del result
             live.enter("update")
             engine.step()
-        _validate(module, live)
+        _validate(engine, module.config, live)
     return {phase: live.peaks[phase] for phase in PHASES}
 
 
-def _validate(module: FakeCodeLM, live: LiveBytes) -> None:
+def _validate(engine: Any, config: TrainConfig, live: LiveBytes) -> None:
     live.enter("validation")
-    with torch.no_grad(), _autocast(module.config):
-        module.losses(_batch(module.config, module.config.trainer.eval_micro_batch_size))
+    with torch.no_grad(), _autocast(config):
+        engine(_batch(config, config.trainer.eval_micro_batch_size))
     live.enter("")
 
 
