@@ -7,7 +7,7 @@ them was measured on a GPU by this project.
 from dataclasses import dataclass, replace
 
 from clippy_train.config import TrainConfig
-from clippy_train.model.flops import count_parameters
+from clippy_train.model.flops import count_parameters, vocab_size
 from clippy_train.model.memory import Memory, memory
 from clippy_train.model.traffic import BYTES, Collective, step_collectives
 from clippy_train.optim import describe_schedule
@@ -121,11 +121,6 @@ def make_plan(config: TrainConfig, memory_gb: float | None = None) -> Plan:
         sent_bytes=sent,
         estimate=estimate(config, num_parameters, sent) if on_gpu else None,
     )
-
-
-def vocab_size(config: TrainConfig) -> int:
-    """With the whitespace tokens."""
-    return config.model.vocab_size + len(config.tokenizer.whitespace_tokens)
 
 
 def largest_micro_batch(config: TrainConfig, memory_gb: float) -> int | None:

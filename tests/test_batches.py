@@ -328,6 +328,19 @@ def test_a_stream_without_documents_is_a_one_line_error(
     assert len(str(caught.value).splitlines()) == 1
 
 
+def progress_of_an_epoch(settings: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Progress:
+    """The callback after every stream has read an epoch."""
+    shards = open_corpus(settings.data, "train").shards
+    progress = Progress(settings, START, np.zeros(len(COUNTS), dtype=np.int64), shards)
+    trainer: Any = SimpleNamespace(global_step=0)
+    unused: Any = None  # the callback does not read the module
+    for batch in DataModule(settings, tokenizer, 0, START).train_dataloader():
+        progress.on_train_batch_end(trainer, unused, None, batch, 0)
+        if progress.cursors[:, 0].min() == 1:
+            break
+    return progress
+
+
 def test_too_many_bad_lines_stop_the_run_and_name_their_shards(
     config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, tiny_corpus: Path, tmp_path: Path
 ) -> None:
@@ -336,15 +349,7 @@ def test_too_many_bad_lines_stop_the_run_and_name_their_shards(
     for path, lines in ((bad, 400), (worse, 800)):
         path.write_bytes(zstandard.compress(b'{"text": 1}\n' * lines) + path.read_bytes())
     settings = config(1, 2, 0, f"data.path={tmp_path}/corpus", "data.max_bad_fraction=0.5")
-    progress = Progress(
-        settings, START, np.zeros(len(COUNTS), dtype=np.int64), open_corpus(settings.data, "train").shards
-    )
-    trainer: Any = SimpleNamespace(global_step=0)
-    unused: Any = None  # the callback does not read the module
-    for batch in DataModule(settings, tokenizer, 0, START).train_dataloader():
-        progress.on_train_batch_end(trainer, unused, None, batch, 0)
-        if progress.cursors[:, 0].min() == 1:  # every stream has read an epoch
-            break
+    progress = progress_of_an_epoch(settings, tokenizer)
     assert progress.rejected[str(worse)] % 800 == progress.rejected[str(bad)] % 400 == 0
     with pytest.raises(DataError, match=rf"Most of them are in {worse} \(\d+\), {bad} \(\d+\)\.") as caught:
         progress.all_counts()
@@ -362,15 +367,7 @@ def test_unreadable_shards_stop_the_run_with_their_documents(
         data = zstandard.compress("\n".join(lines).encode())
         (tmp_path / f"train/{number}.jsonl.zst").write_bytes(bytes(len(data)) if number % 2 else data)
     settings = config(1, 2, 0, f"data.path={tmp_path}", "data.max_bad_fraction=0.4")
-    progress = Progress(
-        settings, START, np.zeros(len(COUNTS), dtype=np.int64), open_corpus(settings.data, "train").shards
-    )
-    trainer: Any = SimpleNamespace(global_step=0)
-    unused: Any = None  # the callback does not read the module
-    for batch in DataModule(settings, tokenizer, 0, START).train_dataloader():
-        progress.on_train_batch_end(trainer, unused, None, batch, 0)
-        if progress.cursors[:, 0].min() == 1:
-            break
+    progress = progress_of_an_epoch(settings, tokenizer)
     with pytest.raises(DataError, match=r"1200 of \d+ lines|2400 of \d+ lines"):
         progress.all_counts()
 

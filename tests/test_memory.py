@@ -13,8 +13,9 @@ from clippy_train.cli import main
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError
 from clippy_train.launch.start import corpus_warnings
+from clippy_train.model.flops import vocab_size
 from clippy_train.model.memory import memory
-from clippy_train.plan import USABLE, vocab_size
+from clippy_train.plan import USABLE
 
 TWO_LAYERS = "model.num_layers=2"  # of the recipe's width, for the suite's sake; the table has all layers
 CASES = [

@@ -183,7 +183,7 @@ def _sample_folder(isolation: Isolation) -> Iterator[str | None]:
     """A temporary folder on disk, if the sample has no file system of its own.
 
     Raises:
-        SandboxFault: there is no space, or something in it cannot be removed.
+        SandboxFault: the disk is full, or something in the folder cannot be removed.
     """
     if isolation.namespaces:
         yield None

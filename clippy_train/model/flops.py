@@ -24,6 +24,11 @@ PEAKS = {
 }
 
 
+def vocab_size(config: TrainConfig) -> int:
+    """Rows of the embedding of a model that is built from the configuration: with the whitespace tokens."""
+    return config.model.vocab_size + len(config.tokenizer.whitespace_tokens)
+
+
 def count_parameters(config: TrainConfig, vocab_size: int) -> int:
     """Parameters of a GPT-Neo: embeddings (the head is tied), blocks of 12 d^2 + 10 d, final LayerNorm."""
     width, positions = config.model.hidden_size, config.model.max_position_embeddings

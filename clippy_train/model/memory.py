@@ -27,7 +27,7 @@ class Memory:
         gathered: other ranks' weights under ZeRO-3, in each pass.
         activations: that a micro-batch's forward pass keeps for its backward pass.
         loss, backward: what the loss and the backward pass of a layer need for a moment, besides the activations.
-        update, validation: what these need for a moment; then there are no activations.
+        update, validation: what these need for a moment, after the activations are freed.
     """
 
     weights: int

@@ -62,7 +62,7 @@ APPLIED = (
 
 
 def changes(run_dir: Path, config: TrainConfig, step: int) -> list[str]:
-    """A line for each difference to the last attempt in a run's folder, or one that says that there is no record of it.
+    """A line for each difference to the last attempt in a run's folder, or one that says that its record is missing.
 
     Args:
         step: the last one that was made.

@@ -20,6 +20,7 @@ from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
 from clippy_train.config import TrainConfig, load
 from clippy_train.errors import CheckpointError, ClippyError, ConfigError, Interrupted, first_line
 from clippy_train.model.build import build_described, build_model
+from clippy_train.model.flops import vocab_size
 from clippy_train.model.memory import memory
 from clippy_train.report import escape_unprintable, quiet_transformers
 from clippy_train.run.checkpoint import Checkpoint, read_checkpoint
@@ -140,10 +141,10 @@ def main(run_dir: str) -> int:
         print(f"rank {rank}: {error}", file=sys.stderr)
         return error.exit_code
     except torch.OutOfMemoryError as error:
-        rows = config.model.vocab_size + len(config.tokenizer.whitespace_tokens)
+        expected = memory(config, vocab_size(config)).peak / 1e9
         print(
             f"rank {rank}: out of memory with trainer.micro_batch_size={config.trainer.micro_batch_size}, for which "
-            f"`clippy plan` expects {memory(config, rows).peak / 1e9:.3g} GB ({first_line(error)}). Lower it: "
+            f"`clippy plan` expects {expected:.3g} GB ({first_line(error)}). Lower it: "
             "trainer.global_batch_size stays, accumulation grows. `clippy plan memory_gb=...` says what fits",
             file=sys.stderr,
         )

@@ -11,8 +11,8 @@ from support.fake_memory import memory_by_phase
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
+from clippy_train.model.flops import vocab_size
 from clippy_train.model.memory import memory
-from clippy_train.plan import vocab_size
 
 PAGE = Path(__file__).parents[2] / "benchmarks" / "plan-memory.md"
 INTRODUCTION = """\
