@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test fuzz chaos chaos-selftest bench bench-gpu bench-checkpoint soak elastic test-slurm lint clean
+.PHONY: help setup demo check test fuzz chaos chaos-selftest bench bench-gpu bench-checkpoint bench-corpus soak elastic test-slurm lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -25,7 +25,7 @@ check: lint ## lint, types and the quick tests, in a minute: run it before every
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slurm and not processes and not slow'
 
 test: $(READY) ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 chaos: $(READY) ## interrupt runs at random moments, 200 times with kill -9 and 200 times with signals; two hours on two cores
 	cd tests && ../$(BIN)/python -m tools.chaos kill
@@ -46,7 +46,7 @@ elastic: $(READY) ## reshard a run through eleven layouts of ranks and strategie
 	CLIPPY_ELASTIC_STEPS=50 $(BIN)/pytest --timeout 3600 tests/test_elastic.py
 
 test-slurm: $(READY) ## real jobs on the Slurm that sbatch reaches; it needs two nodes that share this folder
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m slurm tests/test_slurm.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m slurm tests/test_slurm.py tests/test_corpus_slurm.py
 
 lint: $(READY) ## style, types, and which room may import which
 	$(BIN)/ruff check .
@@ -65,6 +65,10 @@ bench-gpu: $(READY) ## the training step on one GPU: alternatives, tokens/s, MFU
 
 bench-checkpoint: $(READY) ## seconds and bytes of a checkpoint of GPT-Neo-125M's shape, in minutes
 	$(BIN)/python benchmarks/checkpoint.py
+
+bench-corpus: $(READY) ## building a corpus: speed per core, two workers, memory, and two alternatives, in a quarter of an hour
+	$(BIN)/pip install --quiet -c constraints.txt orjson 'xxhash<4'
+	$(BIN)/python benchmarks/corpus.py
 
 soak: $(READY) ## check that the input pipeline's memory stays constant, in 25 minutes
 	$(BIN)/python benchmarks/soak.py

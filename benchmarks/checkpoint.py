@@ -2,12 +2,13 @@
 
     python benchmarks/checkpoint.py [STRATEGY...]       zero1 and zero3 by default, on two ranks
 
-For each strategy a run saves five times; the same command then resumes for one more step. Prints one JSON object per
+For each strategy a run saves four times; the same command then resumes for one more step. Prints one JSON object per
 strategy; seconds are medians:
 
     bytes, files          of one checkpoint
     stall_seconds         training stops for a save; first_stall_seconds: the first one, which allocates memory
     save_seconds          from the start of a save until the checkpoint is complete
+    step_seconds          of a step; during_save_seconds: of the step after a save has begun, while it is written
     write_seconds         to write and flush as many bytes to the same disk
     hash_seconds          to read the files back and hash them, on one core
     verify_seconds        the launcher's check of a checkpoint before ranks start
@@ -38,8 +39,8 @@ from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import add_whitespace_tokens, train_bpe
 
 VOCAB_SIZE = 50257  # of GPT-2, before the whitespace tokens
-SAVES = 5
-EVERY = 8  # steps, so that a save is complete before the next one
+SAVES = 4
+EVERY = 4  # steps, so that a save is complete before the next one
 SHAPE = [
     "experiment=code_clippy_125m", "model.base=null", "trainer.accelerator=cpu", "trainer.devices=2",
     "trainer.global_batch_size=2", "trainer.micro_batch_size=1", "trainer.eval_micro_batch_size=1",
@@ -72,6 +73,7 @@ def measure(work: Path, strategy: str, settings: list[str]) -> dict[str, Any]:
     run_dir = work / "runs" / strategy
     fresh = seconds_to_step(work, run_dir, 1, [*command, f"trainer.max_steps={SAVES * EVERY}"])
     saves = list(read_rows(run_dir / METRICS, "checkpoint/stall"))
+    seconds = {row["step"]: row["throughput/step_time"] for row in read_rows(run_dir / METRICS, "throughput/step_time")}
     newest = checkpoint_folders(run_dir)[0]
     files = [path for path in newest.rglob("*") if path.is_file()]
     num_bytes = sum(path.stat().st_size for path in files)
@@ -81,6 +83,8 @@ def measure(work: Path, strategy: str, settings: list[str]) -> dict[str, Any]:
         "stall_seconds": statistics.median(row["checkpoint/stall"] for row in saves),
         "first_stall_seconds": saves[0]["checkpoint/stall"],
         "save_seconds": statistics.median(row["checkpoint/seconds"] for row in saves),
+        "step_seconds": statistics.median(seconds[step] for step in seconds if step % EVERY in (0, EVERY - 1)),
+        "during_save_seconds": statistics.median(seconds[step] for step in seconds if step % EVERY == 1 and step > 1),
         "write_seconds": median_seconds(lambda: write(work / "plain", num_bytes)),
         "hash_seconds": median_seconds(lambda: [hash_file(path) for path in files]),
         "verify_seconds": median_seconds(lambda: open_checkpoint(newest)),

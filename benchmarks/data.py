@@ -41,10 +41,11 @@ from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, default_data_co
 from clippy_train.compose import compose
 from clippy_train.config import WHITESPACE_TOKENS, CorpusConfig, DataConfig, TrainConfig
 from clippy_train.corpus.build import build_corpus
+from clippy_train.data.objectives import LeftToRight
 from clippy_train.data.stream import Cursor, Stream
 from clippy_train.shards.format import SUFFIX
 from clippy_train.shards.sources import open_corpus
-from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer, train_bpe
+from clippy_train.tokenizer import add_fim_tokens, add_whitespace_tokens, load_tokenizer, train_bpe
 from clippy_train.train.callbacks.progress import fresh_cursors
 from clippy_train.train.data import DataModule
 
@@ -67,6 +68,7 @@ def speed(work: Path) -> list[Row]:
         "tokenizer alone, texts in memory, 16 at once": tokenizer_only(core, texts, 16),
         "tokenizer alone, texts in memory, 256 at once": tokenizer_only(core, texts, 256),
         "end to end": our_loader(folder, name, 0),
+        "end to end, fill-in-the-middle": our_loader(folder, name, 0, "data.fim_rate=0.5"),
         "datasets: streaming, map(tokenize), group_texts": datasets_loader(folder, name),
         "the original's loader": original_loader(folder, name),
         "end to end, 1 loader process": our_loader(folder, name, 1),
@@ -82,9 +84,10 @@ def speed(work: Path) -> list[Row]:
         }
         for what, taken in seconds.items()
     ]
-    alone_16, alone_256, end_to_end, datasets, flax, one_loader, two_loaders = sources
+    alone_16, alone_256, end_to_end, fim, datasets, flax, one_loader, two_loaders = sources
     ratios = {
         "end to end / tokenizer alone, its best": (ratio(seconds, end_to_end, alone_16, alone_256), 0.85),
+        "fill-in-the-middle / end to end": (ratio(seconds, fim, end_to_end), 0.97),
         "end to end / datasets": (ratio(seconds, end_to_end, datasets), 1.0),
         "end to end / the original's loader": (ratio(seconds, end_to_end, flax), None),
         "2 loader processes / 1": (ratio(seconds, two_loaders, one_loader), 1.7),
@@ -131,9 +134,11 @@ def tokenizer_only(core: Tokenizer, texts: list[str], size: int) -> Source:
             yield sum(len(each) + 1 for each in encodings)  # + 1: the end-of-text, as in the other sources
 
 
-def our_loader(folder: Path, tokenizer: str, num_workers: int) -> Source:
-    settings = train_config(folder, tokenizer, 16, f"data.num_workers={num_workers}")
-    for batch in DataModule(settings, load_tokenizer(tokenizer), 0, fresh_cursors(16)).train_dataloader():
+def our_loader(folder: Path, name: str, num_workers: int, *overrides: str) -> Source:
+    settings = train_config(folder, name, 16, f"data.num_workers={num_workers}", *overrides)
+    tokenizer = load_tokenizer(name)
+    add_fim_tokens(tokenizer, settings.fim_tokens)
+    for batch in DataModule(settings, tokenizer, 0, fresh_cursors(16)).train_dataloader():
         yield batch["input_ids"].numel()
 
 
@@ -280,10 +285,8 @@ def mixing(work: Path) -> list[Row]:
 
 def epoch_of_files(folder: Path, window: int) -> np.ndarray:
     corpus = open_corpus(DataConfig(path=str(folder)), "train")
-    streams = [
-        Stream(corpus, lambda texts: [[int(text.split()[0])] for text in texts], 1, index, 64, window=window)
-        for index in range(64)
-    ]
+    numbers = LeftToRight(lambda texts: [[int(text.split()[0])] for text in texts])
+    streams = [Stream(corpus, numbers, 1, index, 64, window=window) for index in range(64)]
     epochs = [list(takewhile(lambda block: block.spans[0].epoch == 0, stream.blocks())) for stream in streams]
     turns = min(map(len, epochs))
     return np.array([[int(block.tokens[0]) for block in blocks[:turns]] for blocks in epochs])

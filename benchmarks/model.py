@@ -140,7 +140,7 @@ def framework(variant: Variant, turn: Turn) -> None:
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     config = variant.config
-    progress, finite = Progress(config, fresh_cursors(1), np.zeros(len(COUNTS)), ("",)), Health(1, ("",), config.data)
+    progress, finite = Progress(config, fresh_cursors(1), np.zeros(len(COUNTS)), []), Health(1, [[""]], config.data)
     trainer = build_trainer(
         config, callbacks=[Start(), progress, finite, Monitor(config, progress, finite)], logger=False
     )

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 def run_corpus(settings: config.CorpusConfig) -> int:
     from clippy_train.corpus.build import build_corpus
     from clippy_train.corpus.manifest import statistics
+    from clippy_train.corpus.slurm import submit_corpus
 
+    if settings.slurm.partition:
+        print_table(f"jobs that build {settings.out}", submit_corpus(settings))
+        return 0
     print_table(f"corpus in {settings.out}", statistics(build_corpus(settings)))
     return 0
 
@@ -116,16 +120,16 @@ def run_generate(settings: config.GenerateConfig) -> int:
 def run_interactive(settings: config.GenerateConfig) -> int:
     from clippy_train.generate import interact
 
-    if settings.prompt is not None or settings.file is not None:
-        raise ConfigError("--interactive asks for prompts: omit prompt and file")
+    if any(each is not None for each in (settings.prompt, settings.file, settings.suffix)):
+        raise ConfigError("--interactive asks for prompts: omit prompt, file and suffix")
     quiet_transformers()
     interact(settings, sys.stdin, sys.stdout)
     return 0
 
 
 def run_evaluate(settings: config.EvaluateConfig) -> int:
+    from clippy_train.evaluate import completion, perplexity
     from clippy_train.evaluate.humaneval import humaneval
-    from clippy_train.evaluate.perplexity import perplexity, tables
     from clippy_train.evaluate.results import write_results
 
     quiet_transformers()
@@ -133,11 +137,17 @@ def run_evaluate(settings: config.EvaluateConfig) -> int:
     if settings.task == "humaneval":
         scores = humaneval(settings)
         if scores:
-            print_table("HumanEval", [(name, f"{value:.4f}") for name, value in scores.pass_at.items()])
-            write_results(settings, scores.pass_at, scores.about)
+            print_table("pass@k", [(name, f"{value:.4f}") for name, value in scores.pass_at.items()])
+            by_temperature = {"by_temperature": scores.by_temperature} if scores.by_temperature else {}
+            write_results(settings, {**scores.pass_at, **by_temperature}, scores.about)
         return 0
-    found = perplexity(settings)
-    for title, header, rows in tables(found):
+    if settings.task == "completion":
+        found = completion.completion(settings)
+        tables = completion.tables(found)
+    else:
+        found = perplexity.perplexity(settings)
+        tables = perplexity.tables(found)
+    for title, header, rows in tables:
         print_columns(title, header, rows)
     write_results(settings, {"results": found})
     return 0
@@ -174,9 +184,7 @@ VERBS = {
         "Turn folders of source code, or a dataset (hub=NAME), into shards.",
         "src=[{}]",
     ),
-    "extend": Verb(
-        config.ExtendConfig, run_extend, "clippy extend base=NAME out=DIR", "Add whitespace tokens to a model."
-    ),
+    "extend": Verb(config.ExtendConfig, run_extend, "clippy extend base=NAME out=DIR", "Add tokens to a model."),
     "import": Verb(
         config.ImportConfig,
         run_import,
@@ -211,8 +219,8 @@ VERBS = {
     "evaluate": Verb(
         config.EvaluateConfig,
         run_evaluate,
-        "clippy evaluate model=DIR task=perplexity|humaneval",
-        "Measure bits per byte on a split, or the share of problems solved.",
+        "clippy evaluate model=DIR task=TASK",
+        "Measure bits per byte, how lines are completed, or problems solved.",
     ),
     "demo": Verb(
         config.DemoConfig,
@@ -264,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if options.help else 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that nothing half-written stays
     try:
+        _require_current_folder()
         return _call(parser, options)
     except ClippyError as error:
         print_error(parser.prog, str(error))
@@ -276,6 +285,14 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a path of the wrong kind, a full disk
         print_error(parser.prog, str(error))
         return ConfigError.exit_code
+
+
+def _require_current_folder() -> None:
+    """Relative paths start here."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current folder no longer exists: change to another one") from error
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

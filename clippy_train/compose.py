@@ -10,7 +10,7 @@ import re
 from itertools import islice
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from clippy_train.config import TrainConfig, keys, to_schema
+from clippy_train.config import MixtureSource, TrainConfig, keys, listed_section, to_schema
 from clippy_train.errors import ConfigError, first_line
 from clippy_train.launch.resources import fill_in
 
@@ -42,6 +42,7 @@ TYPE_NAMES: dict[Any, str] = {
     list[str]: "a list of texts",
     list[int]: "a list of whole numbers",
     list[float]: "a list of numbers",
+    list[MixtureSource]: "a list such as [{path:A,weight:3},{path:B}]",
     NoneType: "null",
 }
 
@@ -154,12 +155,26 @@ def _parse(schema: type, options: dict[str, list[str]], text: str) -> Override:
         value = quoted(value) if value != "null" else value
     if key_type == list[str] and "," in value and value[0] != "[" and "(" not in value:
         raise ConfigError(f"{text}: a list of several values needs brackets: {name}=[{value}]")
-    if key_type in (list[str], list[int]) and value[:1] not in ("[", ""):
+    if key_type in (list[str], list[int], list[float]) and value[:1] not in ("[", ""):
         value = f"[{quoted(value) if key_type == list[str] else value}]"  # one value is a list of one
     override = _parse_value(name, value, quoted(text.partition("=")[2]) if is_text else None)
+    if (listed := listed_section(known[name])) and isinstance(override.value(), list):
+        _require_sections(name, listed, cast(list[Any], override.value()))
     if isinstance(override.value(), Glob):
         raise ConfigError(f"{text}: glob() matches the options of a group; {name} is a key")
     return override
+
+
+def _require_sections(name: str, schema: type, items: list[Any]) -> None:
+    """Raises ConfigError, with the index of the item, unless each item has keys of `schema` with the right types."""
+    for index, item in enumerate(items):
+        if not isinstance(item, dict):
+            return  # the type of the whole value is wrong
+        try:
+            OmegaConf.merge(schema, item)
+        except (OmegaConfBaseException, ValueError) as error:
+            at_fault, cause = _key_at_fault(error)
+            raise ConfigError(f"{name}[{index}]{at_fault and f'.{at_fault}'}: {first_line(cause)}") from error
 
 
 def _unknown_key(name: str, known: list[str]) -> str:
@@ -288,4 +303,9 @@ def composed_values(schema: type, overrides: list[str]) -> dict[str, Any]:
     composed = composition(schema, overrides)
     missing = OmegaConf.missing_keys(composed)
     values = {name: OmegaConf.select(composed, name) for name, _ in keys(schema) if name not in missing}
-    return {name: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for name, value in values.items()}
+    return {name: plain(value) for name, value in values.items()}
+
+
+def plain(value: Any) -> Any:
+    """A value that OmegaConf holds, in lists and dictionaries."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

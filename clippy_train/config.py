@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -25,9 +25,10 @@ from clippy_train.files import atomic_write
 
 T = TypeVar("T")
 WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]  # the model card's, in its order
+FIM_TOKENS = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]  # StarCoder's
 PROMPT = "def greet(name):\n  '''A function to greet user. Given a user name it should say hello'''\n"  # the card's
-STOP_SEQUENCES = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # from the paper that introduced HumanEval
 MAX_SEED = 2**31 - 1  # numpy's limit is 2**32 - 1, and each rank adds its number
+SOURCE_NAME = r"[\w.+#-]+"  # a part of the names of metrics
 # Keys of `model` that must match the base model, as the Hugging Face configuration names them.
 SHAPE = ("num_layers", "hidden_size", "num_heads", "window_size", "max_position_embeddings")
 
@@ -39,9 +40,12 @@ def key(
     minimum: float | None = None,
     text: bool = False,
     maximum: float | None = None,
+    empty: bool = False,
 ) -> Any:
-    """Declare a key. Limits are inclusive; `text` marks free text, which needs no quoting on the command line."""
-    metadata = {"meaning": meaning, "choices": choices, "minimum": minimum, "maximum": maximum, "text": text}
+    """Declare a key. Limits are inclusive; `text` marks free text, which needs no quoting on the command line, and
+    `empty` one that may be empty."""
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum}
+    metadata = {"meaning": meaning, **limits, "text": text, "empty": empty or default == ""}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -112,6 +116,14 @@ class TokenizerConfig:
         "tab",
         choices=("tab", "mean_of_pieces"),
     )
+    fim_tokens: list[str] = key(
+        "Special tokens that stand before prefix, middle and suffix; added, unless the tokenizer has them, if "
+        "data.fim_rate is not 0.",
+        FIM_TOKENS,
+    )
+
+
+REDACTED = ("emails", "ips", "keys")
 
 
 @dataclass
@@ -133,6 +145,19 @@ class FilterConfig:
     min_alphanumeric: float | None = key(
         "Smallest share of letters and digits (usual: 0.25).", None, minimum=0, maximum=1
     )
+    opt_out: str | None = key(
+        "File of repositories whose documents to leave out, a name on each line.", None, text=True
+    )
+    decontaminate: list[str] = key(
+        "Files of benchmark problems (HumanEval, MBPP, MultiPL-E, APPS): documents that hold one, as its description "
+        "or its solution, are left out.",
+        [],
+    )
+    redact: list[str] = key(
+        "What to replace by placeholders in the documents that are kept. `keys` needs clippy_train[redact].",
+        [],
+        choices=REDACTED,
+    )
 
 
 @dataclass
@@ -152,10 +177,55 @@ class SourceConfig:
 
 
 @dataclass
+class MixtureSource(SourceConfig):
+    """A corpus of a mixture. It also has the keys of `data` that say where documents come from."""
+
+    name: str | None = key("Name in metrics and on the model card; null takes the one of path or hub.", None, text=True)
+    weight: float | None = key(
+        "Share of the tokens, relative to the weights of the other sources; null is 1, unless data.source_temperature "
+        "decides.",
+        None,
+        minimum=1e-9,
+    )
+
+
+@dataclass
 class DataConfig(SourceConfig):
     """The documents that a run reads, and their order."""
 
+    sources: list[MixtureSource] = key(
+        "A mixture (docs/mixtures.md) instead of data.path or data.hub, as in [{path:A,weight:3},{path:B}]: each "
+        "source has path or hub, hub_config, filter, text_column, name and weight.",
+        [],
+    )
+    source_temperature: float | None = key(
+        "Weigh each source by its size to the power of 1 / temperature: 1 in proportion to the sizes, 2 by their "
+        "square roots. null takes the weights.",
+        None,
+        minimum=1e-9,
+    )
     validation_split: str = key("Split to validate on.", "validation", text=True)
+    val_problems: str | None = key(
+        "File (or hub dataset) of programming problems: each validation also scores their reference solutions, as "
+        "val/solutions/...",
+        None,
+        text=True,
+    )
+    prompt_column: str | None = key(
+        "Field of a document that holds the prompt which its text continues: the model reads it, and learns to predict "
+        "the text only.",
+        None,
+        text=True,
+    )
+    truncate: str = key(
+        "Where to cut a document with a prompt that is longer than a block: at the start of its prompt, or at the end "
+        "(the original).",
+        "start",
+        choices=("start", "end"),
+    )
+    packing: bool = key(
+        "Fill blocks with documents one after the other; false gives each document blocks of its own, padded.", True
+    )
     seq_len: int = key("Tokens in a block.", minimum=2)
     streams: int = key(
         "Logical streams that the corpus is read in. They define the order of the data, so keep the number for the "
@@ -170,12 +240,39 @@ class DataConfig(SourceConfig):
         "the block.",
         False,
     )
+    fim_rate: float = key(
+        "Share of documents that are trained as fill-in-the-middle (docs/objectives.md). 0: all from left to right.",
+        0.0,
+        minimum=0.0,
+        maximum=1.0,
+    )
+    fim_spm_rate: float = key(
+        "Share of those that begin with the suffix, not with the prefix.", 0.5, minimum=0.0, maximum=1.0
+    )
+    fim_characters: int | None = key(
+        "Longest text that fill-in-the-middle rearranges: a longer document is several of them, each with a choice and "
+        "cuts of its own. null: the whole document.",
+        None,
+        minimum=1,
+    )
     max_bad_fraction: float = key("Share of unreadable lines above which the run stops.", 0.01, minimum=0.0)
     skip_steps: list[str] = key(
         "Data to pass over, as in [12,40-42]: what these steps of a run without this key train on. Steps then train on "
         "the data after them (docs/data.md).",
         [],
     )
+
+    @property
+    def masked(self) -> bool:
+        """Whether a model only reads some tokens, and need not predict them."""
+        return self.prompt_column is not None or not self.packing
+
+    @property
+    def corpora(self) -> dict[str, SourceConfig]:
+        """The settings of each corpus that the run reads, by the key of their section."""
+        if not self.sources:
+            return {"data": self}
+        return {f"data.sources[{index}]": source for index, source in enumerate(self.sources)}
 
     @property
     def skipped(self) -> list[range]:
@@ -242,6 +339,12 @@ class TrainerConfig:
     """Steps, batches and devices."""
 
     max_steps: int = key("Optimizer steps of the whole run.", minimum=1)
+    max_epochs: int | None = key(
+        "Ends the run earlier: after the step in which all streams of the corpus, or of a source of a mixture, have "
+        "read it so often and begun again. null reads it without end.",
+        None,
+        minimum=1,
+    )
     global_batch_size: int = key("Sequences in an optimizer step, over all ranks.", minimum=1)
     micro_batch_size: int = key("Sequences in one forward and backward pass of a rank.", minimum=1)
     eval_micro_batch_size: int = key("Sequences in one validation pass of a rank.", minimum=1)
@@ -319,6 +422,11 @@ class LauncherConfig:
     preflight: bool = key(
         "On Slurm, count the devices of every node and time an all-reduce before training; takes seconds.", True
     )
+    start_seconds: int = key(
+        "On Slurm, how long the first ranks wait for the slowest node to start theirs. Then the job is requeued.",
+        600,
+        minimum=1,
+    )
     parallel: int | None = key(
         "In a sweep, trials that run at the same time. null: one on this machine, all of them on Slurm.",
         None,
@@ -386,6 +494,11 @@ class TrainConfig:
         return Path(self.run.root) / self.run.name
 
     @property
+    def fim_tokens(self) -> list[str]:
+        """The tokens of fill-in-the-middle, if the run trains on it."""
+        return self.tokenizer.fim_tokens if self.data.fim_rate else []
+
+    @property
     def nodes_and_devices(self) -> tuple[int, int]:
         """The number of nodes, and of ranks on each."""
         nodes, devices = self.trainer.num_nodes, self.trainer.devices
@@ -438,12 +551,11 @@ class DedupConfig:
 
     exact: bool = key(
         "Drop a document with the same sequence of words as an earlier one, whatever separates the words, as the "
-        "original did. Takes about 100 bytes of memory per document.",
+        "original did.",
         True,
     )
     near: bool = key(
-        "Drop a document that is similar to an earlier one (MinHash LSH). Takes kilobytes of memory per document.",
-        False,
+        "Drop a document that is similar to an earlier one that is kept (MinHash LSH, then compared in truth).", False
     )
     threshold: float = key(
         "For dedup.near: Jaccard similarity of two documents' sequences of 5 words from which they count as similar.",
@@ -457,12 +569,22 @@ class DedupConfig:
 
 
 @dataclass
+class CorpusSlurmConfig:
+    """Jobs that build a corpus on many nodes; the result does not depend on them."""
+
+    partition: str | None = key("Partition to submit the stages to, as job arrays; null works here.", None, text=True)
+    tasks: int = key("Jobs in the array of a stage, each on one core.", 64, minimum=1)
+    hours: int = key("Time limit of a job.", 24, minimum=1)
+    memory_gb: int = key("Memory of a job.", 2, minimum=1)
+
+
+@dataclass
 class CorpusConfig:
     """`clippy corpus`."""
 
     src: list[str] = key(
-        "Folders of git repositories or of packages (SRC... on the command line). With neither src nor hub: the source "
-        "code of this Python.",
+        "Folders of git repositories or of packages (SRC... on the command line). Without src, hub and problems: the "
+        "source code of this Python.",
         [],
     )
     hub: str | None = key(
@@ -471,6 +593,11 @@ class CorpusConfig:
     hub_config: str | None = key("Configuration of the hub dataset; null uses its default.", None, text=True)
     hub_split: str = key("Split of the hub dataset to read.", "train", text=True)
     text_column: str = key("Column of the hub dataset that holds the text.", "text", text=True)
+    problems: list[str] = key(
+        "Files (or hub datasets) of programming problems, to train with data.prompt_column=prompt: a document is a "
+        "reference solution with its prompt.",
+        [],
+    )
     out: str = key("New folder for the shards.", text=True)
     filter: FilterConfig = field(default_factory=lambda: FilterConfig(min_bytes=64, max_bytes=1_000_000))
     dedup: DedupConfig = field(default_factory=DedupConfig)
@@ -482,6 +609,8 @@ class CorpusConfig:
     )
     shard_bytes: int = key("Largest shard, in bytes before compression.", 8_000_000, minimum=1)
     seed: int = key("Seed of the split and of the order of documents.", 42, minimum=0, maximum=MAX_SEED)
+    workers: int = key("Processes that share the work; the result does not depend on them.", 1, minimum=1)
+    slurm: CorpusSlurmConfig = field(default_factory=CorpusSlurmConfig)
 
 
 @dataclass
@@ -493,6 +622,7 @@ class ExtendConfig:
     whitespace_tokens: list[str] = key("Tokens to add.", WHITESPACE_TOKENS)
     matching: str = key("As tokenizer.matching of clippy train.", "longest", choices=("longest", "first_listed"))
     new_row_init: str = key("As tokenizer.new_row_init of clippy train.", "tab", choices=("tab", "mean_of_pieces"))
+    fim_tokens: list[str] = key("Tokens of fill-in-the-middle to add, as tokenizer.fim_tokens of clippy train.", [])
 
 
 @dataclass
@@ -530,6 +660,11 @@ class ExportConfig:
         "Hub repository (NAME/NAME) to publish the folder in; needs HF_TOKEN in the environment.", None, text=True
     )
     public: bool = key("Whether the repository in push_to is public.", False)
+    license: str | None = key(
+        "Licence of the weights, for the model card, as the hub names it: apache-2.0, bigcode-openrail-m, other, ...",
+        None,
+        text=True,
+    )
 
 
 @dataclass
@@ -537,14 +672,22 @@ class GenerateConfig:
     """`clippy generate`."""
 
     model: str = key("Folder or hub name of a model with its tokenizer.", text=True)
-    prompt: str | None = key("Text to complete; - reads standard input.", None, text=True)
+    prompt: str | None = key("Text to complete; - reads standard input.", None, text=True, empty=True)
     file: str | None = key("File with the text to complete, instead of prompt.", None, text=True)
+    suffix: str | None = key(
+        "Text that follows: the model writes what stands between prompt and suffix, if it was trained with "
+        "data.fim_rate. Either may be empty.",
+        None,
+        text=True,
+        empty=True,
+    )
     max_new_tokens: int = key("Longest completion, in tokens.", 128, minimum=1)
     temperature: float = key("Sampling temperature; 0 is greedy.", 0.0, minimum=0.0)
     top_p: float = key("Share of probability mass to sample from.", 0.95, minimum=0.0, maximum=1.0)
     num_samples: int = key("Completions; a single one is printed as it is generated.", 1, minimum=1)
     stop: str = key(
-        "Where a completion ends before max_new_tokens: at the end of the function that it writes, or nowhere (none).",
+        "Where a completion ends before max_new_tokens: at the end of the function that it writes, or nowhere (none). "
+        "With suffix, where the model ends it.",
         "function",
         choices=("function", "none"),
     )
@@ -556,17 +699,20 @@ class EvaluateConfig:
     """`clippy evaluate`."""
 
     task: str = key(
-        "perplexity: loss and bits per byte on a split. humaneval: share of programming problems that samples solve.",
-        choices=("perplexity", "humaneval"),
+        "perplexity: loss and bits per byte on a split or of solutions. completion: share of lines of a split that are "
+        "written as they were. humaneval: share of programming problems that samples solve.",
+        choices=("perplexity", "completion", "humaneval"),
     )
     model: list[str] = key("Folders or hub names of models with their tokenizers; [A,B] compares them.", [])
     out: str | None = key("File for the results, as JSON.", None, text=True)
     batch_size: int = key("Sequences in one forward pass.", 8, minimum=1)
     data: SourceConfig = field(default_factory=lambda: SourceConfig())
-    split: str = key("perplexity: split to score.", "validation", text=True)
+    split: str = key("perplexity, completion: split to score.", "validation", text=True)
     seq_len: int | None = key("perplexity: tokens in a row; null uses the most that all models take.", None, minimum=2)
     max_rows: int | None = key(
-        "perplexity: rows to score, from the start of the split; null scores all.", None, minimum=1
+        "perplexity: rows to score, from the start of the split. completion: documents to cut. null: all.",
+        None,
+        minimum=1,
     )
     stride: int | None = key(
         "perplexity: null scores blocks, as validation during training does. A number scores each document by itself, "
@@ -576,7 +722,10 @@ class EvaluateConfig:
     )
     eos_between_documents: bool = key("perplexity: end documents in blocks with the end-of-text token.", True)
     problems: str | None = key(
-        "humaneval: file in HumanEval's format (.jsonl, .jsonl.gz), or a hub dataset.", None, text=True
+        "humaneval: problems in the format of HumanEval, MBPP or MultiPL-E (.jsonl, .jsonl.gz), or a hub dataset. "
+        "perplexity: score their reference solutions, given their prompts, instead of a split.",
+        None,
+        text=True,
     )
     samples: str | None = key(
         "humaneval: file of samples (JSON lines of task_id and completion). With a model, missing samples are "
@@ -584,13 +733,31 @@ class EvaluateConfig:
         None,
         text=True,
     )
-    n: int = key("humaneval: samples per problem.", 1, minimum=1)
+    n: int = key("humaneval: samples per problem. completion: lines to complete in each document.", 1, minimum=1)
+    infill: str = key(
+        "completion: what a model writes given the text before and after it, if it was trained with data.fim_rate: the "
+        "same lines as without (line), or from inside of a line to inside of one of the next (span).",
+        "none",
+        choices=("none", "line", "span"),
+    )
     ks: list[int] = key("humaneval: k of pass@k; those above the number of samples are skipped.", [1, 10, 100])
-    temperature: float = key("humaneval: sampling temperature; 0 is greedy.", 0.0, minimum=0.0)
+    temperature: list[float] = key(
+        "humaneval: sampling temperature; 0 is greedy. Of several, [0.2,0.6,0.8], each k counts with its best one.",
+        [0.0],
+    )
+    share: str | None = key(
+        "humaneval: I/N generates part I of N, from 1 on; the last process to finish joins the parts in samples.",
+        None,
+        text=True,
+    )
     top_p: float = key("humaneval: share of probability mass to sample from.", 0.95, minimum=0.0, maximum=1.0)
     max_new_tokens: int = key("humaneval: longest completion, in tokens.", 384, minimum=1)
-    stop: list[str] = key("humaneval: strings that end a completion.", STOP_SEQUENCES)
-    seed: int = key("humaneval: seed of the sampling.", 42, minimum=0, maximum=MAX_SEED)
+    stop: list[str] | None = key(
+        "humaneval: strings that end a completion; null takes those that are usual for the problems' format.", None
+    )
+    seed: int = key(
+        "humaneval: seed of the sampling. completion: seed of the choice of lines.", 42, minimum=0, maximum=MAX_SEED
+    )
     allow_code_execution: bool = key(
         "humaneval: run the samples, unreviewed programs, to score them (docs/evaluate.md says what the sandbox does "
         "not stop).",
@@ -604,6 +771,12 @@ class EvaluateConfig:
     )
     memory_mb: int = key("humaneval: memory of all processes of a sample together, in MB.", 1024, minimum=64)
     workers: int | None = key("humaneval: samples run at a time; null uses the number of cores.", None, minimum=1)
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """The index of this process's part of the samples, and the number of parts."""
+        number, _, parts = (self.share or "1/1").partition("/")
+        return int(number) - 1, int(parts)
 
 
 @dataclass
@@ -624,16 +797,28 @@ def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
             yield prefix + item.name, item
 
 
+def listed_section(item: dataclasses.Field[Any]) -> type | None:
+    """The schema of the items of a key that is a list of sections, or None."""
+    found = next(iter(get_args(item.type)), None)
+    return cast(type, found) if dataclasses.is_dataclass(found) else None
+
+
 def values(config: object) -> dict[str, Any]:
-    """The value of every key of a configuration."""
-    return {name: reduce(getattr, name.split("."), config) for name, _ in keys(type(config))}
+    """The value of every key of a configuration, as plain Python: a list of sections is one of dictionaries."""
+    found = {name: reduce(getattr, name.split("."), cast(Any, config)) for name, _ in keys(type(config))}
+    for name in (name for name, item in keys(type(config)) if listed_section(item)):
+        found[name] = [dataclasses.asdict(each) for each in found[name]]
+    return found
 
 
 def from_values(of_key: dict[str, Any]) -> TrainConfig:
     """The configuration with these values, as `values` returned them."""
     config = TrainConfig()
+    listed = {name: found for name, item in keys(TrainConfig) if (found := listed_section(item))}
     for name, value in of_key.items():
         *sections, last = name.split(".")
+        if name in listed:
+            value = [OmegaConf.to_object(OmegaConf.merge(listed[name], literal(each))) for each in value]
         setattr(reduce(getattr, sections, config), last, value)
     return config
 
@@ -663,6 +848,10 @@ def to_schema(composed: DictConfig, schema: type[T]) -> T:
         found += training_problems(config)
     if isinstance(config, EvaluateConfig):
         found += evaluation_problems(config)
+    if isinstance(config, ExtendConfig) and config.fim_tokens:
+        found += _fim_token_problems("fim_tokens", config.fim_tokens)
+    if isinstance(config, GenerateConfig) and config.prompt == "" and not config.suffix:
+        found.append("prompt=: must not be empty without a suffix")
     if isinstance(config, GenerateConfig) and config.num_samples > 1 and config.temperature == 0:
         found.append(f"num_samples={config.num_samples}: greedy completions are all the same; set temperature=0.8, say")
     if found:
@@ -682,20 +871,24 @@ def literal(content: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", content) if isinstance(content, str) else content
 
 
-def limit_problems(config: object) -> list[str]:
-    """Empty texts, and values outside the `choices` or the limits that their key declares."""
+def limit_problems(config: object, section: str = "") -> list[str]:
+    """Empty texts, and values outside the `choices` or the limits that their key declares; `section` precedes keys."""
     found = []
-    of_key = values(config)
-    for name, item in keys(type(config)):
-        value: Any = of_key[name]
-        if "" in (value if isinstance(value, list) else [value]) and item.default != "":
+    for key_name, item in keys(type(config)):
+        name, value = section + key_name, reduce(getattr, key_name.split("."), cast(Any, config))
+        if listed_section(item):
+            found += [line for index, each in enumerate(value) for line in limit_problems(each, f"{name}[{index}].")]
+            continue
+        if "" in (value if isinstance(value, list) else [value]) and not item.metadata["empty"]:
             found.append(f"{name}={value}: must not be empty")
             continue
         choices, minimum, maximum = (item.metadata[part] for part in ("choices", "minimum", "maximum"))
         if isinstance(value, float) and not math.isfinite(value):
             found.append(f"{name}={value}: must be a finite number")
-        if choices and value not in choices:
-            found.append(f"{name}={value}: must be one of {', '.join(choices)}")
+        if choices and not {*(value if isinstance(value, list) else [value])}.issubset(choices):
+            found.append(
+                f"{name}={value}: must be {'any' if isinstance(value, list) else 'one'} of {', '.join(choices)}"
+            )
         if minimum is not None and value is not None and value < minimum:
             found.append(f"{name}={value}: must be at least {minimum}")
         if maximum is not None and value is not None and value > maximum:
@@ -708,8 +901,9 @@ def training_problems(config: TrainConfig) -> list[str]:
     return [
         *_model_problems(config),
         *_kernel_problems(config),
-        *_data_problems(config.data),
+        *_corpora_problems(config.data),
         *_skip_problems(config.data),
+        *_fim_problems(config),
         *_batch_problems(config),
         *_optimizer_problems(config.optim),
         *_strategy_problems(config),
@@ -719,13 +913,28 @@ def training_problems(config: TrainConfig) -> list[str]:
 
 def evaluation_problems(config: EvaluateConfig) -> list[str]:
     """Contradictions in an evaluation, as `training_problems`."""
-    of_task = {"perplexity": _perplexity_problems, "humaneval": _humaneval_problems}
+    of_task = {
+        "perplexity": _perplexity_problems,
+        "completion": _completion_problems,
+        "humaneval": _humaneval_problems,
+    }
     return list(of_task[config.task](config)) if config.task in of_task else []
 
 
 def _perplexity_problems(config: EvaluateConfig) -> Iterator[str]:
     if not config.model:
         yield "task=perplexity needs model=DIR, or model=[A,B]"
+    if config.problems is None:
+        yield from _data_problems(config.data)
+    elif config.data.path or config.data.hub or config.stride is not None:
+        yield "problems=... scores reference solutions: omit data.path, data.hub and stride, which belong to a split"
+
+
+def _completion_problems(config: EvaluateConfig) -> Iterator[str]:
+    if not config.model:
+        yield "task=completion needs model=DIR, or model=[A,B]"
+    if config.problems is not None:
+        yield "task=completion completes lines of a split: omit problems"
     yield from _data_problems(config.data)
 
 
@@ -736,6 +945,10 @@ def _humaneval_problems(config: EvaluateConfig) -> Iterator[str]:
         yield f"model=[{','.join(config.model)}]: task=humaneval takes one model"
     if not config.samples:
         yield "task=humaneval needs samples=FILE: samples to score, or a file to write them to"
+    if min(config.temperature, default=-1.0) < 0 or len({*config.temperature}) < len(config.temperature):
+        yield f"temperature={config.temperature}: needs numbers from 0 on, each once"
+    if config.share is not None:
+        yield from _share_problems(config)
     if min(config.ks, default=1) < 1:
         yield f"ks={config.ks}: each must be at least 1"
     if not config.model and not config.allow_code_execution:
@@ -743,6 +956,13 @@ def _humaneval_problems(config: EvaluateConfig) -> Iterator[str]:
             "scoring samples runs them: read docs/evaluate.md, then add allow_code_execution=true; or add model=DIR to "
             "generate samples without scoring them"
         )
+
+
+def _share_problems(config: EvaluateConfig) -> Iterator[str]:
+    if not re.fullmatch(r"[0-9]+/[0-9]+", str(config.share)) or not 0 <= config.part[0] < config.part[1]:
+        yield f"share={config.share}: must be I/N with I from 1 to N, as in share=$SLURM_ARRAY_TASK_ID/4"
+    if not config.model or config.allow_code_execution:
+        yield "share=I/N only generates: set model, and score the joined samples with another command"
 
 
 def _model_problems(config: TrainConfig) -> Iterator[str]:
@@ -794,12 +1014,47 @@ def _kernel_problems(config: TrainConfig) -> Iterator[str]:
         )
 
 
-def _data_problems(data: SourceConfig) -> Iterator[str]:
+def _data_problems(data: SourceConfig, section: str = "data") -> Iterator[str]:
     if bool(data.path) == bool(data.hub):
         path, hub = data.path or "null", data.hub or "null"
-        yield f"data.path={path} and data.hub={hub}: set exactly one of them; the other must be null"
+        yield f"{section}.path={path} and {section}.hub={hub}: set exactly one of them; the other must be null"
+    if isinstance(data, DataConfig) and data.prompt_column == data.text_column:
+        yield f"data.prompt_column={data.prompt_column} is also data.text_column: name two fields"
     if data.hub_config is not None and not data.hub:
-        yield f"data.hub_config={data.hub_config} needs data.hub, which is not set"
+        yield f"{section}.hub_config={data.hub_config} needs {section}.hub, which is not set"
+
+
+def _corpora_problems(data: DataConfig) -> Iterator[str]:
+    for section, settings in data.corpora.items():
+        yield from _data_problems(settings, section)
+    if data.sources:
+        yield from _mixture_problems(data)
+    elif data.source_temperature is not None:
+        yield f"data.source_temperature={data.source_temperature} needs data.sources, which is not set"
+
+
+def _mixture_problems(data: DataConfig) -> Iterator[str]:
+    unset = values(SourceConfig())
+    for name, value in values(data).items():
+        if name in unset and value != unset[name]:
+            yield (
+                f"data.{name}={value} and data.sources are both set, but each source has its own {name}: set "
+                f"data.{name}={as_yaml(unset[name])}"
+            )
+    for section, source in zip(data.corpora, data.sources, strict=True):
+        if source.name is not None and not re.fullmatch(SOURCE_NAME, source.name):
+            yield f"{section}.name={source.name}: must be letters, digits and any of . _ + # -"
+        if data.prompt_column == source.text_column:
+            yield f"data.prompt_column={data.prompt_column} is also {section}.text_column: name two fields"
+        if source.weight is not None and data.source_temperature is not None:
+            yield (
+                f"{section}.weight={source.weight} and data.source_temperature={data.source_temperature}: weights or a "
+                "temperature, not both"
+            )
+    given = [source.name for source in data.sources if source.name is not None]
+    for name in dict.fromkeys(given):
+        if given.count(name) > 1:
+            yield f"data.sources: {given.count(name)} sources have the name {name}: give each its own"
 
 
 def _skip_problems(data: DataConfig) -> Iterator[str]:
@@ -810,6 +1065,25 @@ def _skip_problems(data: DataConfig) -> Iterator[str]:
         yield f"data.skip_steps=[{','.join(data.skip_steps)}]: a range ends before it begins"
     elif any(first.stop > second.start for first, second in pairwise(data.skipped)):
         yield f"data.skip_steps=[{','.join(data.skip_steps)}]: a step is named twice"
+
+
+def _fim_problems(config: TrainConfig) -> Iterator[str]:
+    if config.data.fim_rate and not config.data.eos_between_documents:
+        yield (
+            f"data.fim_rate={config.data.fim_rate} needs the token that ends a middle: set "
+            "data.eos_between_documents=true"
+        )
+    if config.data.fim_rate and config.data.prompt_column is not None:
+        yield (
+            f"data.fim_rate={config.data.fim_rate} rearranges documents, and data.prompt_column="
+            f"{config.data.prompt_column} has them in two parts: set one of them only"
+        )
+    yield from _fim_token_problems("tokenizer.fim_tokens", config.tokenizer.fim_tokens)
+
+
+def _fim_token_problems(name: str, tokens: list[str]) -> Iterator[str]:
+    if len({*tokens}) != 3 or len(tokens) != 3 or any(each.split() != [each] for each in tokens):
+        yield f"{name}={tokens}: must be three different tokens without white space, for prefix, middle and suffix"
 
 
 def _batch_problems(config: TrainConfig) -> Iterator[str]:

@@ -53,6 +53,12 @@ class Stuck(ClippyError):
     exit_code = 1
 
 
+class MachineFault(ClippyError):
+    """A rank was killed, or lost its device or the other ranks: run the same command again to continue."""
+
+    exit_code = 71  # EX_OSERR of sysexits.h
+
+
 class SandboxFault(ClippyError):
     """A sample could not be judged, for a reason that is not the sample's."""
 

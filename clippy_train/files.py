@@ -11,6 +11,7 @@ from typing import TextIO
 from clippy_train.errors import ConfigError
 
 STAGING = ".writing"  # suffix of what is not complete yet
+NO_ROOM = 1 << 16  # bytes: what a file system has left when a write has failed for want of more
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins whose content Git LFS did not fetch
 
 
@@ -105,6 +106,21 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def full_disks(*paths: Path) -> str:
+    """Which of these existing paths have no room left, as a part of a sentence; libraries have other words for it."""
+    return " and ".join(str(path) for path in paths if _is_full(path))
+
+
+def _is_full(path: Path) -> bool:
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize < NO_ROOM or (found.f_files > 0 and found.f_favail == 0)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is a path: a hub name is NAME or ORGANISATION/NAME."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def lfs_hint(folder: Path) -> str:

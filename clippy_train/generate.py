@@ -10,7 +10,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from clippy_train.config import GenerateConfig
 from clippy_train.errors import ConfigError
 from clippy_train.model.load import load_model_and_tokenizer
-from clippy_train.model.sample import Sampling, complete_prompts, never_stop, prompt_room, stop_at_function_end
+from clippy_train.model.sample import (
+    GAP_TOKENS,
+    Gap,
+    Prompt,
+    Sampling,
+    complete_prompts,
+    never_stop,
+    prompt_ids,
+    prompt_room,
+    stop_at_function_end,
+)
 
 
 def read_prompt(config: GenerateConfig) -> str:
@@ -34,7 +44,8 @@ def read_prompt(config: GenerateConfig) -> str:
 def generate(config: GenerateConfig, prompt: str, out: TextIO | None = None) -> list[str]:
     """Return completions of `prompt`, without the prompt: greedy at temperature 0, otherwise sampled.
 
-    If `out` is given, prompt and completion are also written there; a single completion is streamed.
+    If `out` is given, prompt and completion are also written there, or with `suffix` what stands before it alone; a
+    single completion is streamed.
 
     Raises:
         ConfigError: the model cannot be loaded, or the prompt cannot be used (see `excess_tokens`).
@@ -58,27 +69,32 @@ def generate_with(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: GenerateConfig, prompt: str, out: TextIO | None
 ) -> list[str]:
     """`generate` with a loaded model."""
-    excess = excess_tokens(model, tokenizer, prompt, config.max_new_tokens)
+    asked: Prompt = prompt if config.suffix is None else Gap(prompt, config.suffix)
+    shown = prompt if config.suffix is None else ""
+    excess = excess_tokens(model, tokenizer, asked, config.max_new_tokens)
     if excess:
-        print(f"the first {excess} tokens of the prompt are not used: no room before max_new_tokens", file=sys.stderr)
+        which = f"first {excess} tokens of the prompt" if config.suffix is None else f"{excess} tokens at both ends"
+        print(f"the {which} are not used: no room before max_new_tokens", file=sys.stderr)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
-    stop = stop_at_function_end if config.stop == "function" else never_stop
+    stop = stop_at_function_end if config.stop == "function" and config.suffix is None else never_stop
     if out is None or config.num_samples > 1:
-        texts = complete_prompts(model, tokenizer, [prompt] * config.num_samples, sampling, stop)
+        texts = complete_prompts(model, tokenizer, [asked] * config.num_samples, sampling, stop)
         for number, text in enumerate(texts if out else [], 1):
-            print(f"# {number} of {config.num_samples}\n{prompt}{text}", file=out, flush=True)
+            print(f"# {number} of {config.num_samples}\n{shown}{text}", file=out, flush=True)
         return texts
 
     def show(text: str) -> None:
         print(text, end="", file=out, flush=True)
 
-    show(prompt)
-    texts = complete_prompts(model, tokenizer, [prompt], sampling, stop, show)
+    show(shown)
+    texts = complete_prompts(model, tokenizer, [asked], sampling, stop, show)
     show("" if texts[0].endswith("\n") else "\n")
     return texts
 
 
-def require_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, max_new_tokens: int) -> None:
+def require_room(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: Prompt, max_new_tokens: int
+) -> None:
     """Raise ConfigError as in `excess_tokens`, and for a prompt of which something would be cut."""
     excess = excess_tokens(model, tokenizer, prompt, max_new_tokens)
     if excess:
@@ -88,19 +104,23 @@ def require_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pro
         )
 
 
-def excess_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, max_new_tokens: int) -> int:
+def excess_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: Prompt, max_new_tokens: int
+) -> int:
     """How many tokens of a prompt have no room before `max_new_tokens`.
 
     Raises:
-        ConfigError: the prompt is empty or not valid Unicode, or `max_new_tokens` leaves no room for any.
+        ConfigError: the prompt is empty or not valid Unicode, `max_new_tokens` leaves no room for any, or it is a gap
+            and the tokenizer has no tokens for it.
     """
-    if not is_valid_text(prompt):
-        raise ConfigError("prompt is not UTF-8")
-    length, room = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]), prompt_room(model, max_new_tokens)
+    if not all(map(is_valid_text, [prompt] if isinstance(prompt, str) else prompt)):
+        raise ConfigError("prompt is not UTF-8" if isinstance(prompt, str) else "prompt or suffix is not UTF-8")
+    length, room = len(prompt_ids(tokenizer, prompt)), prompt_room(model, max_new_tokens)
     if not length:
         raise ConfigError("prompt is empty")
-    if room < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens}: this model has room for {max_new_tokens + room - 1}")
+    least = 1 if isinstance(prompt, str) else 1 + GAP_TOKENS
+    if room < least:
+        raise ConfigError(f"max_new_tokens={max_new_tokens}: this model has room for {max_new_tokens + room - least}")
     return max(0, length - room)
 
 

@@ -6,8 +6,10 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, cast
 
+from omegaconf import MISSING
+
 from clippy_train.compose import groups
-from clippy_train.config import TrainConfig, as_yaml, keys
+from clippy_train.config import TrainConfig, as_yaml, keys, listed_section
 
 REQUIRED = "(required)"
 GROUPS = (
@@ -18,21 +20,32 @@ VALUES = "Values are those of this command line: clippy train experiment=NAME --
 
 
 def sections(schema: type, name: str = "") -> Iterator[tuple[str, str, list[dataclasses.Field[Any]]]]:
-    """The sections of a schema as (dotted name, meaning, fields of its keys); the name of the outermost is empty."""
+    """The sections of a schema as (dotted name, meaning, fields of its keys); the name of the outermost is empty.
+
+    Of the sections in a list, the keys that they alone have.
+    """
     nested = [item for item in dataclasses.fields(schema) if dataclasses.is_dataclass(item.type)]
     yield name, schema.__doc__ or "", [item for item in dataclasses.fields(schema) if item not in nested]
     for item in nested:
         yield from sections(cast(type, item.type), f"{name}.{item.name}".lstrip("."))
+    for item, listed in ((item, listed_section(item)) for item in dataclasses.fields(schema)):
+        if listed:
+            own = [each for each in dataclasses.fields(listed) if each.name in listed.__annotations__]
+            yield f"{name}.{item.name}[]".lstrip("."), listed.__doc__ or "", own
 
 
 def limits(field: dataclasses.Field[Any]) -> str:
     """The choices or limits that a key declares, as a sentence; empty if it declares none."""
     choices, minimum, maximum = (field.metadata[part] for part in ("choices", "minimum", "maximum"))
     if choices:
-        return f"One of {', '.join(choices)}."
+        return f"{'Any' if field.type == list[str] else 'One'} of {', '.join(choices)}."
     if maximum is not None:
         return f"From {minimum:.12g} to {maximum:.12g}."
     return f"At least {minimum:.12g}." if minimum is not None else ""
+
+
+def shown_value(value: Any) -> str:
+    return REQUIRED if value == MISSING else as_yaml(value)
 
 
 def key_lines(schema: type, values: dict[str, Any]) -> Iterator[str]:
@@ -50,7 +63,7 @@ def key_lines(schema: type, values: dict[str, Any]) -> Iterator[str]:
             yield from _wrapped("", f"{section}: {meaning}" if section else "Keys:", width)
         for field in fields:
             name = f"{section}.{field.name}".lstrip(".")
-            yield from _value_lines(f"  {name}: ", as_yaml(values[name]) if name in values else REQUIRED, width)
+            yield from _value_lines(f"  {name}: ", shown_value(values.get(name, field.default)), width)
             yield from _wrapped(" " * 6, f"{field.metadata['meaning']} {limits(field)}", width)
 
 

@@ -6,7 +6,9 @@ them was measured on a GPU by this project.
 
 from dataclasses import dataclass, replace
 
-from clippy_train.config import TrainConfig
+from clippy_train.config import DataConfig, TrainConfig
+from clippy_train.data.mixture import Source, text_bytes
+from clippy_train.launch.start import shards_read, sources_found
 from clippy_train.model.flops import count_parameters, vocab_size
 from clippy_train.model.memory import Memory, memory
 from clippy_train.model.traffic import BYTES, Collective, step_collectives
@@ -66,11 +68,28 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class SourcePlan:
+    """What a run takes from a source of a mixture.
+
+    Attributes:
+        text_bytes: of its training split; None if its manifest does not say.
+        epochs: how often that is read, at `TEXT_BYTES_PER_TOKEN`.
+    """
+
+    name: str
+    streams: int
+    tokens: int
+    text_bytes: int | None
+    epochs: float | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run takes, as numbers.
 
     Attributes:
-        vocab_size: with the whitespace tokens.
+        vocab_size: with the tokens that are added.
+        sources: of a mixture that is found.
         memory_bytes_per_gpu: the peak of `memory`.
         memory_gb: of a GPU, if asked about.
         largest_micro_batch_size: that fits it; None if none does.
@@ -84,6 +103,7 @@ class Plan:
     vocab_size: int
     parameters: int
     tokens: int
+    sources: list[SourcePlan]
     memory_bytes_per_gpu: int
     memory: Memory
     memory_gb: float | None
@@ -109,6 +129,7 @@ def make_plan(config: TrainConfig, memory_gb: float | None = None) -> Plan:
         vocab_size=rows,
         parameters=num_parameters,
         tokens=config.trainer.max_steps * config.tokens_per_step,
+        sources=[plan_source(config, each) for each in sources_found(config) if each.name],
         memory_bytes_per_gpu=needed.peak,
         memory=needed,
         memory_gb=memory_gb,
@@ -121,6 +142,29 @@ def make_plan(config: TrainConfig, memory_gb: float | None = None) -> Plan:
         sent_bytes=sent,
         estimate=estimate(config, num_parameters, sent) if on_gpu else None,
     )
+
+
+def plan_source(config: TrainConfig, source: Source) -> SourcePlan:
+    streams, size = len(source.streams), text_bytes(source.settings, source.corpus)
+    tokens = config.trainer.max_steps * config.tokens_per_step // config.data.streams * streams
+    return SourcePlan(source.name, streams, tokens, size, tokens * TEXT_BYTES_PER_TOKEN / size if size else None)
+
+
+def epoch_steps(config: TrainConfig, source: Source) -> float | None:
+    """Steps in which a source is read once, by its manifest; None if that does not say."""
+    data, size = config.data, text_bytes(source.settings, source.corpus)
+    if size is None:
+        return None
+    sequences = size / TEXT_BYTES_PER_TOKEN / data.seq_len
+    if not data.packing:  # and documents are short
+        sequences = source.corpus.about()["splits"]["train"]["documents"]
+    return sequences / (config.trainer.global_batch_size * len(source.streams) / data.streams)
+
+
+def shards_read_again(config: TrainConfig) -> float:
+    """How often a shard is read in an epoch, on average over the tokens."""
+    often = [(len(each.streams), *shards_read(each)) for each in sources_found(config)]
+    return sum(streams * read / shards for streams, shards, read in often) / config.data.streams or 1.0
 
 
 def largest_micro_batch(config: TrainConfig, memory_gb: float) -> int | None:
@@ -169,6 +213,7 @@ def estimate(config: TrainConfig, num_parameters: int, sent: float) -> Estimate:
     exchange = sent / best, sent / worst
     low, high = tokens_per_second(config, num_parameters, exchange)
     nodes, _ = config.nodes_and_devices
+    compressed = TEXT_BYTES_PER_TOKEN / COMPRESSION * shards_read_again(config)
     tokens, saved = config.trainer.max_steps * config.tokens_per_step, checkpoint_bytes(num_parameters, config)
     slow, fast = (saved * (1 / speed + 1 / HASHING) for speed in DISK)
     return Estimate(
@@ -176,7 +221,7 @@ def estimate(config: TrainConfig, num_parameters: int, sent: float) -> Estimate:
         communication_seconds=exchange,
         hours=(tokens / high / 3600, tokens / low / 3600),
         save_seconds=(fast, slow),
-        read_bytes_per_second=(low * TEXT_BYTES_PER_TOKEN / COMPRESSION, high * TEXT_BYTES_PER_TOKEN / COMPRESSION),
+        read_bytes_per_second=(low * compressed, high * compressed),
         tokenizing_cores_per_node=(low / nodes / TOKENS_PER_CORE[1], high / nodes / TOKENS_PER_CORE[0]),
     )
 
@@ -217,6 +262,8 @@ def plan_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
             f"{config.world_size} ranks x {trainer.micro_batch_size} x {config.micro_steps} accumulated",
         ),
         ("run", f"{trainer.max_steps:,} steps = {plan.tokens / 1e9:,.4g} B tokens"),
+        *([("ends", ends(config))] if trainer.max_epochs else []),
+        *((f"source {each.name}", source_text(config, each)) for each in plan.sources),
         ("learning rate", describe_schedule(optim)),
         (
             "validation",
@@ -234,6 +281,15 @@ def plan_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
         *(gpu_rows(config, plan) if plan.estimate else []),
         *(estimate_rows(config, plan.estimate) if plan.estimate else []),
     ]
+
+
+def source_text(config: TrainConfig, source: SourcePlan) -> str:
+    share = f"{source.streams} of {config.data.streams} streams = {source.streams / config.data.streams:.2%}"
+    epochs = "an unknown number of epochs"
+    if source.epochs and source.text_bytes:
+        size = f"{source.text_bytes / 1e6:,.4g} MB at {TEXT_BYTES_PER_TOKEN:g} bytes a token"
+        epochs = f"about {source.epochs:,.3g} epochs of {size}"
+    return f"{share}: {source.tokens / 1e9:,.4g} B tokens, {epochs}"
 
 
 def states(held: Memory) -> str:
@@ -325,6 +381,18 @@ def checkpoints_kept(config: TrainConfig) -> int:
     return min(settings.keep_last + for_good + 1, written)
 
 
+def ends(config: TrainConfig) -> str:
+    """When `trainer.max_epochs` ends a run."""
+    epochs = int(config.trainer.max_epochs or 0)
+    known = [steps for each in sources_found(config) if (steps := epoch_steps(config, each)) is not None]
+    if not known:
+        return f"after trainer.max_epochs={epochs}, of unknown length, or at trainer.max_steps"
+    steps, optim = epochs * min(known), config.optim
+    late = optim.schedule != "constant" and steps < optim.warmup_steps + (optim.stable_steps or 0) + optim.decay_steps
+    why = "; THE SCHEDULE IS LONGER: set optim.warmup_steps and optim.decay_steps" if late else ""
+    return f"after trainer.max_epochs={epochs}, some {steps:,.0f} steps by the manifest, or at trainer.max_steps{why}"
+
+
 def when_saved(config: TrainConfig) -> str:
     minutes = config.checkpoint.every_minutes
     return f"every {config.checkpoint.every_steps} steps" + (f" or {minutes:g} minutes" if minutes else "")
@@ -333,4 +401,19 @@ def when_saved(config: TrainConfig) -> str:
 def rules(config: TrainConfig) -> str:
     """How text becomes tokens and tokens a loss, in words: what `recipe` chooses."""
     end = "end-of-text after each document" if config.data.eos_between_documents else "nothing between documents"
-    return f"{config.tokenizer.matching} whitespace, {end}, loss in {config.model.loss_dtype}"
+    how = f"{config.tokenizer.matching} whitespace, {end}, loss in {config.model.loss_dtype}"
+    found = objective(config.data)
+    return how if found == LEFT_TO_RIGHT else f"{how}, {found}"
+
+
+LEFT_TO_RIGHT = "left to right"
+
+
+def objective(data: DataConfig) -> str:
+    """What a model learns to predict, in words."""
+    if data.prompt_column is not None:
+        return f"the text that continues a prompt, {'packed' if data.packing else 'padded'}"
+    if not data.fim_rate:
+        return LEFT_TO_RIGHT if data.packing else f"{LEFT_TO_RIGHT}, padded"
+    of = f"parts of {data.fim_characters:,} characters" if data.fim_characters else "documents"
+    return f"fill-in-the-middle in {data.fim_rate:.0%} of {of}, {data.fim_spm_rate:.0%} of them with the suffix first"

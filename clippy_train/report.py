@@ -1,12 +1,26 @@
-"""What a person sees: tables, errors, and no progress bars of libraries."""
+"""What a person sees: a run's log, tables, errors, and no progress bars of libraries."""
 
 import io
+import logging
 import shutil
 import sys
 import textwrap
+import time
 
 from rich.console import Console
 from rich.table import Table
+
+TIME = "%Y-%m-%d %H:%M:%S"
+
+
+def set_up_log() -> None:
+    """Send warnings of this process of a run to standard output, where the run's other lines are, with their time."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt=TIME, level=logging.WARNING, stream=sys.stdout)
+
+
+def say(line: str) -> None:
+    """Print a line of a run's log at once, with its time."""
+    print(f"{time.strftime(TIME)} {line}", flush=True)
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
@@ -47,7 +61,7 @@ def print_error(command: str, message: str) -> None:
 
 def quiet_transformers() -> None:
     """Turn off transformers' progress bars and advice."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

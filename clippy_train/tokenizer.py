@@ -1,7 +1,8 @@
-"""The GPT-2 style tokenizer with tokens for runs of whitespace.
+"""The GPT-2 style tokenizer with tokens for runs of whitespace and, on request, for fill-in-the-middle.
 
 Promise: decode(encode(x)) == x byte for byte on any text, with and without `skip_special_tokens`. The original
 registered the whitespace tokens as *special*, so decoding deleted all indentation; here they are plain added tokens.
+Those of fill-in-the-middle are special: they stand for no text, and no text of a corpus becomes one of them.
 """
 
 import hashlib
@@ -9,16 +10,26 @@ import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
+from clippy_train.config import FIM_TOKENS
 from clippy_train.errors import ConfigError, first_line
 from clippy_train.files import lfs_hint
 
 END_OF_TEXT = "<|endoftext|>"
+FIM_NAMES = ("fim_prefix_token", "fim_middle_token", "fim_suffix_token")  # in tokenizer_config.json
+
+
+class FimIds(NamedTuple):
+    """The ids of the tokens before prefix, middle and suffix."""
+
+    prefix: int
+    middle: int
+    suffix: int
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
@@ -102,11 +113,68 @@ def add_whitespace_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str],
     remove_added_tokens(tokenizer, {token for token, skipped in zip(tokens, shadowed, strict=True) if skipped})
     vocabulary = tokenizer.get_vocab()
     new = [token for token, skipped in zip(tokens, shadowed, strict=True) if not skipped and token not in vocabulary]
-    pieces = {token: tokenizer(token, add_special_tokens=False)["input_ids"] for token in new}
-    tokenizer.add_tokens(
-        [AddedToken(t, special=False, normalized=False, lstrip=False, rstrip=False, single_word=False) for t in new]
-    )
+    pieces = _pieces(tokenizer, new)
+    tokenizer.add_tokens([_exact(token, special=False) for token in new])
     return pieces
+
+
+def add_fim_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> dict[str, list[int]]:
+    """Add the tokens of fill-in-the-middle, unless the tokenizer has them, as named special tokens and in place.
+
+    Args:
+        tokens: for prefix, middle and suffix; none adds nothing.
+
+    Returns:
+        For each new token, the ids that its text had before.
+
+    Raises:
+        ConfigError: the tokenizer has others, or one of these as another token.
+    """
+    found = fim_tokens(tokenizer)
+    if not tokens or found == tokens:
+        return {}
+    if found:
+        raise ConfigError(f"tokenizer.fim_tokens={tokens}: the tokenizer has {found}; set tokenizer.fim_tokens to them")
+    taken = [token for token in tokens if token in tokenizer.get_vocab()]
+    if taken:
+        raise ConfigError(f"tokenizer.fim_tokens={tokens}: {taken[0]} is another token of this vocabulary; rename it")
+    pieces = _pieces(tokenizer, tokens)
+    # The library accepts and saves names of its list only; it adds those that it finds in a folder.
+    tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *FIM_NAMES]
+    named = zip(FIM_NAMES, tokens, strict=True)
+    tokenizer.add_special_tokens({name: _exact(token, special=True) for name, token in named})
+    return pieces
+
+
+def fim_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The tokens before prefix, middle and suffix: those that the folder names, or else StarCoder's; [] if neither."""
+    named: dict[str, str] = tokenizer.special_tokens_map
+    if named.keys() >= {*FIM_NAMES}:
+        return [named[name] for name in FIM_NAMES]
+    return FIM_TOKENS if {*FIM_TOKENS} <= {*tokenizer.all_special_tokens} else []
+
+
+def fim_ids(tokenizer: PreTrainedTokenizerFast) -> FimIds:
+    """The ids of `fim_tokens`.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    tokens = fim_tokens(tokenizer)
+    if not tokens:
+        raise ConfigError(
+            "the tokenizer has no tokens for fill-in-the-middle: use a model that was trained with data.fim_rate"
+        )
+    return FimIds(*(tokenizer.get_vocab()[token] for token in tokens))
+
+
+def _pieces(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> dict[str, list[int]]:
+    """The ids of the text of each token."""
+    return {token: tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens}
+
+
+def _exact(token: str, special: bool) -> AddedToken:
+    return AddedToken(token, special=special, normalized=False, lstrip=False, rstrip=False, single_word=False)
 
 
 def remove_added_tokens(tokenizer: PreTrainedTokenizerFast, tokens: set[str]) -> None:
@@ -157,10 +225,18 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarr
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]], list[list[int]]]:
-    """A picklable function that maps texts to ids through the Rust core, without adding special tokens."""
-    return partial(encode_texts, tokenizer.backend_tokenizer)
+    """A picklable function that maps texts to ids through the Rust core, without adding special tokens.
+
+    If the tokenizer has tokens for fill-in-the-middle, a text that spells a special token is nothing but text.
+    """
+    return partial(encode_texts, tokenizer.backend_tokenizer, literal=bool(fim_tokens(tokenizer)))
 
 
-def encode_texts(core: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids of each text, without adding special tokens."""
+def encode_texts(core: Tokenizer, texts: list[str], literal: bool = False) -> list[list[int]]:
+    """The ids of each text, without adding special tokens.
+
+    Args:
+        literal: whether text that spells a special token is text, or that token.
+    """
+    core.encode_special_tokens = literal  # transformers sets it as well before each of its own calls
     return [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=False)]

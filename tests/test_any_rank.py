@@ -179,6 +179,7 @@ def test_a_rank_sends_and_keeps_what_the_plan_says(
     assert found.saved == pytest.approx(planned_saved(config, found.vocab_size, rank), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("world", [8, 64, 512])
 def test_the_shards_of_all_ranks_are_the_model(

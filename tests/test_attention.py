@@ -81,6 +81,7 @@ def gradients(model: GPTNeoForCausalLM, scores: Tensor) -> dict[str, Tensor]:
     return dict(zip(parameters, torch.autograd.grad((scores * weights).sum(), list(parameters.values())), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "seq", "kinds"),
     [
@@ -100,6 +101,7 @@ def test_logits_and_gradients_are_those_of_hugging_face(kinds: tuple[str, ...], 
         assert (gradient - expected[name]).abs().max() <= GRADIENT * (largest[name] or max(largest.values())), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seq", [1, 16, 17, 57])
 @torch.no_grad()
 def test_flex_attention_has_the_values_of_hugging_face(seq: int) -> None:
@@ -209,6 +211,7 @@ def test_dropout_acts_in_training_only() -> None:
     assert (logits(model.train(), ids) - expected).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

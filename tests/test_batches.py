@@ -2,6 +2,7 @@
 epoch is lost or repeated by kills and resumes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,12 @@ from transformers import PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig, save
 from clippy_train.data.batches import split_scored
+from clippy_train.data.mixture import open_sources
+from clippy_train.data.objectives import LeftToRight
 from clippy_train.data.scored import ScoredSequence, first_blocks
 from clippy_train.data.stream import COUNTS, Cursor, Stream
 from clippy_train.errors import DataError
+from clippy_train.model.build import build_model
 from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import encoder, load_tokenizer
 from clippy_train.train.callbacks.progress import Progress
@@ -79,6 +83,7 @@ def committed(trained: list[list[TrainedSequence]]) -> np.ndarray:
     return cursors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_step_has_the_same_sequences_for_any_number_of_ranks(
     config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, world_size: int
@@ -88,6 +93,7 @@ def test_a_step_has_the_same_sequences_for_any_number_of_ranks(
     assert {len(step) for step in single} == {8}
 
 
+@pytest.mark.slow
 def test_ranks_share_no_stream(config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast) -> None:
     ranks = [iter(DataModule(config(4), tokenizer, rank, START).train_dataloader()) for rank in range(4)]
     assert [{stream for stream, *_ in next(rank)["cursor"].tolist()} for rank in ranks] == [{0}, {1}, {2}, {3}]
@@ -113,6 +119,19 @@ def test_the_order_stays_the_same_over_epochs(
     ]
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("layout", [(2, 2, 2), (4, 2, 0), (1, 4, 2)], ids=str)
+def test_fill_in_the_middle_changes_what_is_read_but_not_with_the_layout(
+    config: ConfigBuilder, layout: tuple[int, int, int]
+) -> None:
+    fim = ["data.fim_rate=0.8", "data.fim_characters=200"]
+    _, extended = build_model(config(1, 2, 0, *fim))
+    expected = [sorted(step) for step in steps(config(1, 2, 0, *fim), extended, 6)]
+    assert [sorted(step) for step in steps(config(*layout, *fim), extended, 6)] == expected
+    assert [sorted(step) for step in steps(config(1, 2, 0), extended, 6)] != expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [1, 4, 8])
 def test_the_micro_batch_does_not_change_the_order(
     config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast, micro_batch: int
@@ -136,7 +155,7 @@ def test_a_training_batch_holds_integers_only(config: ConfigBuilder, tokenizer: 
         "input_ids": (torch.int64, (2, 32)),
         "cursor": (torch.int64, (2, 6)),
         "counts": (torch.int64, (2, len(COUNTS))),
-        "rejected": (torch.int64, (0, 2)),
+        "rejected": (torch.int64, (0, 3)),
         "spans": (torch.int64, (num_spans, 6)),
         "skipped": (torch.int64, (0, 6)),
     }
@@ -330,8 +349,8 @@ def test_a_stream_without_documents_is_a_one_line_error(
 
 def progress_of_an_epoch(settings: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Progress:
     """The callback after every stream has read an epoch."""
-    shards = open_corpus(settings.data, "train").shards
-    progress = Progress(settings, START, np.zeros(len(COUNTS), dtype=np.int64), shards)
+    sources = open_sources(settings.data, "train")
+    progress = Progress(settings, START, np.zeros(len(COUNTS), dtype=np.int64), sources)
     trainer: Any = SimpleNamespace(global_step=0)
     unused: Any = None  # the callback does not read the module
     for batch in DataModule(settings, tokenizer, 0, START).train_dataloader():
@@ -394,7 +413,7 @@ def test_no_loader_process_outlives_a_rank_that_was_killed(config: ConfigBuilder
     settings = config(1, 2, 2, "data.seq_len=16384", "model.max_position_embeddings=16384")
     save(settings, tmp_path / "config.yaml")
     command = [sys.executable, "-c", RANK, str(tmp_path / "config.yaml")]
-    rank = processes.start(command, stdout=subprocess.PIPE, text=True)
+    rank = processes.start(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
     assert rank.stdout is not None
     loaders = rank.stdout.readline().split()
     rank.kill()
@@ -454,13 +473,18 @@ def test_every_validation_has_the_same_batches(config: ConfigBuilder, tokenizer:
 def test_a_small_split_is_validated_once_and_not_again(
     config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    stream = Stream(open_corpus(config().data, "validation"), encoder(tokenizer), seq_len=32, shuffle=False)
+    stream = Stream(
+        open_corpus(config().data, "validation"), LeftToRight(encoder(tokenizer)), seq_len=32, shuffle=False
+    )
     blocks = first_blocks(stream, 10**6)
     ids = [token for text in stream.corpus.texts() for token in tokenizer(text)["input_ids"]]
     assert [block.tokens.tolist() for block in blocks] == [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
 
 
+@pytest.mark.slow
 def test_a_split_smaller_than_a_block_is_an_error(config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast) -> None:
-    stream = Stream(open_corpus(config().data, "validation"), encoder(tokenizer), seq_len=10**6, shuffle=False)
+    stream = Stream(
+        open_corpus(config().data, "validation"), LeftToRight(encoder(tokenizer)), seq_len=10**6, shuffle=False
+    )
     with pytest.raises(DataError, match=r"data\.path=.*validation has less than one block"):
         list(first_blocks(stream, 1))

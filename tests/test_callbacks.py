@@ -94,6 +94,7 @@ def a_non_finite_step_is_not_logged(run: Fit) -> bool:
     return [row["step"] for row in run.rows()] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("holds", "swapped"),
     [

@@ -278,6 +278,7 @@ def test_damaged_rows_are_dropped(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(path)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_ls_lists_and_verify_reads_every_byte(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(checkpoint_folder(run_dir, 2))
     write(run_dir, 2, 0.5)

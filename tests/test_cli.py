@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from clippy_train.compose import ADDED, CONF, compose, composed_values, groups, 
 from clippy_train.errors import ConfigError
 from clippy_train.help import limits
 from clippy_train.launch.start import choose_checkpoint
+from clippy_train.shards.sources import open_corpus
 
 DEMO = ["train", "experiment=demo"]
 Capture = pytest.CaptureFixture[str]
@@ -43,6 +45,7 @@ def fails(capsys: Capture, code: int, *arguments: str) -> str:
     return message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("columns", [80, 50])
 def test_help_shows_every_key_with_its_meaning(verb: str, columns: int, capsys: Capture, monkeypatch: Patch) -> None:
@@ -69,6 +72,7 @@ def test_help_shows_values_as_a_configuration_file_writes_them(capsys: Capture, 
         assert f"  {line}" in lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_value_in_the_help_reads_back_equal(verb: str) -> None:
     for value in composed_values(VERBS[verb].schema, []).values():
@@ -83,6 +87,7 @@ def test_a_terminal_that_knows_ascii_only_gets_escapes(monkeypatch: Patch) -> No
     assert r"unknown key 'data.\xe9'" in shown.read()
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(text=st.text(min_size=1))
 @example(text="echo ${HOME}")
@@ -134,10 +139,12 @@ def test_errors_wrap_at_words_on_a_terminal(capsys: Capture, monkeypatch: Patch)
     assert wrapped.split() == whole.split()
 
 
+@pytest.mark.slow
 def test_the_configuration_page_is_current() -> None:
     assert make_configuration_docs.PAGE.read_text() == make_configuration_docs.page(), "run make docs"
 
 
+@pytest.mark.slow
 def test_the_table_of_the_plan_is_current() -> None:
     assert make_plan_docs.PAGE.read_text() == make_plan_docs.page(), "run make docs"
 
@@ -160,9 +167,9 @@ def complete(line: str, folder: Path) -> list[str]:
     ("line", "expected"),
     [
         ("clippy tr", ["train"]),
-        ("clippy train trainer.max_", ["trainer.max_steps="]),
+        ("clippy train trainer.max_", ["trainer.max_steps=", "trainer.max_epochs="]),
         ("clippy train experiment=demo -m --dry-run strategy=ze", ["zero1", "zero2", "zero3"]),
-        ("clippy evaluate task=", ["perplexity", "humaneval"]),
+        ("clippy evaluate task=", ["perplexity", "completion", "humaneval"]),
         ("clippy generate --inter", ["--interactive"]),
     ],
 )
@@ -174,6 +181,21 @@ def test_a_shell_completes_keys_options_and_choices(line: str, expected: list[st
 def test_every_experiment_composes_validates_and_prints_its_plan(experiment: str, capsys: Capture) -> None:
     assert main(["train", f"experiment={experiment}", "--dry-run"]) == 0
     assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", groups()["data"][1:])
+def test_a_data_set_is_read_by_its_columns_and_splits(data: str, tmp_path: Path) -> None:
+    """In a copy of the data set's folders, since the hub is out of reach."""
+    source = compose(config.TrainConfig, ["experiment=code_clippy_125m", f"data={data}"]).data
+    pattern = str(source.path).removeprefix("hf://datasets/")
+    for split, text in (("train", "a"), (source.validation_split, "b")):
+        name = pattern.format(split=split) if "{split}" in pattern else f"{pattern}/{split}/*.jsonl"
+        file = tmp_path / name.replace("*", "0")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({source.text_column: text}).encode()
+        file.write_bytes(gzip.compress(line) if file.suffix == ".gz" else line)
+    source.path = str(tmp_path / pattern)
+    assert [list(open_corpus(source, split).texts()) for split in ("train", "validation")] == [["a"], ["b"]]
 
 
 @pytest.mark.parametrize("hardware", groups()["hardware"][1:])
@@ -201,16 +223,18 @@ def own(tmp_path: Path, monkeypatch: Patch) -> Iterator[Path]:
     ADDED.clear()
 
 
+@pytest.mark.slow
 def test_an_experiment_in_the_current_folder_is_found(own: Path, capsys: Capture) -> None:
     assert main(["train", "experiment=mine", "--cfg", "job"]) == 0
     composed = yaml.safe_load(capsys.readouterr().out)
     assert (composed["optim"]["lr"], composed["trainer"]["max_steps"], composed["run"]["name"]) == (2.5e-4, 700, "demo")
     assert main(["train", "--help"]) == 0
-    assert "code_clippy_readme_125m, demo, mine" in " ".join(capsys.readouterr().out.split())
+    assert "demo_mixture, mine" in " ".join(capsys.readouterr().out.split())
     assert main(["plan", "-m", "experiment=mine", "seed=1,2"]) == 0
     assert capsys.readouterr().out.count("parameters") == 2
 
 
+@pytest.mark.slow
 def test_a_folder_of_configurations_can_be_named(own: Path, capsys: Capture) -> None:
     elsewhere = own.parent.rename(own.parents[1] / "my settings")
     assert "choose one of" in fails(capsys, 2, "plan", "experiment=mine")
@@ -344,8 +368,8 @@ SYNTAX = [  # what Hydra's grammar allows, and what it does not: an override, an
     ("strategy='glob(*)'", "choose one of zero1"),
     ("strategy=glob(nothing*)", "choose one of zero1"),
     ("strategy=${seed}", "choose one of zero1"),
-    ("experiment=../demo", "choose one of null, code_clippy_125m"),
-    ("experiment=demo.yaml", "choose one of null, code_clippy_125m"),
+    ("experiment=../demo", "choose one of null, apps_125m, apps_1_3b"),
+    ("experiment=demo.yaml", "choose one of null, apps_125m, apps_1_3b"),
     ("model@foo=tiny", "unknown key 'model@foo'"),
     ("optim@a:b=adamw", "unknown key 'optim@a:b'"),
     ("~seed", "keys cannot be removed"),
@@ -453,6 +477,7 @@ def test_several_values_without_a_sweep_are_refused(override: str, capsys: Captu
     assert "add -m" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["seed", "optim.lr", "optim.betas", "run.name", "strategy", "logger.hparams"])
 @settings(max_examples=40)
 @given(value=st.text("[]{}(),'\"\\$:=+~@#%!.? a1\n\x00", max_size=12))
@@ -527,6 +552,7 @@ def test_a_plan_of_many_trials_trains_none(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("config.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -634,6 +660,7 @@ def test_a_corpus_is_a_path_or_a_dataset_and_not_both(capsys: Capture) -> None:
     assert "data.path=null and data.hub=null" in fails(capsys, 2, *DEMO, "data.path=null")
 
 
+@pytest.mark.slow
 def test_a_dataset_without_a_validation_split_is_told_at_the_start(
     capsys: Capture, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -679,6 +706,18 @@ def test_nothing_is_written_over(arguments: list[str], capsys: Capture, tmp_path
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("full", "run")] == []
 
 
+def test_a_current_folder_that_is_gone_is_named(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert main(["plan", "experiment=demo"]) == ConfigError.exit_code
+    assert "the current folder no longer exists" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+
+
 def test_corpus_and_export_name_the_folder_that_is_in_the_way(capsys: Capture, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("keep")
     assert "is not empty" in fails(capsys, 2, "corpus", f"out={tmp_path}")
@@ -705,6 +744,7 @@ def test_a_prompt_is_taken_as_it_is_typed(prompt: str) -> None:
     assert compose(config.GenerateConfig, ["model=m", f"prompt={prompt}"]).prompt == prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -734,6 +774,7 @@ def test_sources_of_a_corpus_are_positional(tmp_path: Path) -> None:
     assert compose(config.CorpusConfig, overrides).src == ["a b", "c,d"]
 
 
+@pytest.mark.slow
 def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
     composed = compose(config.TrainConfig, ["experiment=demo"])
     config.save(composed, tmp_path / "config.yaml")
@@ -771,6 +812,7 @@ def test_a_sweep_refuses_a_bad_value_before_its_first_trial(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

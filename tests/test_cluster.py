@@ -19,8 +19,8 @@ from support.runs import Runs, environment, trained, weights_hash
 
 from clippy_train.compose import LAUNCH, compose
 from clippy_train.config import TrainConfig, save
-from clippy_train.errors import CheckpointError, ConfigError, Interrupted
-from clippy_train.launch import resources, slurm, start
+from clippy_train.errors import CheckpointError, ConfigError, Interrupted, MachineFault
+from clippy_train.launch import ending, resources, slurm, start
 from clippy_train.launch.agent import (
     PREFLIGHT,
     Place,
@@ -90,6 +90,8 @@ def test_devices_come_from_the_launcher(
         ({**JOB, "SLURM_NTASKS_PER_NODE": "2"}, ["trainer.devices=4"], "slurm has 2 processes per node"),
         ({**JOB, "SLURM_GPUS_ON_NODE": "2"}, ["trainer.devices=4"], "this machine has 2 visible CUDA devices"),
         ({**JOB, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, [], "run it once, without srun"),
+        ({**JOB, "SLURM_HET_SIZE": "2"}, [], "a heterogeneous job"),
+        ({**JOB, "PATH": "/none"}, [], "launcher=slurm needs srun and scontrol on the PATH"),
         (ON_TORCHRUN, ["trainer.devices=2"], "torchrun has 4 processes per node"),
     ],
 )
@@ -141,6 +143,9 @@ sys.exit(run_nodes(config))
 """
 
 
+SRUN_FAILED = -1
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("srun", "probe", "changed", "code", "said"),
@@ -150,19 +155,28 @@ sys.exit(run_nodes(config))
         (75, 0, {"JobState": "COMPLETING"}, 75, "not requeued: Slurm is ending it (COMPLETING)"),
         (75, 0, {"Requeue": "0"}, 75, "not requeued: it was submitted with --no-requeue"),
         (75, 0, {"BatchFlag": "0"}, 75, "not requeued: only batch jobs can be"),
+        (75, 0, {"TimeLimit": "00:03:00"}, 75, "not requeued: its time limit of 180 s is shorter than the warning"),
+        (75, 0, {"TimeLimit": "00:06:00"}, 75, "job 7 is requeued"),
+        (71, 0, {}, 71, "job 7 is requeued"),
+        (71, 0, {"Requeue": "0"}, 71, "not requeued: it was submitted with --no-requeue"),
         (1, 0, {}, 1, ""),
-        (1, 1, {}, 75, "job 7 is requeued"),  # ranks fail because a node is gone, before Slurm knows
         (2, 1, {}, 2, ""),
+        (SRUN_FAILED, 0, {}, 1, ""),
+        (SRUN_FAILED, 1, {"node": "n2:down*"}, 71, "job 7 has lost n2:down*"),  # before Slurm ends the job itself
+        (SRUN_FAILED, 1, {"node": "n2:mixed*"}, 71, "job 7 is requeued"),
+        (SRUN_FAILED, 1, {}, 2, "srun starts nothing in job 7, though its nodes are up"),
     ],
 )
 def test_when_a_job_is_requeued(
     tmp_path: Path, srun: int, probe: int, changed: dict[str, str], code: int, said: str
 ) -> None:
-    """With a fake `srun` of this exit code, a fake `scontrol` that shows such a job, and a probe of the nodes."""
+    """With a fake `srun` whose tasks have this exit code, fakes of what shows such a job, and a probe of the nodes."""
+    srun = 1 if srun == SRUN_FAILED else ending.task_code(srun)
     facts = {"JobState": "RUNNING", "Requeue": "1", "BatchFlag": "1", **changed}
     shown = "JobId=7 JobName=x " + " ".join(f"{name}={value}" for name, value in facts.items())
     commands = {
         "srun": f'for last; do :; done; [ "$last" = true ] && exit {probe} || exit {srun}',
+        "sinfo": f"echo n1:mixed {facts.pop('node', 'n2:mixed')}",
         "scontrol": f'case "$2" in job) echo "{shown}";; hostnames) echo n1 n2;; *) echo "called $*";; esac',
     }
     for name, content in commands.items():
@@ -172,16 +186,72 @@ def test_when_a_job_is_requeued(
     command = [sys.executable, "-c", RUN_NODES, str(tmp_path)]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     assert (done.returncode, said in done.stdout) == (code, True), done.stderr
-    assert ("called requeue 7" in done.stdout) == (said == "job 7 is requeued")
+    again = code in (Interrupted.exit_code, MachineFault.exit_code) and "not requeued" not in said
+    assert ("called requeue 7" in done.stdout) == again
 
 
 @pytest.mark.parametrize(
     ("srun", "run"),
-    [(0, 0), (75, 75), (2, 2), (1, 1), (128 + signal.SIGUSR1, 75), (-signal.SIGTERM, 75), (128 + signal.SIGKILL, 1)],
+    [(0, 0), (1, None), (128 + signal.SIGUSR1, 75), (-signal.SIGTERM, 75), (128 + signal.SIGKILL, 71)],
 )
-def test_the_exit_code_of_srun_determines_that_of_the_run(srun: int, run: int) -> None:
+def test_the_exit_code_of_srun_determines_that_of_the_run(srun: int, run: int | None) -> None:
     assert slurm.exit_code(srun) == run
-    assert Interrupted.exit_code == 75
+    assert (Interrupted.exit_code, MachineFault.exit_code) == (75, 71)
+
+
+@given(st.lists(st.sampled_from([0, 75, 71, 1, 2, 3, 4]), min_size=1))
+def test_the_strongest_exit_code_of_all_nodes_reaches_the_job(codes: list[int]) -> None:
+    """srun returns the largest code of its tasks."""
+    assert slurm.exit_code(max(map(ending.task_code, codes))) == ending.strongest(codes)
+
+
+@pytest.mark.parametrize(
+    ("codes", "run"),
+    [([71, 2], 2), ([71, 1], 1), ([75, 71], 71), ([0, 75], 75), ([-9, 71], 71), ([-9, 4], 4), ([75, 99], 1)],
+)
+def test_a_rank_that_knows_why_decides_the_exit_code(codes: list[int], run: int) -> None:
+    assert ending.strongest(codes) == run
+
+
+def test_an_element_of_an_array_is_a_job_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last element's SLURM_JOB_ID is that of the array: `scontrol requeue` would take all of them."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert slurm.job_id() == "7_3"
+    assert slurm.attempt_name() == "attempt 0 of job 7_3"
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    assert slurm.job_id() == "7"
+
+
+@pytest.mark.parametrize(
+    ("shown", "seconds"),
+    [("00:03:00", 180), ("1-02:00:00", 93_600), ("UNLIMITED", None), ("Partition_Limit", None), ("", None)],
+)
+def test_a_time_limit_is_read_as_slurm_writes_it(shown: str, seconds: int | None) -> None:
+    assert slurm.time_limit({"TimeLimit": shown}) == seconds
+
+
+def test_the_warning_before_a_time_limit_is_that_of_the_script() -> None:
+    assert f"#SBATCH --signal=B:USR1@{slurm.WARNING_SECONDS}\n" in (LAUNCH / "train.sbatch").read_text()
+
+
+def test_how_a_job_asked_for_tasks_does_not_reach_the_agents(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped = ["SLURM_NTASKS_PER_GPU", "SLURM_NTASKS", "SLURM_GPUS_PER_TASK", "SLURM_EXPORT_ENV", "SRUN_CPUS_PER_TASK"]
+    for name in [*dropped, "SLURM_JOB_NUM_NODES", "NCCL_SOCKET_IFNAME"]:
+        monkeypatch.setenv(name, "1")
+    kept = slurm._environment()
+    assert not kept.keys() & set(dropped)
+    assert kept["NCCL_SOCKET_IFNAME"] == kept["SLURM_JOB_NUM_NODES"] == "1"
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "export"])
+@pytest.mark.processes
+def test_a_job_without_the_command_says_so(name: str) -> None:
+    done = subprocess.run(
+        ["/bin/bash", LAUNCH / f"{name}.sbatch"], env={"PATH": "/none"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "clippy is not on the PATH of this job" in done.stderr
 
 
 @given(st.integers(1, 10**7), st.integers(0, 200))
@@ -212,7 +282,7 @@ def test_512_ranks_get_consecutive_numbers_and_separate_streams(
 
     cursors = fresh_cursors(config.data.streams)
     modules = [DataModule(config, tokenizer, int(rank["RANK"]), cursors) for rank in ranks]
-    owned = [stream.index for module in modules for stream in module.train_dataloader().streams]
+    owned = [reader.number for module in modules for reader in module.train_dataloader().readers]
     assert owned == list(range(512))
     assert config.micro_steps * config.trainer.micro_batch_size * 512 == config.trainer.global_batch_size
 

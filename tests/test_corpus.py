@@ -4,11 +4,10 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -16,14 +15,15 @@ from typing import Any
 
 import pytest
 import zstandard
-from support import processes
+from support.formats import APPS
 
 from clippy_train.cli import main
 from clippy_train.config import CorpusConfig, DedupConfig, FilterConfig
-from clippy_train.corpus.build import build_corpus, split_repositories
+from clippy_train.corpus.build import build_corpus
 from clippy_train.corpus.document import Document, Rejected
-from clippy_train.corpus.folders import folder_documents
+from clippy_train.corpus.folders import file_documents, source_files
 from clippy_train.corpus.manifest import Tally
+from clippy_train.corpus.stages import held_out_repositories
 from clippy_train.errors import ConfigError, DataError
 from clippy_train.shards.format import SPLITS
 
@@ -37,7 +37,7 @@ def build(src: Path, out: Path, **settings: Any) -> dict[str, Any]:
 
 
 def found(*sources: Path) -> list[Document]:
-    return list(folder_documents(list(sources), FilterConfig(), Path.home()))
+    return list(file_documents(source_files(list(sources), Path.home()), FilterConfig()))
 
 
 def names(*sources: Path) -> list[str]:
@@ -170,7 +170,7 @@ def test_a_file_that_disappears_is_rejected(packages: Path) -> None:
 
 
 def test_a_folder_that_disappears_is_skipped_with_a_warning(packages: Path, caplog: pytest.LogCaptureFixture) -> None:
-    documents = folder_documents([packages], FilterConfig(), Path.home())
+    documents = file_documents(source_files([packages], Path.home()), FilterConfig())
     assert next(documents).repository == "one"
     shutil.rmtree(packages / "three")
     assert [document.repository for document in documents] == ["two"]
@@ -291,36 +291,8 @@ def test_a_folder_with_content_is_not_overwritten(packages: Path, tmp_path: Path
 
 
 def test_validation_and_test_get_at_least_one_repository_each() -> None:
-    names = ["a", "b", "c"]
-    splits = split_repositories(names, Tally(), CorpusConfig(out="", validation_fraction=0, test_fraction=0))
-    assert sorted(splits.values()) == sorted(SPLITS)
-
-
-def clippy_corpus(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "clippy_train.cli", "corpus", *arguments]
-
-
-@pytest.fixture
-def endless(packages: Path) -> Path:
-    """Sources that take minutes to read: many hard links to one file."""
-    for number in range(20_000):
-        (packages / "one" / f"{number}.py").hardlink_to(packages / "one" / "good.py")
-    (packages / "one" / "good.py").write_text(CODE * 1000)
-    return packages
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "TERM"])
-def test_an_interrupted_build_leaves_no_files(endless: Path, tmp_path: Path, number: int, code: int) -> None:
-    process = processes.start(clippy_corpus(str(endless), f"out={tmp_path / 'out'}", "dedup.exact=false"))
-    deadline = time.monotonic() + 60
-    while not any(path.stat().st_size for path in tmp_path.glob(".out.*/.spool*/documents/*")):
-        assert process.poll() is None, "the build ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(60) == code
-    assert list(tmp_path.iterdir()) == [endless]
+    config = CorpusConfig(out="", validation_fraction=0, test_fraction=0)
+    assert held_out_repositories(3, [], Tally(), config) == (1, 1)
 
 
 GROWTH = """
@@ -328,25 +300,28 @@ import re, sys
 from pathlib import Path
 from clippy_train.config import CorpusConfig, DedupConfig
 from clippy_train.corpus.build import build_corpus
+from clippy_train.corpus.stages import Sizes
+sizes = Sizes(files=20, part=1_000_000, table=10_000, range=1_000_000)
 for src in sys.argv[1:]:
-    settings = dict(dedup=DedupConfig(exact=False), shard_bytes=1_000_000)
-    size = build_corpus(CorpusConfig(src=[src], out=src + ".out", **settings))["text_bytes"]
+    settings = dict(dedup=DedupConfig(near=True, permutations=16, threshold=0.5), shard_bytes=1_000_000)
+    size = build_corpus(CorpusConfig(src=[src], out=src + ".out", **settings), sizes)["text_bytes"]
     peak = re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())
     print(size, int(peak[1]) * 1024)
 """
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """After a build that fills every buffer, one with ten times as much text as the memory that it may add."""
+    """After a build that fills every part, one with ten times as much text as the memory that it may add."""
     rng = random.Random(0)
-    for name, copies in (("small", 100), ("large", 450)):
+    words = [f"name_{number}" for number in range(1000)]
+    for name, files in (("small", 60), ("large", 400)):
         for package in range(4):
             folder = tmp_path / name / f"package_{package}"
             folder.mkdir(parents=True)
-            (folder / "0.py").write_text(" ".join(f"name_{rng.randrange(9)}" for _ in range(8000)))
-            for copy in range(1, copies):
-                (folder / f"{copy}.py").hardlink_to(folder / "0.py")
+            for number in range(files):
+                (folder / f"{number}.py").write_text(" ".join(rng.choices(words, k=6000)))
     # Not ru_maxrss: a process inherits it from the process that started it.
     command = [sys.executable, "-c", GROWTH, str(tmp_path / "small"), str(tmp_path / "large")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
@@ -437,6 +412,32 @@ def test_a_report_on_something_else_is_an_error(
         (tmp_path / "manifest.json").write_text(manifest)
     assert main(["corpus", "--report", f"out={tmp_path}"]) == 3
     assert message in capsys.readouterr().err
+
+
+def test_benchmarks_opted_out_repositories_and_personal_data_are_left_out_counted_and_reported(
+    packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    described = "Read a number from the standard input and print the double of it on a line."
+    (tmp_path / "apps.jsonl").write_text(json.dumps({**APPS, "question": described}))
+    (tmp_path / "opted_out.txt").write_text("four\n")
+    (packages / "four").mkdir()
+    (packages / "four" / "own.py").write_text(CODE)
+    (packages / "one" / "solved.py").write_text(f"# {described}\n{CODE}")
+    (packages / "two" / "good.py").write_text(f"# jo@example.org, ann@example.org, at 8.8.8.8\n{CODE}")
+    keys = [f"decontaminate=[{tmp_path}/apps.jsonl]", f"opt_out={tmp_path}/opted_out.txt", "redact=[emails,ips]"]
+    out = tmp_path / "out"
+    assert main(["corpus", str(packages), f"out={out}", "dedup.exact=false", *(f"filter.{key}" for key in keys)]) == 0
+    summary = capsys.readouterr().out
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["rejected"] == {"benchmark": 1, "opted_out": 1}
+    assert manifest["redacted"] == {"emails": 2, "ips": 1}
+    assert {each["text"] for each in everything(out)} == {CODE, f"# <EMAIL>, <EMAIL>, at <IP_ADDRESS>\n{CODE}"}
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+    assert main(["corpus", "--report", f"out={out}"]) == 0
+    assert capsys.readouterr().out == summary
+    for expected in (r"checked against\W+apps\.jsonl@", r"rejected: benchmark\W+1 ", r"replaced: emails\W+2"):
+        assert re.search(expected, summary)
 
 
 def test_only_corpora_have_a_report(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import mimetypes
 import os
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from identify.vendor.licenses import LICENSES
 
 from clippy_train.config import CorpusConfig, FilterConfig
 from clippy_train.corpus.document import Document, Rejected
-from clippy_train.corpus.folders import folder_documents, mime_type
-from clippy_train.corpus.hub import UNNAMED_REPOSITORIES, hub_documents
+from clippy_train.corpus.folders import file_documents, mime_type, source_files
+from clippy_train.corpus.hub import UNNAMED_REPOSITORIES, dataset_shards, hub_documents
 from clippy_train.corpus.licences import folder_licence, header_licence
 from clippy_train.corpus.repository import origin_name
 from clippy_train.errors import DataError
@@ -30,7 +31,12 @@ LICENCE_TEXTS = dict(LICENSES)
 
 def found(*sources: Path, **settings: Any) -> list[Document]:
     settings = {"rules": FilterConfig(), "out": Path.home(), **settings}
-    return list(folder_documents(list(sources), **settings))
+    return list(file_documents(source_files(list(sources), settings["out"]), settings["rules"]))
+
+
+def documents_of(config: CorpusConfig) -> list[Document]:
+    shards: Sequence[str | None] = dataset_shards(config) or [None]
+    return [document for shard in shards for document in hub_documents(config, shard)]
 
 
 def read_meta(document: Document) -> dict[str, Any]:
@@ -330,7 +336,7 @@ def test_rows_of_a_dataset_are_documents_in_the_same_order(
 ) -> None:
     reached: list[Any] = []
     monkeypatch.setattr(socket.socket, "connect", lambda _, address: reached.append(address))
-    documents = list(hub_documents(dataset(tmp_path / "data", ROWS, kind)))
+    documents = documents_of(dataset(tmp_path / "data", ROWS, kind))
     assert [read_text(document) for document in documents] == [row["code"] for row in ROWS]
     assert [document.repository for document in documents] == [row["repo_name"] for row in ROWS]
     assert read_meta(documents[3]) == {
@@ -346,20 +352,20 @@ def test_rows_of_a_dataset_are_documents_in_the_same_order(
 
 def test_a_dataset_in_the_code_clippy_format_keeps_its_meta(tmp_path: Path) -> None:
     meta = {name: f"{name} of it" for name in META_COLUMNS} | {"stars": 7}
-    (document,) = hub_documents(dataset(tmp_path / "data", [{"code": CODE, "meta": meta}], "jsonl"))
+    (document,) = documents_of(dataset(tmp_path / "data", [{"code": CODE, "meta": meta}], "jsonl"))
     assert read_meta(document) == meta
 
 
 def test_rows_without_a_repository_are_spread_over_a_bounded_number_of_them(tmp_path: Path) -> None:
     rows = [{"code": f"{number}"} for number in range(UNNAMED_REPOSITORIES + 3)]
-    repositories = [document.repository for document in hub_documents(dataset(tmp_path / "data", rows, "parquet"))]
+    repositories = [document.repository for document in documents_of(dataset(tmp_path / "data", rows, "parquet"))]
     assert len(set(repositories)) == UNNAMED_REPOSITORIES
     assert len(set(repositories[:UNNAMED_REPOSITORIES])) == UNNAMED_REPOSITORIES
 
 
 def test_rows_without_a_text_are_rejected(tmp_path: Path) -> None:
     config = dataset(tmp_path / "data", [{"code": text} for text in (CODE, None, "")], "parquet")
-    first, *others = hub_documents(config)
+    first, *others = documents_of(config)
     assert read_text(first) == CODE
     for document in others:
         with pytest.raises(Rejected, match="no_text"):
@@ -370,7 +376,7 @@ def test_a_dataset_without_the_column_names_the_key(tmp_path: Path) -> None:
     config = dataset(tmp_path / "data", ROWS, "parquet")
     config.text_column = "text"
     with pytest.raises(DataError, match=r"hub=.*data: no document can be read .*no_text 10.* text_column=text"):
-        list(hub_documents(config))
+        documents_of(config)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +395,7 @@ def test_a_bad_row_of_a_local_dataset_is_counted_without_its_content(
 ) -> None:
     config = dataset(tmp_path / "data", ROWS, "jsonl")
     (tmp_path / "data" / name).write_bytes(data)
-    *good, bad = hub_documents(config)
+    *good, bad = documents_of(config)
     assert list(map(read_text, good)) == [row["code"] for row in ROWS]
     with pytest.raises(Rejected, match=reason):
         bad.read()
@@ -400,7 +406,7 @@ def test_a_column_may_change_its_type_between_shards(tmp_path: Path) -> None:
     config = dataset(tmp_path / "data", ROWS, "jsonl")
     for name, licence in (("y.jsonl", '"MIT"'), ("z.ndjson", "[1, {}]")):
         (tmp_path / "data" / name).write_text(f'{{"code": "x", "license": {licence}}}\n')
-    assert [read_meta(each)["license"] for each in hub_documents(config)] == [None] * len(ROWS) + ["MIT", None]
+    assert [read_meta(each)["license"] for each in documents_of(config)] == [None] * len(ROWS) + ["MIT", None]
 
 
 def test_a_long_window_of_zstd_is_read(tmp_path: Path) -> None:
@@ -409,7 +415,7 @@ def test_a_long_window_of_zstd_is_read(tmp_path: Path) -> None:
     compressor = zstandard.ZstdCompressor(compression_params=long).compressobj()
     data = compressor.compress(b'{"code": "x"}\n') + compressor.flush()
     (tmp_path / "data" / "a.jsonl.zst").write_bytes(data)
-    assert list(map(read_text, hub_documents(config))) == ["x"]
+    assert list(map(read_text, documents_of(config))) == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -422,10 +428,10 @@ def test_a_local_dataset_has_the_splits_that_its_names_say(tmp_path: Path, split
         (tmp_path / name).write_text(json.dumps({"code": name}) + "\n")
     config = CorpusConfig(hub=str(tmp_path), text_column="code", hub_split=split, out="")
     if names:
-        assert list(map(read_text, hub_documents(config))) == names
+        assert list(map(read_text, documents_of(config))) == names
     else:
         with pytest.raises(DataError, match="cannot be opened"):
-            list(hub_documents(config))
+            documents_of(config)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +448,7 @@ def test_a_dataset_that_cannot_be_opened_says_why(tmp_path: Path, change: dict[s
     for key, value in change.items():
         setattr(config, key, value)
     with pytest.raises(DataError, match=rf"hub=.*{message}"):
-        list(hub_documents(config))
+        documents_of(config)
 
 
 def test_a_rule_on_extensions_can_accept_unknown_languages(tmp_path: Path) -> None:

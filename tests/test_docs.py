@@ -98,6 +98,7 @@ def missing_files(text: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @every_doc
 def test_files_that_are_named_exist(path: Path) -> None:
     in_a_run = {"config.yaml"}
@@ -152,6 +153,7 @@ def test_targets_of_make_that_are_named_exist(path: Path) -> None:
             assert set(named.split()) <= makefile_targets(), text
 
 
+@pytest.mark.slow
 @every_doc
 def test_tests_functions_and_classes_that_are_named_exist(path: Path) -> None:
     """A code span that is one word of several parts: `test_...`, `build_strategy`, `CodeLM`."""

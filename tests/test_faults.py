@@ -3,7 +3,10 @@
 import os
 import re
 import resource
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +19,10 @@ import numpy as np
 import pytest
 from support import processes
 from support.distributed import run_distributed
-from support.runs import Runs, environment, rank_pids
+from support.runs import Runs, command, end, environment, rank_pids
 
 from clippy_train.config import DataConfig, TrainConfig, save
-from clippy_train.errors import Diverged, NonFinite
+from clippy_train.errors import Diverged, Interrupted, MachineFault, NonFinite
 from clippy_train.files import STAGING
 from clippy_train.launch import agent
 from clippy_train.model.build import build_model
@@ -28,6 +31,7 @@ from clippy_train.run.folder import (
     CONFIG,
     checkpoint_folders,
     checkpoint_step,
+    lost_file,
 )
 from clippy_train.run.rows import (
     RowFile,
@@ -94,6 +98,42 @@ def test_a_failed_save_keeps_the_previous_checkpoint_and_training_continues(
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize(
+    ("size", "place", "code", "said"),
+    [
+        ("12k", "runs", 2, "run.root: cannot write the run's folder: [Errno 28] No space left on device"),
+        ("28k", "runs", 2, "rank 0: no space left on {runs}/small ("),
+        ("700k", "runs", 4, "could not be written: rank 0: no space left on {runs}/small: "),
+        ("4k", "/dev/shm", 2, "rank 0: no space left on /dev/shm ([Errno 28]"),
+    ],
+)
+def test_a_full_disk_is_named(runs: Runs, tmp_path: Path, size: str, place: str, code: int, said: str) -> None:
+    folder = tmp_path / place
+    folder.mkdir(exist_ok=True)
+    loaders = "data.num_workers=1" if place == "/dev/shm" else "data.num_workers=0"
+    training = command(
+        "train", *runs.settings, f"run.root={tmp_path / 'runs'}", "run.name=small", "strategy=single",
+        "trainer.devices=1", "checkpoint.every_steps=1", "checkpoint.max_failed_saves=1", loaders,
+    )  # fmt: skip
+    result = in_small_file_system(folder, size, training, environment(tmp_path))
+    assert said.format(runs=tmp_path / "runs") in result.stderr
+    assert result.returncode == code
+    assert "rank 0: Traceback" not in result.stderr
+
+
+def in_small_file_system(
+    folder: Path, size: str, arguments: list[str], variables: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that sees a file system of this size at `folder`."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    namespace = ["unshare", *([] if os.getuid() == 0 else ["--map-root-user"]), "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, *mount], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    script = f"{shlex.join(mount)} && exec {shlex.join(arguments)}"
+    return subprocess.run([*namespace, "sh", "-c", script], env=variables, capture_output=True, text=True, timeout=150)
+
+
+@pytest.mark.processes
 def test_a_run_stops_after_max_failed_saves_in_a_row(broken: tuple[str, list[dict[str, Any]]]) -> None:
     said, rows = broken
     assert [row["step"] for row in rows][-2:] == [LAST_SAVE + 1, LAST_SAVE + 2]
@@ -150,16 +190,21 @@ def test_a_weight_that_is_not_finite_is_never_saved(train_config: Callable[..., 
         require_equal_replicas(module, step=7)
 
 
+def pid_of(runs: Runs, name: str, rank: int) -> int:
+    variable = f"\0RANK={rank}\0".encode()
+    pids = rank_pids(runs.folder(name))
+    (found,) = (pid for pid in pids if variable in Path(f"/proc/{pid}/environ").read_bytes())
+    return found
+
+
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(runs: Runs) -> None:
     process = runs.start(
         "hangs", *SETTINGS, "trainer.watchdog_seconds=3", "checkpoint.keep_last=2", "trainer.max_steps=100000"
     )
     runs.wait_for_step("hangs", 5, process, "checkpoint/seconds")
-    pids = rank_pids(runs.folder("hangs"))
-    (stopped,) = (pid for pid in pids if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(stopped, signal.SIGSTOP)
+    os.kill(pid_of(runs, "hangs", 1), signal.SIGSTOP)
     said = process.communicate(timeout=60)[0]  # in a save the limit is six times as long
-    assert process.returncode == 1
+    assert process.returncode == MachineFault.exit_code
     assert "no progress for too long: rank 0 is in " in said
     assert "rank 1 does not respond" in said
     stacks = runs.folder("hangs") / "stacks"
@@ -186,13 +231,64 @@ def test_a_rank_out_of_memory_names_the_micro_batch_and_the_others_stop(runs: Ru
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("ends", [("exit 1", "exit 4"), ("exit 4", "exit 1"), ("kill -9 $$", "exit 4")])
-def test_of_ranks_that_fail_together_the_one_that_knows_why_decides(ends: tuple[str, ...], tmp_path: Path) -> None:
-    """A rank that loses another one fails with 1, and may be seen first."""
-    ranks = {rank: processes.start(["sh", "-c", end]) for rank, end in enumerate(ends)}
-    for process in ranks.values():
-        process.wait()
-    assert agent._wait(ranks, tmp_path) == 4
+@pytest.mark.parametrize(
+    ("ends", "code", "said"),
+    [
+        (
+            ("exit 71", "sleep 0.5; exit 4"),
+            4,
+            "rank 1 on HOST: ended with exit code 4; rank 0 on HOST: lost the others",
+        ),
+        (("exit 4", "exit 71"), 4, "rank 0 on HOST: ended with exit code 4"),
+        (("kill -9 $$", "exit 4"), 4, "rank 1 on HOST: ended with exit code 4"),
+        (("sleep 60", "kill -9 $$"), 71, "rank 1 on HOST: killed by signal 9 (out of memory?)"),
+        (
+            ("exit 71", "exit 71"),
+            71,
+            "ranks 0, 1 on HOST: lost the others or its device: RuntimeError: gloo/x (more in",
+        ),
+    ],
+)
+def test_of_ranks_that_fail_together_the_one_that_knows_why_is_named_and_decides(
+    ends: tuple[str, ...], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank that loses another one may be seen first."""
+    lost_file(tmp_path, 0).parent.mkdir()
+    lost_file(tmp_path, 0).write_text("Traceback\n  File\nRuntimeError: gloo/x\n")
+    ranks = {rank: processes.start(["sh", "-c", how]) for rank, how in enumerate(ends)}
+    if "sleep" not in "".join(ends):
+        for process in ranks.values():
+            process.wait()
+    assert agent._wait(ranks, tmp_path) == code
+    assert said.replace("HOST", socket.gethostname()) in capsys.readouterr().out
+
+
+def test_a_killed_rank_is_named_and_nobody_else_complains(runs: Runs) -> None:
+    process = runs.start("killed", *SETTINGS, "checkpoint.keep_last=2", "trainer.max_steps=100000")
+    runs.wait_for_step("killed", 5, process, "checkpoint/seconds")
+    os.kill(pid_of(runs, "killed", 1), signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == MachineFault.exit_code
+    assert f"rank 1 on {socket.gethostname()}: killed by signal 9 (out of memory?)\n" in said
+    assert "Traceback" not in said
+
+
+def test_a_run_that_is_suspended_for_longer_than_the_watchdog_waits_goes_on(runs: Runs) -> None:
+    process = runs.start(
+        "suspended", *SETTINGS, "trainer.watchdog_seconds=5", "checkpoint.keep_last=2", "checkpoint.every_steps=1000",
+        "trainer.max_steps=100000", "trainer.log_every_steps=1",
+    )  # fmt: skip
+    runs.wait_for_step("suspended", 5, process)
+    everyone = [process.pid, *rank_pids(runs.folder("suspended"))]
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in everyone:
+            os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            time.sleep(8)  # longer than the watchdog waits
+    done = runs.rows("suspended")[-1]["step"]
+    time.sleep(5)  # longer than the agent takes to look at the stacks
+    runs.wait_for_step("suspended", done + 1, process)
+    assert end(process, signal.SIGTERM) == Interrupted.exit_code
 
 
 @pytest.mark.processes

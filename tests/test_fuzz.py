@@ -180,6 +180,7 @@ def test_lines_are_accepted_or_rejected_as_they_were_made(suffix: str) -> None:
     assert set(seen) >= {"", "no_text", "not_json", "not_utf8"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_a_damaged_shard_yields_the_lines_before_the_damage(suffix: str) -> None:
     seen: Counter[str] = Counter()

@@ -5,13 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from support.models import CODE, base_folder, gpt_neo, small_bpe
 from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
 
 from clippy_train.cli import main
 from clippy_train.config import GenerateConfig
+from clippy_train.errors import ConfigError
+from clippy_train.files import LFS_POINTER
 from clippy_train.generate import generate, interact, read_prompt
 from clippy_train.model.sample import (
     Sampling,
@@ -106,6 +110,7 @@ def test_a_completion_ends_at_the_first_stop_sequence_and_no_tokens_are_wasted(
     assert len(steps) < 40
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.integers(0, 10**6))
 def test_the_streamed_text_is_the_returned_text(
@@ -191,12 +196,22 @@ def test_bytes_that_are_not_text_are_refused(folder: Path, capsys: pytest.Captur
     assert "prompt is not UTF-8" in capsys.readouterr().err
 
 
-def test_truncated_weights_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(folder, tmp_path / "cut")
-    with (tmp_path / "cut/model.safetensors").open("r+b") as file:
-        file.truncate(1000)
-    assert main(["generate", f"model={tmp_path / 'cut'}", "prompt=x"]) == 2
-    assert f"no model could be loaded from {tmp_path / 'cut'}" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("pointer", [False, True])
+def test_weights_that_are_not_all_there_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, pointer: bool
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "cut")
+    weights = copy / "model.safetensors"
+    torch.save(load_file(weights), copy / "pytorch_model.bin")
+    if name != weights.name:
+        weights.unlink()
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(LFS_POINTER + b"v1" if pointer else content[: len(content) // 2])
+    assert main(["generate", f"model={copy}", "prompt=x"]) == ConfigError.exit_code
+    said = capsys.readouterr().err
+    assert f"no model could be loaded from {copy}: " in said
+    assert (f"{name} is only a pointer of Git LFS" if pointer else "is incomplete or damaged: ") in said
 
 
 def test_interactive_prompts_are_completed_one_after_another(folder: Path) -> None:

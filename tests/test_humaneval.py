@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,15 +14,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import processes
+from support.formats import INFILLING, MBPP, MBPP_PLUS, MULTIPL_E, RIGHT, WRONG
 from support.models import base_folder, small_bpe
+from support.runs import command, environment
 
 from clippy_train.cli import main
-from clippy_train.errors import SandboxFault
+from clippy_train.errors import DataError, SandboxFault
 from clippy_train.evaluate import humaneval
 from clippy_train.evaluate.humaneval import pass_at_k
 from clippy_train.evaluate.inside import PASSED
 from clippy_train.evaluate.results import read_results, weights_hash
+from clippy_train.evaluate.samples import settings_file
 from clippy_train.evaluate.sandbox import Isolation
+from clippy_train.hf.sections import evaluation_section
+from clippy_train.model.load import load_model_and_tokenizer
+from clippy_train.model.sample import Gap, Sampling, complete_prompts
+from clippy_train.shards.problems import read_problems
 
 PROBLEMS = [
     {
@@ -33,7 +42,7 @@ PROBLEMS = [
     }
     for number in range(3)
 ]
-WRONG = "    return None\n"
+NOTHING = "    return None\n"
 SCORE = ("allow_code_execution=true", "allow_weak_sandbox=true")
 
 
@@ -57,7 +66,11 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 def canned(right: list[int], n: int) -> list[dict[str, Any]]:
     """`n` samples of each problem, interleaved, of which `right` are correct."""
     return [
-        {"task_id": each["task_id"], "completion": each["canonical_solution"] if turn < count else WRONG, "mine": turn}
+        {
+            "task_id": each["task_id"],
+            "completion": each["canonical_solution"] if turn < count else NOTHING,
+            "mine": turn,
+        }
         for turn in range(n)
         for each, count in zip(PROBLEMS, right, strict=True)
     ]
@@ -91,8 +104,38 @@ def test_canned_solutions_get_their_exact_scores(problems: Path, tmp_path: Path)
     assert found == pytest.approx(expected)
     results = lines(tmp_path / "samples.jsonl_results.jsonl")
     assert [{key: row[key] for key in ("task_id", "completion", "mine")} for row in results] == canned(right, n)
-    assert [row["passed"] for row in results] == [row["completion"] != WRONG for row in canned(right, n)]
+    assert [row["passed"] for row in results] == [row["completion"] != NOTHING for row in canned(right, n)]
     assert {row["result"] for row in results} == {"passed", "failed: AssertionError:"}
+
+
+@pytest.mark.processes
+def test_a_gap_is_filled_and_runs_with_prompt_and_suffix(model: Path, tmp_path: Path, capsys: Any) -> None:
+    extended, problems, samples = tmp_path / "extended", tmp_path / "p.jsonl", tmp_path / "s.jsonl"
+    write(problems, [INFILLING])
+    names = "fim_tokens=['<fim_prefix>','<fim_middle>','<fim_suffix>']"
+    assert main(["extend", f"base={model}", f"out={extended}", names]) == 0
+    evaluate(problems, samples, f"model={model}", "max_new_tokens=4", code=2)
+    assert "no tokens for fill-in-the-middle" in capsys.readouterr().err
+    assert not samples.exists()
+    evaluate(problems, samples, f"model={extended}", "max_new_tokens=4")
+    loaded, tokenizer = load_model_and_tokenizer(str(extended))
+    gap = Gap(INFILLING["prompt"], INFILLING["suffix"])
+    assert [row["completion"] for row in lines(samples)] == complete_prompts(loaded, tokenizer, [gap], Sampling(4))
+    written = [INFILLING["canonical_solution"], "    doubled = x\n", RIGHT, "    if x:\n"]
+    canned = [{"task_id": INFILLING["task_id"], "completion": each} for each in written]
+    evaluate(problems, write(tmp_path / "canned.jsonl", canned), *SCORE)
+    results = lines(tmp_path / "canned.jsonl_results.jsonl")
+    assert [row["passed"] for row in results] == [True, False, True, False]
+
+
+@pytest.mark.processes
+@pytest.mark.skipif("CLIPPY_BENCHMARKS" not in os.environ, reason="CLIPPY_BENCHMARKS names no folder of benchmarks")
+@pytest.mark.parametrize("name", ["HumanEval", "HumanEval-SingleLineInfilling", "HumanEval-RandomSpanInfillingLight"])
+def test_published_reference_solutions_pass(name: str, tmp_path: Path) -> None:
+    path = Path(os.environ["CLIPPY_BENCHMARKS"]) / f"{name}.jsonl.gz"
+    some = [{"task_id": each.task_id, "completion": each.reference} for each in read_problems(str(path))[::40]]
+    evaluate(path, write(tmp_path / "s.jsonl", some), *SCORE, "timeout=30")
+    assert all(row["passed"] for row in lines(tmp_path / "s.jsonl_results.jsonl"))
 
 
 @settings(max_examples=60)
@@ -103,6 +146,7 @@ def test_the_estimate_is_the_share_of_draws_with_a_correct_sample(n: int, data: 
     assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
+@pytest.mark.slow
 def test_an_interrupted_generation_ends_with_the_same_file(model: Path, problems: Path, tmp_path: Path) -> None:
     settings = [f"model={model}", "n=3", "temperature=1", "max_new_tokens=6", "batch_size=2"]
     full, cut = tmp_path / "full.jsonl", tmp_path / "cut.jsonl"
@@ -122,6 +166,113 @@ def test_an_interrupted_generation_ends_with_the_same_file(model: Path, problems
     assert cut.stat().st_mtime_ns == before  # nothing was missing
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+def test_processes_with_a_share_end_with_the_file_of_one(
+    model: Path, problems: Path, tmp_path: Path, ending: str
+) -> None:
+    settings = [f"model={model}", "n=5", "temperature=1", "max_new_tokens=6", "batch_size=2"]  # 8 batches
+    evaluate(problems, tmp_path / "one.jsonl", *settings)
+    (tmp_path / "shared").mkdir()
+    shared = tmp_path / "shared" / f"s.{ending}"
+    for part in (2, 1):
+        evaluate(problems, shared, *settings, f"share={part}/3")
+    assert not shared.exists()
+    first = tmp_path / "shared" / f"1-of-3-s.{ending}"
+    first.write_bytes(first.read_bytes()[:-9])  # as if it had been killed
+    evaluate(problems, shared, *settings, "share=3/3")
+    assert not shared.exists()
+    evaluate(problems, shared, *settings, "share=1/3")
+    assert lines(shared) == lines(tmp_path / "one.jsonl")
+    assert sorted(path.name for path in shared.parent.iterdir()) == [f"s.{ending}", f"s.{ending}_settings.json"]
+    before = shared.read_bytes()
+    evaluate(problems, shared, *settings, "share=2/3")
+    evaluate(problems, shared, *settings)
+    assert shared.read_bytes() == before
+    evaluate(problems, shared, *settings, "seed=7", "share=2/3", code=2)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_share_is_generated_beside_others(model: Path, problems: Path, tmp_path: Path) -> None:
+    settings = [f"model={model}", "n=3", "temperature=1", "max_new_tokens=6", "batch_size=2"]
+    evaluate(problems, tmp_path / "one.jsonl", *settings)
+    shared = tmp_path / "s.jsonl"
+    arguments = ["evaluate", "task=humaneval", f"problems={problems}", f"samples={shared}", *settings]
+    started = [processes.start(command(*arguments, f"share={part}/2"), env=environment(tmp_path)) for part in (1, 2)]
+    assert [process.wait(120) for process in started] == [0, 0]
+    assert shared.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
+@pytest.mark.processes
+def test_each_k_counts_with_its_best_temperature(problems: Path, tmp_path: Path) -> None:
+    for temperature, right in ((0.2, [5, 0, 0]), (0.8, [1, 2, 1])):
+        write(tmp_path / f"t{temperature}-s.jsonl", canned(right, 5))
+    out = tmp_path / "out.json"
+    evaluate(problems, tmp_path / "s.jsonl", *SCORE, "ks=[1,3]", "temperature=[0.2,0.8]", f"out={out}")
+    found = json.loads(out.read_text())
+    assert found["by_temperature"]["0.2"] == pytest.approx({"pass@1": 1 / 3, "pass@3": 1 / 3})
+    assert found["by_temperature"]["0.8"] == pytest.approx({"pass@1": 4 / 15, "pass@3": (0.6 + 0.9 + 0.6) / 3})
+    assert found["pass@1"] == pytest.approx(1 / 3)
+    assert found["pass@3"] == pytest.approx(0.7)
+    assert found["about"]["samples"]["best_temperature"] == {"pass@1": 0.2, "pass@3": 0.8}
+    table = evaluation_section([found], "model")
+    assert "| problems | pass@1 | 33.33 % | 5 | 0.2 |" in table
+    assert "| problems | pass@3 | 70.00 % | 5 | 0.8 |" in table
+
+
+def test_temperatures_of_different_weights_are_not_compared(problems: Path, tmp_path: Path) -> None:
+    scores = {each: humaneval.Scores({}, {"models": {"m": weights}}) for each, weights in ((0.2, "a"), (0.8, "b"))}
+    with pytest.raises(DataError, match="different weights"):
+        humaneval.best_scores(scores)
+
+
+@pytest.mark.slow
+def test_several_temperatures_have_a_file_of_samples_each(model: Path, problems: Path, tmp_path: Path) -> None:
+    settings = [f"model={model}", "max_new_tokens=6"]
+    evaluate(problems, tmp_path / "s.jsonl", *settings, "temperature=[0.5,2]")
+    for temperature in ("0.5", "2"):
+        alone = tmp_path / f"alone{temperature}.jsonl"
+        evaluate(problems, alone, *settings, f"temperature={temperature}")
+        assert (tmp_path / f"t{temperature}-s.jsonl").read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("row", [MBPP, MBPP_PLUS, MULTIPL_E], ids=["MBPP", "MBPP+", "MultiPL-E"])
+def test_problems_of_other_formats_are_scored(row: dict[str, Any], tmp_path: Path) -> None:
+    head = "" if "tests" in row else "def double(x):\n"
+    name = row.get("task_id", row.get("name"))
+    samples = [{"task_id": name, "completion": head + body} for body in (RIGHT, WRONG, "    quit()\n")]
+    path = write(tmp_path / "samples.jsonl", samples)
+    evaluate(write(tmp_path / "problems.jsonl", [row]), path, *SCORE)
+    assert [each["passed"] for each in lines(tmp_path / "samples.jsonl_results.jsonl")] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["model=m", "share=0/3"], "share=0/3: must be I/N"),
+        (["model=m", "share=4/3"], "share=4/3: must be I/N"),
+        (["model=m", "share=two"], "share=two: must be I/N"),
+        (["model=m", "share=1/2", *SCORE], "only generates"),
+        (["model=m", "temperature=[0.2,-1]"], "temperature=[0.2, -1.0]"),
+        (["model=m", "temperature=[1,1]"], "each once"),
+        (["model=m", "temperature=[]"], "temperature=[]"),
+    ],
+)
+def test_contradictory_settings_are_refused(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(Path("p.jsonl"), Path("s.jsonl"), *arguments, code=2)
+    assert expected in capsys.readouterr().err
+
+
+def test_only_python_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = write(tmp_path / "problems.jsonl", [MULTIPL_E, {**MULTIPL_E, "name": "b", "language": "rs"}])
+    evaluate(problems, tmp_path / "s.jsonl", *SCORE, code=3)
+    assert "problem 2 is Rust; here Python" in capsys.readouterr().err
+
+
 def test_samples_of_other_settings_are_not_mixed(
     model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +281,11 @@ def test_samples_of_other_settings_are_not_mixed(
     content = samples.read_bytes()
     evaluate(problems, samples, f"model={model}", "max_new_tokens=3", code=2)
     assert "max_new_tokens was 2, is 3" in capsys.readouterr().err
+    settings, intact = settings_file(samples), settings_file(samples).read_bytes()
+    settings.write_bytes(intact[:-5])
+    evaluate(problems, samples, f"model={model}", "max_new_tokens=2", code=2)
+    assert f"{settings} is damaged (" in capsys.readouterr().err
+    settings.write_bytes(intact)
     write(tmp_path / "theirs.jsonl", canned([1, 1, 1], 1))
     evaluate(problems, tmp_path / "theirs.jsonl", f"model={model}", code=2)
     assert samples.read_bytes() == content
@@ -169,6 +325,7 @@ def test_a_refused_generation_leaves_no_file(
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_compressed_samples_are_written_resumed_and_equal_to_plain_ones(
     model: Path, problems: Path, tmp_path: Path
 ) -> None:
@@ -207,7 +364,7 @@ def test_a_killed_scoring_continues(problems: Path, tmp_path: Path, monkeypatch:
     judged += [-1] * (10 - len(judged))  # another sample may have begun before the first command ended
     evaluate(problems, tmp_path / "samples.jsonl", *SCORE, "workers=1")
     assert len(judged) == 10 + 5
-    assert [row["passed"] for row in lines(results)] == [row["completion"] != WRONG for row in samples]
+    assert [row["passed"] for row in lines(results)] == [row["completion"] != NOTHING for row in samples]
     assert not staged.exists()
 
 
@@ -290,6 +447,7 @@ def test_completions_end_at_the_stop_sequences(model: Path, problems: Path, tmp_
     assert cut == [text.split(stop)[0] for text in free]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "code", "expected"),
     [
@@ -313,12 +471,16 @@ def test_samples_that_do_not_match_the_problems_are_refused(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_problems_must_be_a_file_in_the_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(tmp_path / "none.jsonl", tmp_path / "x", *SCORE, code=2)
     assert "no such file" in capsys.readouterr().err
     other = write(tmp_path / "other.jsonl", [{"task_id": "a", "prompt": ""}])
     evaluate(other, tmp_path / "x", *SCORE, code=3)
-    assert "task_id, prompt, test, entry_point" in capsys.readouterr().err
+    assert "problem 1 lacks test, entry_point" in capsys.readouterr().err
+    inputs = {"task_id": "Mbpp/2", "prompt": "", "base_input": [[2]], "plus_input": []}
+    evaluate(write(tmp_path / "own.jsonl", [inputs]), tmp_path / "x", *SCORE, code=3)
+    assert "use the dataset evalplus/mbppplus" in capsys.readouterr().err
     evaluate(write(tmp_path / "empty.jsonl", []), tmp_path / "x", *SCORE, code=3)
     assert "has no problems" in capsys.readouterr().err
     short = tmp_path / "short.jsonl.gz"

@@ -265,6 +265,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NOT_A_CHECKPOINT, *DAMAGED])
 def test_a_bad_checkpoint_is_named_and_leaves_nothing_behind(
     name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,12 +1,10 @@
 """The ledger of a run that was killed: every token of an epoch exactly once, consistent with the digests."""
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 from support import oracle
-from support.runs import Runs, rank_pids
+from support.runs import Runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clippy_train.run.folder import (
@@ -34,13 +32,7 @@ SETTINGS = [
 def killed(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Runs:
     """A run of two ranks that was killed at an arbitrary moment, then resumed and finished."""
     runs = Runs(tmp_path_factory.mktemp("ledger"), tiny_corpus, tiny_tokenizer)
-    process = runs.start("killed", *SETTINGS)
-    runs.wait_for_step("killed", 10, process)
-    os.kill(rank_pids(runs.folder("killed"))[0], signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert len(runs.rows("killed")) < 64
-    assert "from step" in runs.train("killed", *SETTINGS).stdout
+    runs.train_with_a_kill("killed", 10, *SETTINGS)
     return runs
 
 

@@ -4,13 +4,14 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from support.distributed import run_distributed
 from support.fits import SETTINGS, Fit
 from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
@@ -19,6 +20,7 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.api_pb2 import Status
 
 from clippy_train.config import TrainConfig
+from clippy_train.data.batches import TrainBatches
 from clippy_train.errors import ClippyError, ConfigError, Interrupted, NonFinite
 from clippy_train.launch.start import preflight_problems
 from clippy_train.run.folder import METRICS, VALIDATION
@@ -133,6 +135,21 @@ def test_the_settings_are_those_of_the_last_attempt(tmp_path: Path) -> None:
     assert start.hparams["optim.lr"].string_value == "0.1 to step 4, then 0.2"
 
 
+def test_weights_and_biases_gets_the_settings_and_the_steps_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[tuple[dict[str, Any], int]] = []
+    fake = SimpleNamespace(log=lambda row, step: logged.append((row, step)))
+    monkeypatch.setattr(WandbRun, "experiment", fake)
+    monkeypatch.setattr(
+        WandbLogger, "__init__", lambda self, **options: options.update(self=self) or given.update(options)
+    )
+    given: dict[str, Any] = {}
+    WandbRun(tmp_path, {"optim.lr": "0.001"}).log_metrics({"train/loss": 2.0}, 110)
+    assert given["config"] == {"optim.lr": "0.001"}
+    assert logged == [({"train/loss": 2.0}, 110)]
+
+
 def test_an_upload_that_fails_after_the_end_does_not_fail_the_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,3 +204,30 @@ def test_a_slow_rank_is_named_with_its_host(
     for row in rows:
         assert (row["slowest/own_time_rank"], row["slowest/own_time_host"]) == (1, socket.gethostname())
         assert row["throughput/step_time"] >= row["slowest/own_time"] >= 0.6  # two micro-batches
+
+
+@pytest.mark.processes
+def test_a_rank_that_waits_for_data_is_named_with_its_host(
+    train_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["strategy=ddp", "trainer.devices=2", "trainer.micro_batch_size=1", f"run.root={tmp_path}"]
+    config = train_config(*SETTINGS, *overrides)
+    rounds = TrainBatches._rounds
+
+    def slow(batches: TrainBatches) -> Iterator[Any]:
+        for each in rounds(batches):
+            time.sleep(0.3 * collective.rank())
+            yield each
+
+    monkeypatch.setattr(TrainBatches, "_rounds", slow)
+
+    def train() -> list[dict[str, Any]]:
+        fit = Fit(config)
+        fit.fit()
+        return fit.rows() if collective.rank() == 0 else []
+
+    rows = run_distributed(train, 2)[0]
+    assert len(rows) == 3
+    for row in rows:
+        assert (row["slowest/data_wait_rank"], row["slowest/data_wait_host"]) == (1, socket.gethostname())
+        assert row["throughput/data_wait"] < 0.5 < row["slowest/data_wait"]  # the former is of rank 0

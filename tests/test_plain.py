@@ -124,6 +124,16 @@ def test_a_rank_runs_nothing_that_stands_in_a_checkpoint(trained: TrainConfig, t
             assert said[kind] in [refusal(file) for file in files]
 
 
+def test_a_name_in_a_checkpoint_is_not_a_path(tmp_path: Path) -> None:
+    """DeepSpeed's converter makes a folder for each parameter."""
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"param_shapes": [{"../../outside": torch.Size([2])}]}, path)
+    with pytest.raises(CheckpointError, match=r"model_states.pt is refused.*'../../outside' is a path"):
+        plain.load_plain(path)
+    torch.save({"param_shapes": [{"inside.weight": torch.Size([2])}]}, path)
+    assert plain.load_plain(path) == {"param_shapes": [{"inside.weight": torch.Size([2])}]}
+
+
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of runpy
 def test_an_export_or_resharding_runs_nothing_that_stands_in_a_checkpoint(

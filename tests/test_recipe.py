@@ -18,6 +18,7 @@ from support.runs import Runs
 
 from clippy_train.compose import CONF, compose
 from clippy_train.config import DataConfig, TrainConfig, keys
+from clippy_train.data.objectives import LeftToRight
 from clippy_train.data.stream import Stream
 from clippy_train.errors import ConfigError
 from clippy_train.model.attention import attention_masks
@@ -213,6 +214,20 @@ def test_another_published_recipe_is_derived_from_the_cards(experiment: str, exp
     assert composed.micro_steps == accumulated[experiment]
 
 
+def test_the_recipes_for_apps_are_those_of_the_originals_readme() -> None:
+    """Its only models that improved on GPT-Neo."""
+    small, large = (compose(TrainConfig, [f"experiment=apps_{size}", DEVICES]) for size in ("125m", "1_3b"))
+    assert (small.optim.betas, small.optim.weight_decay, small.optim.warmup_steps) == ([0.9, 0.98], 0.1, 800)
+    assert (large.optim.name, large.optim.warmup_steps, large.optim.lr) == ("adafactor", 5000, 2e-5)
+    assert 1e-5 <= small.optim.lr <= 1e-4
+    assert [each.trainer.global_batch_size for each in (small, large)] == [256, 24]
+    for each in (small, large):
+        assert (each.data.seq_len, each.data.packing, each.data.truncate) == (1024, False, "end")
+        assert (each.optim.schedule, each.optim.min_lr_ratio) == ("linear", 0.0)
+        assert each.trainer.max_steps == each.optim.warmup_steps + each.optim.decay_steps
+        assert each.trainer.max_epochs == 5
+
+
 def test_a_derived_recipe_repeats_no_value_of_its_base() -> None:
     for path in (CONF / "experiment").glob("*.yaml"):
         defaults = OmegaConf.select(OmegaConf.load(path), "defaults") or []
@@ -222,7 +237,7 @@ def test_a_derived_recipe_repeats_no_value_of_its_base() -> None:
 
 def test_the_document_names_every_recipe() -> None:
     named = {row[0] for row in table("Recipes")}
-    assert named == {path.stem for path in (CONF / "experiment").glob("*.yaml")} - {"demo"}
+    assert named == {path.stem for path in (CONF / "experiment").glob("*.yaml")} - {"demo", "demo_fim", "demo_mixture"}
 
 
 # recipe=original
@@ -389,7 +404,9 @@ def test_documents_are_tokenised_in_batches(tiny_corpus: Path) -> None:
         sizes.append(len(texts))
         return [[0] * len(text) for text in texts]
 
-    blocks = Stream(open_corpus(DataConfig(path=str(tiny_corpus)), "train"), encode, seq_len=8, window=64).blocks()
+    blocks = Stream(
+        open_corpus(DataConfig(path=str(tiny_corpus)), "train"), LeftToRight(encode), seq_len=8, window=64
+    ).blocks()
     while sum(sizes) < 30:
         next(blocks)
     assert max(sizes) == 16

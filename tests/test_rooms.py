@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -25,6 +26,19 @@ def test_a_room_is_imported_without_torch(room: str) -> None:
     imports = ", ".join(module for module in modules if not module.endswith(("__init__", "preflight")))
     code = f"import sys, {imports}; print([name for name in {HEAVY} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+@pytest.mark.processes
+def test_a_rank_does_not_import_the_compiler_for_an_optimizer_that_it_has_not() -> None:
+    code = """import sys, torch
+from clippy_train.train.internals import import_muon
+import_muon()
+import deepspeed.runtime.zero.muon.muon_optimizer
+print("torch._inductor.compile_fx" in sys.modules, type(torch.compile(lambda: 1)))"""
+    output = subprocess.check_output(
+        [sys.executable, "-c", code], text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"}
+    )
+    assert output.splitlines()[-1].startswith("False <class 'function'>")
 
 
 def test_names_in_a_run_folder_are_written_in_one_module_only() -> None:

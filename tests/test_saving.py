@@ -25,17 +25,19 @@ from clippy_train.train import collective
 from clippy_train.train.strategy import build_trainer
 from clippy_train.train.writer import Snapshot
 
-SLOW = 0.4  # seconds that each file takes to write
 
-
-def slow_saves(patch: pytest.MonkeyPatch) -> None:
+def hold_saves(patch: pytest.MonkeyPatch, gate: Path, timeout: float = 60) -> None:
+    """No file of a checkpoint is written before `gate` exists."""
     save = torch.save
 
-    def slowly(state: Any, path: Path) -> None:
-        time.sleep(SLOW)
+    def held(state: Any, path: Path) -> None:
+        deadline = time.monotonic() + timeout
+        while not gate.exists():
+            assert time.monotonic() < deadline, f"{gate.name} never opened: training waited for its save"
+            time.sleep(0.01)
         save(state, path)
 
-    patch.setattr(torch, "save", slowly)
+    patch.setattr(torch, "save", held)
 
 
 @pytest.mark.processes
@@ -54,6 +56,8 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_th
         class Look(pl.Callback):
             def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
                 newest[trainer.global_step] = last_step(config.run_dir)
+                if trainer.global_step == 5:
+                    gate.touch()
 
         def rank() -> dict[int, int]:
             training = Fit(config)
@@ -64,9 +68,11 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_th
 
         return config.run_dir, run_distributed(rank, 2)[0]
 
+    gate = tmp_path / "gate"
     reference, newest = train("false")
     assert newest == {0: 0, 1: 0, 2: 0, 3: 0, 4: 4, 5: 4, 6: 6}
-    slow_saves(monkeypatch)
+    gate.unlink()
+    hold_saves(monkeypatch, gate)
     run_dir, newest = train("true")
     assert newest == {0: 0, 1: 0, 2: 0, 3: 0, 4: 0, 5: 0, 6: 4}  # the save of step 6 waited for that of step 4
     for step in (4, 6):
@@ -79,7 +85,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_th
                 assert all(torch.equal(*pair) if isinstance(pair[0], torch.Tensor) else True for pair in leaves), name
     (row, *_) = read_rows(run_dir / METRICS, "checkpoint/stall")
     assert row["checkpoint/step"] == 4
-    assert row["checkpoint/stall"] < SLOW < row["checkpoint/seconds"]
+    assert row["checkpoint/stall"] < row["checkpoint/seconds"]
 
 
 @pytest.mark.processes

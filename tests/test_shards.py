@@ -227,6 +227,7 @@ def test_a_too_long_line_is_not_held_in_memory(tmp_path: Path, monkeypatch: pyte
     assert peak_memory(path) < 4 << 20
 
 
+@pytest.mark.slow
 def test_a_too_long_line_that_compresses_well_is_not_held_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

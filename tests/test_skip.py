@@ -29,6 +29,7 @@ from clippy_train.train.data import DataModule
 from clippy_train.train.module import CodeLM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("skip", "batches"),
     [
@@ -46,12 +47,14 @@ def test_which_batch_a_step_trains_on(
     assert [data.batch_of(step) for step in range(1, 5)] == batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", ["0", "²", "3-", "a", "5-4", "[3,2-4]", "-1", "[1,1]"])
 def test_what_names_no_steps_is_rejected(train_config: Callable[..., TrainConfig], skip: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.skip_steps"):
         train_config(f"data.skip_steps={skip}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "now", "step", "refused"),
     [

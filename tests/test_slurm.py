@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.runs import Runs, environment, trained, weights_hash
+from support.runs import Runs, environment, rank_pids, trained, weights_hash
 
 from clippy_train.compose import LAUNCH
 from clippy_train.config import load
@@ -62,18 +62,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
     return runs
 
 
+def submit(runs: Runs, *arguments: str) -> str:
+    """Submit a job; its number."""
+    command = ["sbatch", "--parsable", *arguments]
+    variables = environment(runs.root)
+    done = subprocess.run(command, cwd=runs.root, env=variables, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 class Job:
     """A training job, submitted as users submit it."""
 
     def __init__(self, runs: Runs, name: str, *overrides: str, tasks: int = 1, nodes: int = 2) -> None:
         self.runs, self.name = runs, name
-        options = ["--parsable", f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--time=20", "--output=%j.out"]
+        options = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--time=20", "--output=%j.out"]
         script = [str(LAUNCH / "train.sbatch"), *runs.settings, *SETTINGS, f"run.name={name}", *overrides]
-        submitted = subprocess.run(
-            ["sbatch", *options, *script],
-            cwd=runs.root, env=environment(runs.root), capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        self.number = submitted.stdout.strip()
+        self.number = submit(runs, *options, *script)
+
+    @classmethod
+    def of(cls, runs: Runs, name: str, number: str) -> "Job":
+        """A job that was submitted in another way."""
+        job = cls.__new__(cls)
+        job.runs, job.name, job.number = runs, name, number
+        return job
 
     @property
     def log(self) -> str:
@@ -220,6 +231,34 @@ def test_a_job_is_not_requeued_for_ever(runs: Runs) -> None:
     job.wait(signalled_to_the_end, "no end")
     assert job.wait_for_end() == "75:0", job.log
     assert "is not requeued: it was requeued launcher.max_requeues=0 times" in job.log
+
+
+def test_a_job_whose_rank_is_killed_names_it_and_is_requeued(runs: Runs) -> None:
+    job = Job(runs, "killed", "launcher.preflight=false", "checkpoint.every_steps=1")
+    job.let_it_train()
+    pids = rank_pids(runs.folder("killed"))
+    (second,) = (pid for pid in pids if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(second, signal.SIGKILL)
+    job.wait_for_requeue(1)
+    assert re.search(r"rank 1 on \S+: killed by signal 9 \(out of memory\?\)", job.log), job.log
+    assert "Traceback" not in job.log
+    run("scancel", job.number)
+
+
+def test_an_element_of_an_array_is_requeued_without_the_others(runs: Runs) -> None:
+    """The last element has the array's own number."""
+    script = runs.root / "array.sh"
+    arguments = shlex.join([*runs.settings, *SETTINGS, "launcher.preflight=false"])
+    train = f"set -- {arguments} run.name=element-$SLURM_ARRAY_TASK_ID; . {LAUNCH / 'train.sbatch'}"
+    script.write_text(f"#!/bin/bash\n{train}\n")
+    array = submit(runs, "--array=0-1", "--nodes=1", "--time=20", "--signal=B:USR1@300", "--requeue", str(script))
+    elements = [Job.of(runs, f"element-{number}", f"{array}_{number}") for number in (0, 1)]
+    for job in elements:
+        job.let_it_train()
+    run("scancel", "--batch", "--signal=USR1", elements[1].number)
+    elements[1].wait_for_requeue(1)
+    assert (elements[0].fact("JobState"), elements[0].fact("Restarts")) == ("RUNNING", "0")
+    run("scancel", array)
 
 
 def jobs_of(sweep: Path) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Where shards are: the same corpus from a folder, a pattern, a server or a dataset, and the errors of each."""
 
+import contextlib
+import gc
 import gzip
 import io
 import itertools
@@ -11,6 +13,7 @@ import re
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -192,6 +195,7 @@ def test_formats_may_be_mixed_in_a_split(tmp_path: Path) -> None:
     assert list(opened(tmp_path).texts()) == TEXTS[: len(shard_format.SUFFIXES)]
 
 
+@pytest.mark.slow
 def test_ten_thousand_shards_are_opened_in_two_seconds(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     shard = encoded(".jsonl.zst", [document("x")])
@@ -249,8 +253,20 @@ def test_excluded_documents_are_counted_by_rule(tmp_path: Path, suffix: str) -> 
     assert found == [[(0, None, "filtered/few_stars"), (1, "b", ""), (2, None, "filtered/too_large")]]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".parquet"])
+def test_documents_of_others_are_cleaned_as_they_are_read(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "opted_out.txt").write_text("octo/cat\n")
+    documents = [
+        {"text": text, "meta": {"repo_name": name}} for text, name in (("by jo@example.org", "a/b"), ("b", "octo/cat"))
+    ]
+    (tmp_path / "train" / f"0{suffix}").write_bytes(encoded(suffix, documents))
+    rules = FilterConfig(opt_out=str(tmp_path / "opted_out.txt"), redact=["emails"])
+    assert all_lines(opened(tmp_path, filter=rules)) == [[(0, "by <EMAIL>", ""), (1, None, "filtered/opted_out")]]
+
+
 def test_the_identity_of_the_data_includes_the_rules(train_config: Callable[..., TrainConfig]) -> None:
-    identities = [data_identity(train_config(*rules), "fingerprint") for rules in ([], ["data.filter.min_stars=5"])]
+    identities = [data_identity(train_config(*rules), []) for rules in ([], ["data.filter.min_stars=5"])]
     assert identities[0] != identities[1]
 
 
@@ -412,6 +428,7 @@ def test_failed_requests_are_retried(
     assert len(server.gets) > 6
 
 
+@pytest.mark.slow
 def test_a_slow_server_is_not_a_failure(root: Path, serve: Callable[..., Server], quick: None) -> None:
     server = serve(root, answer=delay(0.02))
     assert list(opened(server.url).texts()) == TEXTS
@@ -469,6 +486,7 @@ def test_a_server_without_ranges_can_be_read_from_the_start(
     assert list(opened(serve(root, ranges=False).url).texts()) == TEXTS
 
 
+@pytest.mark.slow
 def test_a_server_without_ranges_that_fails_in_the_middle_is_an_error(
     tmp_path: Path, serve: Callable[..., Server], quick: None
 ) -> None:
@@ -629,3 +647,21 @@ def test_damage_in_a_dataset_ends_its_shard(tmp_path: Path) -> None:
     assert [text for _, text, _ in intact] == TEXTS
     assert damaged[-1] == (len(damaged) - 1, None, "damaged_shard")
     assert [text for _, text, _ in damaged[:-1]] == TEXTS[: len(damaged) - 1]
+
+
+def test_a_missing_file_keeps_nothing_of_its_callers_alive() -> None:
+    """Such as the loader processes of a rank, which would outlive it until the garbage collector runs."""
+
+    class Held: ...
+
+    def caller() -> "weakref.ref[Held]":
+        held = Held()
+        with contextlib.suppress(FileNotFoundError):
+            retry.retried(Path("/nowhere").read_bytes, what="a manifest")
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        assert caller()() is None
+    finally:
+        gc.enable()

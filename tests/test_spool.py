@@ -1,78 +1,62 @@
-"""The external sort: every record comes back once, in order, however often it is spooled."""
+"""Sorted files: any range of keys comes back, in order and nothing else, whatever was written."""
 
 import hashlib
-import itertools
-from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clippy_train.corpus import spool
-from clippy_train.corpus.spool import MAX_DEPTH, Spool
+from clippy_train.corpus.spool import load_records, save_records
+from clippy_train.corpus.tables import KEYS, distinct, key_range, load_table, save_table
 
-numbers = itertools.count()
 PAYLOADS = st.binary(max_size=30).map(lambda data: data.replace(b"\n", b" "))
+INTEGERS = st.sampled_from([0, 1, 2, KEYS // 2, KEYS - 2, KEYS - 1]) | st.integers(0, KEYS - 1)
 
 
 def records(payloads: list[bytes], distinct: int) -> list[bytes]:
     """Records with at most `distinct` keys."""
-    keys = [hashlib.sha256(b"%d" % (number % distinct)).hexdigest() for number in range(len(payloads))]
+    keys = [hashlib.sha256(b"%d" % (number % distinct)).hexdigest()[:16] for number in range(len(payloads))]
     return [key.encode() + b" " + payload for key, payload in zip(keys, payloads, strict=True)]
 
 
-def drained(folder: Path, unsorted: list[bytes]) -> list[bytes]:
-    spooled = Spool(folder / f"spool-{next(numbers)}")
-    for record in unsorted:
-        spooled.add(record)
-    return list(spooled.drain())
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers and buckets of a few records."""
-    monkeypatch.setattr(spool, "BUFFER_BYTES", 100)
-    monkeypatch.setattr(spool, "BUCKET_BYTES", 200)
-
-
-@settings(max_examples=30)
-@given(st.lists(PAYLOADS, max_size=100), st.sampled_from([1, 2, 1000]))
-def test_records_come_back_sorted(
-    tmp_path_factory: pytest.TempPathFactory, payloads: list[bytes], distinct: int
+@settings(max_examples=50)
+@given(st.lists(PAYLOADS, max_size=100), st.sampled_from([1, 2, 1000]), st.integers(1, 7))
+def test_the_ranges_of_a_file_are_its_sorted_records(
+    tmp_path_factory: pytest.TempPathFactory, payloads: list[bytes], distinct: int, ranges: int
 ) -> None:
     unsorted = records(payloads, distinct)
+    path = tmp_path_factory.mktemp("spool") / "records.zst"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spool, "BUFFER_BYTES", 100)
-        patch.setattr(spool, "BUCKET_BYTES", 200)
-        assert drained(tmp_path_factory.mktemp("spool"), unsorted) == sorted(unsorted)
+        patch.setattr(spool, "FRAME_BYTES", 100)
+        save_records(path, list(unsorted))
+    assert list(load_records(path)) == sorted(unsorted)
+    parts = [list(load_records(path, *key_range(number, ranges))) for number in range(ranges)]
+    assert [record for part in parts for record in part] == sorted(unsorted)
 
 
-def test_only_large_buckets_are_spooled_again(tmp_path: Path, small: None) -> None:
-    unsorted = records([b"x" * 50] * 500, 500)
-    sizes: Counter[str] = Counter()
-    for record in unsorted:
-        sizes[record[:2].decode()] += len(record) + 1
-    assert drained(tmp_path, unsorted) == sorted(unsorted)
-    again = {path.name.removesuffix(".again") for path in tmp_path.glob("*/*.again")}
-    assert again == {digits for digits, size in sizes.items() if size > 200} != set(sizes)
+def test_a_range_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "FRAME_BYTES", 10_000)
+    path = tmp_path / "records.zst"
+    save_records(path, records([b"x" * 1000] * 500, 500))
+    damaged = bytearray(path.read_bytes())
+    damaged[: len(damaged) // 2] = bytes(len(damaged) // 2)
+    path.write_bytes(damaged)
+    low, high = key_range(3, 4)
+    assert len(list(load_records(path, low, high))) == sum(
+        low <= int(record[:16], 16) < high for record in records([b""] * 500, 500)
+    )
 
 
-def test_records_of_one_key_are_not_spooled_forever(tmp_path: Path, small: None) -> None:
-    unsorted = records([b"%d" % number for number in range(100)], 1)
-    assert drained(tmp_path, unsorted) == sorted(unsorted)
-    assert len(list(tmp_path.rglob("*.again"))) == MAX_DEPTH - 1
-
-
-def test_disk_is_freed_bucket_by_bucket(tmp_path: Path) -> None:
-    spooled = Spool(tmp_path / "spool")
-    for record in records([b"x" * 1000] * 500, 500):
-        spooled.add(record)
-    records_out = spooled.drain()
-    next(records_out)
-    files = len(list((tmp_path / "spool").iterdir()))
-    for _ in range(250):
-        next(records_out)
-    assert len(list((tmp_path / "spool").iterdir())) < files
-    assert len(list(records_out)) == 249
-    assert not list((tmp_path / "spool").iterdir())
+@given(st.lists(st.tuples(INTEGERS, INTEGERS), max_size=20), st.integers(1, 5))
+def test_the_ranges_of_a_table_are_its_sorted_rows(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, int]], ranges: int
+) -> None:
+    table = np.array(rows, np.uint64).reshape(-1, 2).T
+    path = tmp_path_factory.mktemp("tables") / "table.npy"
+    save_table(path, table)
+    found = [load_table(path, *key_range(number, ranges)).T.tolist() for number in range(ranges)]
+    assert [tuple(row) for part in found for row in part] == sorted(rows)
+    assert [tuple(row) for row in distinct(table).T.tolist()] == sorted(set(rows))

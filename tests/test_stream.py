@@ -16,6 +16,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from clippy_train.data import stream as stream_module
+from clippy_train.data.objectives import LeftToRight
 from clippy_train.data.order import stream_parts
 from clippy_train.data.stream import COUNTS, EMPTY_EPOCHS, START, Block, Cursor, Stream
 from clippy_train.errors import DataError
@@ -53,13 +54,12 @@ class Case:
             yield [
                 Stream(
                     corpus,
-                    encode,
+                    LeftToRight(encode, self.eos),
                     self.seq_len,
                     index,
                     self.streams,
                     self.seed,
                     self.window,
-                    eos=self.eos,
                     shuffle=self.shuffle,
                 )
                 for index in range(self.streams)
@@ -143,6 +143,7 @@ def total(blocks: list[Block]) -> dict[str, int]:
     return {name: int(value) for name, value in zip(COUNTS, sums, strict=True) if value}
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(0, 2**40), st.integers(0, 5))
 def test_the_parts_of_all_streams_cover_every_line_once(num_shards: int, streams: int, seed: int, epoch: int) -> None:
@@ -229,6 +230,7 @@ def test_a_restart_at_any_cursor_gives_the_blocks_that_follow(case: Case) -> Non
                 assert comparable(following) == comparable(blocks[number + 1 : number + 6])
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cases(shortest=1))
 def test_a_document_is_counted_with_the_block_of_its_first_token(case: Case) -> None:
@@ -242,6 +244,7 @@ def test_a_document_is_counted_with_the_block_of_its_first_token(case: Case) -> 
                 assert sum(block.rejected.values()) == sum(rejected)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cases())
 def test_spans_name_the_sources_of_a_block(case: Case) -> None:
@@ -351,6 +354,7 @@ def test_an_epoch_without_documents_is_not_an_error() -> None:
         assert len(take(streams[0], 10)) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_restarted_stream_gives_up_when_an_uninterrupted_one_does(seed: int) -> None:
     with Case([[4, 4], *[[BAD]] * 7], streams=8, seed=seed).opened() as streams:

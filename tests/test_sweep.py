@@ -391,6 +391,7 @@ def refused(*_: Any) -> Any:
     raise ConfigError("wrong")
 
 
+@pytest.mark.slow
 def test_optuna_approaches_the_best_value_and_continues_its_study(tmp_path: Path) -> None:
     """A quadratic in the logarithm of the learning rate; the third trial is interrupted, another one fails."""
     search = Search(tmp_path, "sweep.trials=8", "optim.lr=tag(log,interval(1e-6,1e-1))")
@@ -416,6 +417,7 @@ def test_optuna_approaches_the_best_value_and_continues_its_study(tmp_path: Path
     assert states(tmp_path).count("FAIL") == 1
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_or_is_refused_does_not_stay_in_the_study(tmp_path: Path) -> None:
     values = ["optim.lr=1e-3,1e20", "seed=1,2"]
     search = Search(tmp_path, "sweep.trials=4", *values)
@@ -430,6 +432,7 @@ def test_a_trial_that_fails_or_is_refused_does_not_stay_in_the_study(tmp_path: P
             Search(tmp_path, "sweep.trials=9", *other).run(refused)
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_worse_than_the_median_is_pruned(tmp_path: Path) -> None:
     search = Search(tmp_path, "sweep.trials=7", "sweep.pruner=median", "optim.lr=tag(log,interval(1e-6,1e-1))")
     pruned = []
@@ -468,6 +471,7 @@ def test_values_that_optuna_cannot_choose_from_are_refused() -> None:
         distribution(override)
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_search_leaves_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

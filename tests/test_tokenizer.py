@@ -70,6 +70,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return ids
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(text=TEXTS)
 def test_decoding_gives_back_every_byte(extended: PreTrainedTokenizerFast, text: str) -> None:
@@ -78,6 +79,7 @@ def test_decoding_gives_back_every_byte(extended: PreTrainedTokenizerFast, text:
     assert str(extended.decode(ids, skip_special_tokens=True)).encode() == text.encode()
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(text=TEXTS)
 def test_token_bytes_count_the_bytes_of_any_text(

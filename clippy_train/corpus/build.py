@@ -1,142 +1,162 @@
 """`clippy corpus`: folders of code, or a dataset -> shuffled shards in the Code Clippy format, split by repository.
 
-One path for every source: documents -> rules -> deduplication -> a spool on disk that sorts them by a hash of (seed,
-name) -> shards. Promises: the same sources and settings give the same bytes; no repository is in two splits; rejected
-documents are counted by rule. Memory does not grow with the text: it holds some 150 bytes per repository and per
-folder, what `dedup` remembers of every document, one shard per split, and the longest document. Disk holds the text
-twice, compressed, during the shuffle.
+Promises: the same sources and settings give the same bytes, however many processes work; no repository is in two
+splits; rejected documents are counted by rule. What is finished of an interrupted build stays in a hidden folder beside
+`out`, and the same command goes on from there, to the same bytes; `out` is complete or absent. Memory is that of the
+`stages`, for each process. Disk holds the text twice, compressed, and with `dedup.near` a third time.
 """
 
 import dataclasses
-import hashlib
-import tempfile
+import fcntl
+import json
+import logging
+import shutil
 from collections.abc import Iterator
-from itertools import chain, repeat
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from clippy_train.config import CorpusConfig, FilterConfig
-from clippy_train.corpus.dedup import DuplicateIndex
-from clippy_train.corpus.document import Document, Rejected
-from clippy_train.corpus.folders import folder_documents, python_sources
-from clippy_train.corpus.hub import hub_documents
+from clippy_train import __version__
+from clippy_train.config import CorpusConfig
+from clippy_train.corpus.dedup import band_shape
 from clippy_train.corpus.manifest import VERSION, Tally, write_manifest
-from clippy_train.corpus.spool import Spool
+from clippy_train.corpus.stages import SIZES, STAGES, Build, Sizes
+from clippy_train.corpus.tasks import Workers, perform_stage
 from clippy_train.errors import ConfigError, DataError
-from clippy_train.files import new_folder
-from clippy_train.shards.filters import broken_meta_rule, broken_text_rule
-from clippy_train.shards.format import MAX_LINE_BYTES, SPLITS, ShardWriter, document_line
+from clippy_train.files import atomic_write
+from clippy_train.shards.filters import recorded_rules, require_rules
+from clippy_train.shards.format import SPLITS, shard_name
+from clippy_train.shards.sources import MANIFEST
+
+SETTINGS = "settings.json"  # of a build: what its results depend on
+LOCK = "lock"
+
+log = logging.getLogger(__name__)
 
 
-def build_corpus(config: CorpusConfig) -> dict[str, Any]:
+def build_corpus(config: CorpusConfig, sizes: Sizes = SIZES) -> dict[str, Any]:
     """Write `train/`, `validation/`, `test/` and `manifest.json` to `out`, and return the manifest.
 
     Raises:
-        ConfigError: `out` is not empty, or the fractions leave nothing to train on.
+        ConfigError: `out` is not empty, or the fractions leave nothing to train on; another command builds it, or began
+            to with other settings.
         DataError: a source is missing or unreadable, or there are too few repositories to hold any out.
+        Interrupted: a process was killed.
+    """
+    build = begin_build(config, sizes)
+    with _alone(build):
+        if not (Path(config.out) / MANIFEST).exists():  # killed between the last rename and the removal of the results
+            with Workers(config.workers) as workers:
+                for stage in STAGES:
+                    perform_stage(build, stage, workers)
+            publish(build)
+    return dict(json.loads((Path(config.out) / MANIFEST).read_bytes()))
+
+
+def begin_build(config: CorpusConfig, sizes: Sizes = SIZES) -> Build:
+    """The build of `out`, new or interrupted.
+
+    Raises:
+        ConfigError: as `build_corpus`.
     """
     held_out = config.validation_fraction + config.test_fraction
     if held_out >= 1:
         raise ConfigError(f"validation_fraction + test_fraction = {held_out}: nothing is left to train on")
-    with new_folder(Path(config.out), "out") as out, tempfile.TemporaryDirectory(prefix=".spool", dir=out) as staging:
-        spool, tally = Spool(Path(staging, "documents")), Tally()
-        repositories = _collect(_documents(config, out), spool, tally, config)
-        splits = split_repositories(repositories, tally, config)
-        files = _write(out, spool, [splits[name] for name in repositories], tally, config)
-        manifest = {
-            "version": VERSION,
-            "settings": _settings(config),
-            "files": files,
-            "repositories": {split: list(splits.values()).count(split) for split in SPLITS},
-            **tally.counts(),
-        }
-        write_manifest(out, manifest)
-    return manifest
+    if config.dedup.near:
+        band_shape(config.dedup.threshold, config.dedup.permutations)
+    require_rules(config.filter)
+    out = Path(config.out).resolve()
+    folder = out.with_name(f".{out.name}.unfinished")
+    is_finished = folder.exists() and (out / MANIFEST).exists()
+    if not is_finished and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={config.out} exists and is not empty: choose another folder or remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={config.out} cannot be made: {error.strerror}") from error
+    _require_settings(folder, config, sizes)
+    return Build(config, folder, sizes)
 
 
-def _documents(config: CorpusConfig, out: Path) -> Iterator[Document]:
-    """The documents of all sources, one source after another."""
-    folders = [Path(folder) for folder in config.src] or ([] if config.hub else python_sources())
-    found = folder_documents(folders, config.filter, out)
-    return chain(found, hub_documents(config) if config.hub else ())
-
-
-def _collect(documents: Iterator[Document], spool: Spool, tally: Tally, config: CorpusConfig) -> list[str]:
-    """Spool every accepted document, and return their repositories, in the order of their numbers."""
-    duplicates = DuplicateIndex(config.dedup)
-    repositories: dict[str, int] = {}
-    for number, document in enumerate(tqdm(documents, "reading", unit=" documents", leave=False, disable=None)):
+@contextmanager
+def _alone(build: Build) -> Iterator[None]:
+    """Keep other commands out of a build. Its results are removed when the block ends, and on an error that a
+    repetition cannot mend."""
+    with (build.folder / LOCK).open("w") as lock:
         try:
-            text, meta, line = _accepted(document, config.filter, duplicates)
-        except Rejected as rule:
-            tally.rejected[str(rule)] += 1
-            continue
-        size = len(text.encode())
-        tally.add("languages", meta["repo_language"], size)
-        tally.add("licences", meta["license"], size)
-        repository = repositories.setdefault(document.repository, len(repositories))
-        sort_key = _hash(config.seed, "document", document.key).hex()
-        spool.add(b"%s %015d %d %d %s" % (sort_key.encode(), number, repository, size, line))
-    return list(repositories)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"out={build.config.out}: another command builds it; wait for it") from None
+        try:
+            yield
+        except (ConfigError, DataError):
+            shutil.rmtree(build.folder)
+            raise
+        except BaseException:
+            log.warning("interrupted: the same command goes on from %s", build.folder)
+            raise
+        shutil.rmtree(build.folder)
 
 
-def _accepted(document: Document, rules: FilterConfig, duplicates: DuplicateIndex) -> tuple[str, dict[str, Any], bytes]:
-    """The text of a document, its meta, and its line in a shard.
-
-    Raises:
-        Rejected: it breaks a rule, or is a duplicate.
-    """
-    text, meta = document.read()
-    line = document_line({"text": text, "meta": meta})
-    too_large = "too_large" if len(line) > MAX_LINE_BYTES else None
-    if rule := broken_meta_rule(meta, rules) or broken_text_rule(text, rules) or too_large or duplicates.add(text):
-        raise Rejected(rule)
-    return text, meta, line
-
-
-def split_repositories(repositories: list[str], tally: Tally, config: CorpusConfig) -> dict[str, str]:
-    """The split of each repository; validation and test get at least one each.
+def _require_settings(folder: Path, config: CorpusConfig, sizes: Sizes) -> None:
+    """Check that the results in a folder are of these settings and sources, or say so in a new folder.
 
     Raises:
-        DataError: there are too few repositories for three splits.
+        ConfigError: they are not; the message names the keys.
     """
-    num_validation = max(1, round(config.validation_fraction * len(repositories)))
-    num_test = max(1, round(config.test_fraction * len(repositories)))
-    if len(repositories) <= num_validation + num_test:
-        examples = f" ({', '.join(sorted(repositories)[:5])})" if repositories else ""
-        rejected = ", ".join(f"{count:,} {rule}" for rule, count in tally.rejected.items()) or "none"
-        raise DataError(
-            f"src=[{','.join(config.src)}], hub={config.hub or 'null'}: {len(repositories)} repositories or "
-            f"packages{examples} have accepted documents (rejected: {rejected}), too few for three splits; add sources "
-            "with more, or change validation_fraction or test_fraction"
+    path = folder / SETTINGS
+    folders = [str(Path(each).resolve()) for each in config.src]
+    sources = {"src": folders, "hub": config.hub, "problems": config.problems}
+    settings = {**recorded_settings(config), **sources, "version": __version__, "sizes": list(sizes)}
+    if not path.exists():
+        with atomic_write(path) as file:
+            json.dump(settings, file)
+    before = json.loads(path.read_bytes())
+    if changed := [name for name, value in settings.items() if before.get(name) != value]:
+        raise ConfigError(
+            f"out={config.out}: an interrupted build with another {', '.join(changed)} is in {folder}: "
+            "repeat its command to finish it, or remove the folder"
         )
-    order = sorted(repositories, key=lambda name: _hash(config.seed, "repository", name))
-    held_out = ["validation"] * num_validation + ["test"] * num_test
-    return dict(zip(order, chain(held_out, repeat("train")), strict=False))
 
 
-def _write(
-    out: Path, spool: Spool, splits: list[str], tally: Tally, config: CorpusConfig
-) -> dict[str, list[dict[str, str | int]]]:
-    """Write the spooled documents to shards, and list those; `splits` is indexed by the repository's number."""
-    writers = {split: ShardWriter(out / split, config.shard_bytes) for split in SPLITS}
-    total = sum(count["documents"] for count in tally.kept["languages"].values())
-    for record in tqdm(spool.drain(), "writing", total, unit=" documents", leave=False, disable=None):
-        _, _, repository, size, line = record.split(b" ", 4)
-        split = splits[int(repository)]
-        writers[split].write(line)
-        tally.add("splits", split, int(size))
-    for writer in writers.values():
-        writer.close()
-    return {split: writer.files for split, writer in writers.items()}
+def publish(build: Build) -> None:
+    """Move the shards to a folder with their manifest, and that to `out`. May be repeated after an interruption."""
+    folder = build.folder / "corpus"
+    tally, facts = Tally(), build.facts("split")
+    tally.rejected.update(facts["rejected"])
+    tally.redacted.update(facts["redacted"])
+    tally.update(facts["kept"])
+    files: dict[str, list[dict[str, str | int]]] = {split: [] for split in SPLITS}
+    for name in SPLITS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for task in range(STAGES[-1].tasks(build)):
+        written = build.facts("write", task)
+        tally.update(written["kept"])
+        for split, found in written["files"].items():
+            numbered = enumerate(found, len(files[split]))
+            files[split] += [_moved(build.result("write", task), folder, number, file) for number, file in numbered]
+    manifest = {
+        "version": VERSION,
+        "settings": recorded_settings(build.config),
+        "files": files,
+        "repositories": dict(zip(SPLITS, facts["repositories"], strict=True)),
+        **tally.counts(),
+    }
+    write_manifest(folder, manifest)
+    folder.rename(build.config.out)
 
 
-def _settings(config: CorpusConfig) -> dict[str, Any]:
+def _moved(result: Path, folder: Path, number: int, file: dict[str, str | int]) -> dict[str, str | int]:
+    """Move a shard from a result to the corpus, unless that is done, under its number there."""
+    shard = result / str(file["name"])
+    name = f"{shard.parent.name}/{shard_name(number)}"
+    if shard.exists():
+        shard.rename(folder / name)
+    return {**file, "name": name}
+
+
+def recorded_settings(config: CorpusConfig) -> dict[str, Any]:
     """What the corpus depends on besides its sources, whose location may differ the next time."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("src", "hub", "out")}
-
-
-def _hash(seed: int, *parts: str) -> bytes:
-    return hashlib.sha256("\0".join((str(seed), *parts)).encode()).digest()
+    elsewhere = ("src", "hub", "problems", "out", "workers", "slurm")
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in elsewhere}
+    return {**settings, "filter": recorded_rules(config.filter)}

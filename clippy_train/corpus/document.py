@@ -12,3 +12,4 @@ class Document(NamedTuple):
     key: str  # identifies the document in its source: its place in the shuffled order depends on it
     repository: str  # never split between train, validation and test
     read: Callable[[], tuple[str, dict[str, Any]]]  # returns the text and its Code Clippy meta, or raises Rejected
+    prompt: str | None = None  # what the text continues

@@ -22,18 +22,33 @@ from clippy_train.shards.sources import FileCorpus, require_text
 UNNAMED_REPOSITORIES = 4096  # shared by the rows that name no repository, so memory does not grow with the rows
 
 
-def hub_documents(config: CorpusConfig) -> Iterator[Document]:
-    """Every row of the dataset `hub`, with the meta that `filters.code_clippy_meta` finds; a language or MIME type that
-    the dataset lacks comes from the file name and the text.
+def dataset_shards(config: CorpusConfig) -> list[str]:
+    """The shards of the dataset `hub` if it is a local folder; one of the hub is read as a whole, and has none.
+
+    Raises:
+        DataError: no document can be read from the first lines.
+    """
+    folder = Path(str(config.hub), config.hub_config or "")
+    paths = sorted(str(path) for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    shards = _of_split(folder, paths, config.hub_split)
+    if shards:
+        require_text(_local_corpus(config, shards), section="")
+    return shards
+
+
+def hub_documents(config: CorpusConfig, shard: str | None = None) -> Iterator[Document]:
+    """Every row of one local shard, or of the dataset on the hub, with the meta that `filters.code_clippy_meta` finds;
+    a language or MIME type that the dataset lacks comes from the file name and the text.
 
     Raises:
         DataError: it cannot be opened, has no column `text_column`, or cannot be read to its end.
     """
-    shards = _local_shards(Path(str(config.hub), config.hub_config or ""), config.hub_split)
-    for number, entry in enumerate(_local_entries(config, shards) if shards else _hub_entries(config)):
-        unnamed = f"rows {number % UNNAMED_REPOSITORIES} modulo {UNNAMED_REPOSITORIES}"
+    entries = _local_corpus(config, [shard]).documents(0) if shard else _hub_entries(config)
+    place = f"{Path(shard).relative_to(str(config.hub))} " if shard else ""
+    for entry in entries:
+        unnamed = f"rows {entry.number % UNNAMED_REPOSITORIES} modulo {UNNAMED_REPOSITORIES}"
         repository = entry.meta["repo_name"] if entry.meta else None
-        yield Document(f"row {number}", repository or unnamed, partial(_read, entry))
+        yield Document(f"{place}row {entry.number}", repository or unnamed, partial(_read, entry))
 
 
 def _read(entry: Entry) -> tuple[str, dict[str, Any]]:
@@ -48,21 +63,17 @@ def _read(entry: Entry) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _local_shards(folder: Path, split: str) -> list[str]:
-    """The shards of a split below a local folder: those with its name as the first word of their own name or of a
-    folder, as in `data/train-00000.parquet`; without any such names, all are `train`."""
-    paths = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
-    words = [{re.split(r"[^a-z]", part)[0] for part in path.relative_to(folder).parts} for path in paths]
+def _of_split(folder: Path, paths: list[str], split: str) -> list[str]:
+    """The shards of a split: those with its name as the first word of their own name or of a folder, as in
+    `data/train-00000.parquet`; without any such names, all are `train`."""
+    words = [{re.split(r"[^a-z]", part)[0] for part in Path(path).relative_to(folder).parts} for path in paths]
     if split == "train" and not any(each.intersection(SPLITS) for each in words):
-        return list(map(str, paths))
-    return [str(path) for path, each in zip(paths, words, strict=True) if split in each]
+        return paths
+    return [path for path, each in zip(paths, words, strict=True) if split in each]
 
 
-def _local_entries(config: CorpusConfig, shards: list[str]) -> Iterator[Entry]:
-    corpus = FileCorpus(f"hub={config.hub}", tuple(shards), "", Fields(config.text_column, with_meta=True))
-    require_text(corpus, "text_column")
-    for shard in range(len(shards)):
-        yield from corpus.documents(shard)
+def _local_corpus(config: CorpusConfig, shards: list[str]) -> FileCorpus:
+    return FileCorpus(f"hub={config.hub}", tuple(shards), "", Fields(config.text_column, with_meta=True))
 
 
 def _hub_entries(config: CorpusConfig) -> Iterator[Entry]:

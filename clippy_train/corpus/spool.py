@@ -1,65 +1,58 @@
-"""An external sort: records that need not fit in memory come back in the order of their keys.
+"""Files of records sorted by a key, of which a range of keys is read without the rest.
 
-Promises: memory is bounded, whatever the number and the size of the records: 16 MiB of buffers while they are added,
-one bucket while they are drained. Disk holds them once, compressed, and is freed bucket by bucket.
+A record is a line of bytes that begins with its key, 16 hexadecimal digits. Records are compressed in frames of some
+64 KiB; the first key and the place of each frame are in a small table beside the file. Writing holds all records of a
+file, reading one range of them.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import zstandard
 
-BUCKETS = 256  # two hexadecimal digits of the key
-BUFFER_BYTES = 1 << 16  # per bucket, before they go to disk as one frame
-BUCKET_BYTES = 1 << 24  # a larger bucket is spooled again by its next two digits
-MAX_DEPTH = 8  # records equal up to here share one key, so no digit can separate them
+from clippy_train.corpus.tables import KEYS
+
+DIGITS = 16
+FRAME_BYTES = 1 << 16  # before compression
 
 
-class Spool:
-    """Records are lines of bytes that begin with at least `2 * MAX_DEPTH` evenly distributed hexadecimal digits."""
+def save_records(path: Path, records: list[bytes]) -> None:
+    """Sort the records, and write them to `path` and their index to `path` with the suffix .npy."""
+    compressor = zstandard.ZstdCompressor(level=1)
+    firsts, offsets = [], []
+    with path.open("wb") as file:
+        for frame in _frames(sorted(records)):
+            firsts.append(int(frame[:DIGITS], 16))
+            offsets.append(file.tell())
+            file.write(compressor.compress(frame))
+    np.save(path.with_suffix(".npy"), np.array([firsts, offsets], np.uint64))
 
-    def __init__(self, folder: Path, depth: int = 0) -> None:
-        folder.mkdir()
-        self.folder, self.depth = folder, depth
-        self._buffers = [bytearray() for _ in range(BUCKETS)]
-        self._sizes = [0] * BUCKETS
-        self._compressor = zstandard.ZstdCompressor(level=1)
 
-    def add(self, record: bytes) -> None:
-        bucket = int(record[2 * self.depth : 2 * self.depth + 2], 16)
-        self._buffers[bucket] += record + b"\n"
-        self._sizes[bucket] += len(record) + 1
-        if len(self._buffers[bucket]) >= BUFFER_BYTES:
-            self._flush(bucket)
+def load_records(path: Path, low: int = 0, high: int = KEYS) -> Iterator[bytes]:
+    """The records whose key is at least `low` and less than `high`, in order."""
+    firsts, offsets = np.load(path.with_suffix(".npy"))
+    begin = max(0, int(np.searchsorted(firsts, np.uint64(low), "left")) - 1)  # the frame before may hold `low` too
+    end = int(np.searchsorted(firsts, np.uint64(high - 1), "right"))
+    if begin >= end:
+        return
+    with path.open("rb") as file:
+        file.seek(int(offsets[begin]))
+        data = file.read(int(offsets[end]) - int(offsets[begin]) if end < len(offsets) else -1)
+    first, last = b"%016x" % low, b"%016x" % (high - 1)
+    frames = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True)
+    for line in io.BufferedReader(frames):
+        if first <= line[:DIGITS] <= last:
+            yield line[:-1]
 
-    def drain(self) -> Iterator[bytes]:
-        """All records, sorted; each bucket is deleted before its records are returned."""
-        for bucket in range(BUCKETS):
-            self._flush(bucket)
-        for bucket, size in enumerate(self._sizes):
-            if size > BUCKET_BYTES and self.depth + 1 < MAX_DEPTH:
-                inner = Spool(self.folder / f"{bucket:02x}.again", self.depth + 1)
-                for record in self._records(bucket):
-                    inner.add(record)
-                self._path(bucket).unlink()
-                yield from inner.drain()
-            elif size:
-                records = sorted(self._records(bucket))
-                self._path(bucket).unlink()
-                yield from records
 
-    def _flush(self, bucket: int) -> None:
-        if self._buffers[bucket]:
-            with self._path(bucket).open("ab") as file:
-                file.write(self._compressor.compress(self._buffers[bucket]))
-            self._buffers[bucket].clear()
-
-    def _records(self, bucket: int) -> Iterator[bytes]:
-        with self._path(bucket).open("rb") as file:
-            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            for line in io.BufferedReader(reader):
-                yield line[:-1]
-
-    def _path(self, bucket: int) -> Path:
-        return self.folder / f"{bucket:02x}.zst"
+def _frames(records: Iterable[bytes]) -> Iterator[bytearray]:
+    frame = bytearray()
+    for record in records:
+        frame += record + b"\n"
+        if len(frame) >= FRAME_BYTES:
+            yield frame
+            frame = bytearray()
+    if frame:
+        yield frame

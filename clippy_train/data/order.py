@@ -1,11 +1,34 @@
-"""In which order a stream reads the corpus: pure functions of (number of shards, streams, seed, epoch).
+"""Which stream reads what, in which order: pure functions of (weights, number of shards, streams, seed, epoch).
 
 World size, loader processes and crashes are not among the arguments, so they cannot change the order.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
+
+
+def deal(count: int, weights: Sequence[float]) -> list[int]:
+    """`count` in whole numbers, in proportion to `weights` by the largest remainder; of equal ones, the first's."""
+    exact = [count * Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
+    dealt = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: dealt[index] - exact[index])
+    for index in by_remainder[: count - sum(dealt)]:
+        dealt[index] += 1
+    return dealt
+
+
+def spread(counts: Sequence[int]) -> list[int]:
+    """`counts[k]` times each `k`, in turn: every stretch of the list has nearly the same shares."""
+    listed: list[int] = []
+    given, whole = [0] * len(counts), sum(counts)
+    for length in range(1, whole + 1):
+        behind = [count * length - whole * each for count, each in zip(counts, given, strict=True)]
+        listed.append(behind.index(max(behind)))
+        given[listed[-1]] += 1
+    return listed
 
 
 @dataclass(frozen=True)

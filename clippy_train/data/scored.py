@@ -1,8 +1,9 @@
 """Sequences that a model is scored on: token ids, and the group of text that each token belongs to (`model.score`).
 
 Two ways to cut a split: blocks, as in training and validation, or windows that slide over each document, so that each
-of its tokens is predicted from as many tokens before it as the model takes. Sequences are made one at a time; blocks
-read documents twice, for their ids and for their meta, which costs little compared with tokenising.
+of its tokens is predicted from as many tokens before it as the model takes. Reference solutions of problems are scored
+given their prompts. Sequences are made one at a time; blocks read documents twice, for their ids and for their meta,
+which costs little compared with tokenising.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -13,18 +14,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clippy_train.data.objectives import Encode, token_ids
 from clippy_train.data.stream import ENCODE_DOCUMENTS, Block, Stream
 from clippy_train.errors import DataError
+from clippy_train.shards.problems import Problem
 from clippy_train.shards.sources import Corpus
 
 T = TypeVar("T", bound=Hashable)
 
+LENGTH_MULTIPLE = 128  # of sequences that are shorter than the others: kernels work on blocks of so many tokens
 UNKNOWN = "unknown"  # language or repository that the meta does not name
 
 
 class ScoredSequence(NamedTuple):
     tokens: np.ndarray  # [seq] int32
     group: np.ndarray  # [seq] int64: of each token, 0 if it is not scored
+
+
+class Group(NamedTuple):
+    """What a validation scores apart: a language of a source's split, or of reference solutions."""
+
+    language: str
+    source: str = ""
+    solution: bool = False
 
 
 class Groups(dict[T, int]):
@@ -66,18 +78,21 @@ def scored_blocks(
     place = (-1, -1)
     meta: dict[str, Any] = {}
     for block in blocks:
-        parts = []
+        group = np.zeros(len(block.tokens), dtype=np.int64)
+        filled = 0
         for span in block.spans:
             while place != (span.shard, span.line):
                 place, _, meta = next(documents)
-            number = groups.number(label(meta))
-            parts.append(np.full(span.end - span.first, number, dtype=np.int64))
-        yield ScoredSequence(block.tokens, np.concatenate(parts))
+            end = filled + span.end - span.first
+            group[filled:end] = groups.number(label(meta))
+            filled = end
+        group[block.tokens < 0] = 0
+        yield ScoredSequence(token_ids(block.tokens), group)
 
 
 def scored_windows(
     corpus: Corpus,
-    encode: Callable[[list[str]], list[list[int]]],
+    encode: Encode,
     start: int,
     seq_len: int,
     stride: int,
@@ -96,9 +111,32 @@ def scored_windows(
             yield from _windows([start, *ids], seq_len, stride, groups.number(label(meta)))
 
 
-def _windows(ids: list[int], seq_len: int, stride: int, number: int) -> Iterator[ScoredSequence]:
-    scored = 1  # `start` itself is not scored
-    for begin in range(0, len(ids), stride):
+def scored_solutions(
+    problems: list[Problem],
+    encode: Encode,
+    start: int,
+    seq_len: int,
+    label: Callable[[Problem], T],
+    groups: Groups[T],
+) -> Iterator[ScoredSequence]:
+    """The reference solution of each problem, predicted from the token `start`, the prompt and the tokens before.
+
+    Prompt and solution are encoded apart, as they are when a model continues the prompt. Every token of a solution is
+    scored exactly once; what exceeds `seq_len` is in further windows, as in `scored_windows`. All sequences have one
+    length, which is below `seq_len` if that is enough for the longest.
+    """
+    encoded = [encode([problem.prompt, problem.reference]) for problem in problems]
+    longest = 1 + max(sum(map(len, each)) for each in encoded)
+    seq_len = min(seq_len, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    for problem, (prompt, solution) in zip(problems, encoded, strict=True):
+        ids, number = [start, *prompt, *solution], groups.number(label(problem))
+        yield from _windows(ids, seq_len, max(1, seq_len // 2), number, scored=1 + len(prompt))
+
+
+def _windows(ids: list[int], seq_len: int, stride: int, number: int, scored: int = 1) -> Iterator[ScoredSequence]:
+    """Windows that score the tokens from `scored` on; those before, of which `start` is the first, are context only."""
+    first = max(0, min(len(ids) - seq_len, scored - seq_len // 2))
+    for begin in range(first, len(ids), stride):
         if scored >= len(ids):
             return
         window = ScoredSequence(np.full(seq_len, ids[0], dtype=np.int32), np.zeros(seq_len, dtype=np.int64))

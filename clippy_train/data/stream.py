@@ -1,4 +1,4 @@
-"""One logical stream of the corpus: documents in a fixed order -> token ids -> blocks of `seq_len`, each with a cursor.
+"""One logical stream of the corpus: documents in a fixed order -> tokens -> blocks of `seq_len`, each with a cursor.
 
 Promises: the blocks after a cursor are the same whether the stream reached it by reading or was started from it; every
 document of an epoch appears exactly once, and nothing is dropped between documents, windows or epochs. Starting costs
@@ -6,12 +6,13 @@ skipping inside one shard and reading one window of documents, whatever the size
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from clippy_train.data.objectives import Objective, PlacedDocument
 from clippy_train.data.order import ShardPart, permutation, stream_parts
 from clippy_train.errors import DataError
 from clippy_train.shards.format import FILTERED, REASONS
@@ -50,7 +51,7 @@ class Span(NamedTuple):
 
 
 class Block(NamedTuple):
-    tokens: np.ndarray  # [seq_len] int32
+    tokens: np.ndarray  # [seq_len] int32, as `data.objectives` stores them
     cursor: Cursor  # where the stream continues after this block
     counts: np.ndarray  # [len(COUNTS)] int64, what was read for this block
     spans: list[Span]  # where its tokens come from, in order
@@ -66,16 +67,11 @@ class StreamEntry(NamedTuple):
     part: int
     line: int
     documents: int  # that `reason` rejects
-
-
-class WindowDocument(NamedTuple):
-    text: str
-    shard: int
-    line: int
+    prompt: str
 
 
 class Window(NamedTuple):
-    documents: list[WindowDocument]  # in training order
+    documents: list[PlacedDocument]  # in training order
     counts: np.ndarray  # lines skipped while reading it
     rejected: Counter[int]
     part: int  # where the next window starts
@@ -98,20 +94,20 @@ class Stream:
     """Stream `index` of `streams` over a corpus.
 
     Args:
-        encode: texts to their token ids, without the end-of-text token.
-        eos: id appended to every document, or None.
+        objective: documents to their tokens.
         shuffle: False reads shards and documents in on-disk order (validation).
+        pad: id that fills the rest of a block after each document; None fills it with the documents that follow.
     """
 
     corpus: Corpus
-    encode: Callable[[list[str]], list[list[int]]]
+    objective: Objective
     seq_len: int
     index: int = 0
     streams: int = 1
     seed: int = 0
     window: int = 1
-    eos: int | None = None
     shuffle: bool = True
+    pad: int | None = None
 
     def blocks(self, cursor: Cursor = START) -> Iterator[Block]:
         """Endless blocks from `cursor` on: the last document of an epoch is followed by the next epoch.
@@ -135,6 +131,8 @@ class Stream:
                 first = position.offset + taken
                 spans.append(Span(position.epoch, piece.shard, piece.line, first, first + size))
                 filled, taken = filled + size, taken + size
+                if self.pad is not None and taken == len(ids):
+                    buffer[filled:], filled = ~self.pad, self.seq_len
                 if filled == self.seq_len:
                     yield Block(buffer.copy(), _advanced(position, taken, len(ids)), counts, spans, rejected)
                     filled, counts, spans, rejected = 0, _counts(), [], Counter()
@@ -151,7 +149,8 @@ class Stream:
                 window = self._window(entries, order, cursor)
                 is_new = cursor.document == cursor.offset == 0
                 consumed, rejected = (window.counts, window.rejected) if is_new else (_counts(), Counter())
-                for index, (document, ids) in enumerate(self._encoded(window.documents[cursor.document :])):
+                documents = self._encoded(cursor.epoch, window.documents[cursor.document :])
+                for index, (document, ids) in enumerate(documents):
                     position = cursor if index == 0 else cursor._replace(document=cursor.document + index, offset=0)
                     if position.offset == 0:
                         consumed = consumed + _counts(documents=1, characters=len(document.text))
@@ -163,8 +162,8 @@ class Stream:
                 cursor = Cursor(cursor.epoch, window.part, window.line)
             if empty_epochs >= EMPTY_EPOCHS:
                 raise DataError(
-                    f"stream {self.index} of data.streams={self.streams} found no usable document in "
-                    f"{self.corpus.place}: the corpus has too few documents for so many streams"
+                    f"stream {self.index} of {self.streams} found no usable document in {self.corpus.place}: the "
+                    "corpus has too few documents for so many streams (data.streams)"
                 )
             cursor = Cursor(cursor.epoch + 1)
 
@@ -179,12 +178,12 @@ class Stream:
         for number in range(cursor.part, len(order)):
             part = order[number]
             for entry in self.corpus.documents(part.shard, line, part.stride, part.residue):
-                yield StreamEntry(entry.text, entry.reason, number, entry.number + 1, entry.documents)
+                yield StreamEntry(entry.text, entry.reason, number, entry.number + 1, entry.documents, entry.prompt)
             line = 0
 
     def _window(self, entries: Iterator[StreamEntry], order: list[ShardPart], cursor: Cursor) -> Window:
         """Read the window that starts at the cursor's line and put its documents in training order."""
-        documents: list[WindowDocument] = []
+        documents: list[PlacedDocument] = []
         size = 0
         counts = _counts()
         rejected: Counter[int] = Counter()
@@ -196,8 +195,8 @@ class Stream:
                 if not filtered:
                     rejected[order[entry.part].shard] += entry.documents
                 continue
-            documents.append(WindowDocument(entry.text, order[entry.part].shard, entry.line - 1))
-            size += len(entry.text)
+            documents.append(PlacedDocument(entry.text, order[entry.part].shard, entry.line - 1, entry.prompt))
+            size += len(entry.text) + len(entry.prompt)
             if len(documents) == self.window or size >= WINDOW_CHARACTERS:
                 next_part, next_line = entry.part, entry.line
                 break
@@ -206,13 +205,11 @@ class Stream:
             documents = [documents[i] for i in permutation(len(documents), *key)]
         return Window(documents, counts, rejected, next_part, next_line)
 
-    def _encoded(self, documents: list[WindowDocument]) -> Iterator[tuple[WindowDocument, np.ndarray]]:
-        """Documents with their ids, tokenised a few at a time."""
-        end = [] if self.eos is None else [self.eos]
+    def _encoded(self, epoch: int, documents: list[PlacedDocument]) -> Iterator[tuple[PlacedDocument, np.ndarray]]:
+        """Documents with their tokens, tokenised a few at a time."""
         for begin in range(0, len(documents), ENCODE_DOCUMENTS):
             batch = documents[begin : begin + ENCODE_DOCUMENTS]
-            for document, ids in zip(batch, self.encode([each.text for each in batch]), strict=True):
-                yield document, np.array([*ids, *end], dtype=np.int32)
+            yield from zip(batch, self.objective(epoch, batch), strict=True)
 
 
 def _advanced(position: Cursor, taken: int, length: int) -> Cursor:

@@ -1,43 +1,36 @@
 """`clippy evaluate task=humaneval`: the share of programming problems that a model's samples solve (pass@k).
 
-There are two independent steps: samples are generated into a file in the standard schema (`task_id`, `completion`), and
-a file of samples from any source is scored by running them (`evaluate.sandbox`). Promises: an interrupted generation
-resumes and ends with the same samples; an interrupted scoring resumes; the results file, next to the samples, keeps
-their order and adds `passed` and `result`; pass@k is the unbiased estimate of Chen et al. 2021. The settings file, next
-to the samples too, names the weights that they are from, so that scores of any later command name them as well.
+There are two independent steps: samples are generated into a file in the standard schema (`evaluate.samples`), and a
+file of samples from any source is scored by running them (`evaluate.sandbox`). Promises: an interrupted scoring
+resumes; the results file, next to the samples, keeps their order and adds `passed` and `result`; pass@k is the unbiased
+estimate of Chen et al. 2021; scores name the weights that the samples are from.
 """
 
-import gzip
 import hashlib
 import json
 import math
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, TextIO, cast
+from typing import Any
 
 from tqdm import tqdm
 
 from clippy_train.config import EvaluateConfig
 from clippy_train.errors import ConfigError, DataError
 from clippy_train.evaluate.inside import PASSED
-from clippy_train.evaluate.results import weights_hash
+from clippy_train.evaluate.interpreters import as_python, runnable_languages
+from clippy_train.evaluate.samples import at_temperature, complete_lines, generate_samples, read_settings
 from clippy_train.evaluate.sandbox import Limits, isolation, run_checked
 from clippy_train.files import atomic_write
-from clippy_train.generate import require_room
-from clippy_train.model.load import load_model_and_tokenizer
-from clippy_train.model.sample import Sampling, complete_prompts, stop_at_sequences
+from clippy_train.shards.problems import Problem, read_lines, read_problems
 
 RESULTS = "_results.jsonl"  # appended to the name of the samples file, as in OpenAI's harness
 UNFINISHED = ".unfinished"  # appended to that of the results, until all are there
-SETTINGS = "_settings.json"
-GENERATION = ("model", "problems", "batch_size", "temperature", "top_p", "max_new_tokens", "stop", "seed")
 PROTOCOL = ("temperature", "top_p", "max_new_tokens", "stop", "seed")  # of the settings, what scores depend on
 
 
@@ -46,20 +39,14 @@ class Scores:
     """What a scoring found.
 
     Attributes:
-        pass_at: pass@k by name.
+        pass_at: pass@k by name; with several temperatures, that of the best one.
         about: what it belongs to: `models` (weights by name) and `samples` (how they were made).
+        by_temperature: pass@k of each temperature, if there are several.
     """
 
     pass_at: dict[str, float]
     about: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Problem:
-    task_id: str
-    prompt: str
-    test: str
-    entry_point: str
+    by_temperature: dict[float, dict[str, float]] = field(default_factory=dict)
 
 
 def humaneval(config: EvaluateConfig) -> Scores | None:
@@ -70,156 +57,56 @@ def humaneval(config: EvaluateConfig) -> Scores | None:
         DataError: a file has the wrong format, or the samples do not match the problems.
         SandboxFault: the machine allows no verdict.
     """
-    problems, samples = read_problems(str(config.problems)), Path(str(config.samples))
-    if config.model:
-        generate_samples(config, problems, samples)
-        print(f"{samples}: {config.n} samples of each of {len(problems)} problems")
+    problems = scorable_problems(str(config.problems))
+    runs = {temperature: at_temperature(config, temperature) for temperature in config.temperature}
+    for each in runs.values() if config.model else ():
+        generate_samples(each, problems, Path(str(each.samples)))
     if not config.allow_code_execution:
         print("not scored: scoring runs the samples and requires allow_code_execution=true")
         return None
-    return score_samples(config, problems, samples)
+    scores = {temperature: score_samples(each, problems, Path(str(each.samples))) for temperature, each in runs.items()}
+    return best_scores(scores)
 
 
-def read_problems(name: str) -> dict[str, Problem]:
-    """Read problems by task id, from a file or a dataset on the hub.
-
-    Raises:
-        ConfigError: neither exists.
-        DataError: there are no problems, or one lacks a field.
-    """
-    path = Path(name)
-    if path.is_file():
-        rows = read_lines(path, "problems")
-    elif name.endswith((".jsonl", ".gz")):
-        raise ConfigError(f"problems={name}: no such file")
-    else:
-        import datasets
-
-        try:
-            rows = list(datasets.load_dataset(name, split="test"))
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ConfigError(f"problems={name} is neither a file nor a dataset: {error}") from error
-    if not rows:
-        raise DataError(f"problems={name} has no problems")
-    fields = Problem.__dataclass_fields__
-    try:
-        return {row["task_id"]: Problem(**{field: row[field] for field in fields}) for row in rows}
-    except (KeyError, TypeError) as error:
-        raise DataError(f"problems={name}: a problem lacks {error} (required: {', '.join(fields)})") from error
-
-
-def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
-    """Read a file with one JSON object per line, optionally gzipped."""
-    try:
-        with open_text(path, "r") as file:
-            return [json.loads(line) for line in file if line.strip()]
-    except (OSError, EOFError) as error:
-        raise ConfigError(f"{key}={path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise DataError(f"{key}={path} is not a JSON lines file: {error}") from error
-
-
-def open_text(path: Path, mode: str) -> TextIO:
-    """Open a file, compressed if its name ends in .gz, to read ("r") or to append ("a")."""
-    if path.suffix == ".gz":
-        return cast("TextIO", gzip.open(path, f"{mode}t"))
-    return cast("TextIO", path.open(mode))
-
-
-def complete_lines(path: Path) -> list[str]:
-    """The lines of a file, each with its end, without an unfinished last one; of a damaged file, all but the last."""
-    lines: list[str] = []
-    try:
-        with open_text(path, "r") as file:
-            lines.extend(file)
-    except FileNotFoundError:
-        return []
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError):
-        return lines[:-1]
-    return [line for line in lines if line.endswith("\n")]
-
-
-# Samples
-
-
-def generate_samples(config: EvaluateConfig, problems: dict[str, Problem], path: Path) -> None:
-    """Write `config.n` samples per problem: the first sample of all problems, then the second, and so on.
-
-    Every batch has its own seed and is written at once, so an interrupted file holds complete batches; an incomplete
-    last one is generated again. Nothing is written before the model is known to be able to continue all prompts.
-    """
-    work = [problem for _, problem in product(range(config.n), problems.values())]
-    settings = settings_of(config)
-    found = require_same_settings(settings, path)
-    starts = range(0, len(work), config.batch_size)
-    done = len(starts) if len(found) >= len(work) else len(found) // config.batch_size
-    if done == len(starts):
-        return
-    (name,) = config.model
-    model, tokenizer = load_model_and_tokenizer(name)
-    for problem in problems.values():
-        require_room(model, tokenizer, problem.prompt, config.max_new_tokens)
-    stop = stop_at_sequences(config.stop)
-    begin_samples(settings, path, found[: done * config.batch_size])
-    for number in tqdm(range(len(starts)), "samples", initial=done, unit=" batches", leave=False, disable=None):
-        if number < done:
-            continue
-        some = work[starts[number] : starts[number] + config.batch_size]
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed + number)
-        texts = complete_prompts(model, tokenizer, [problem.prompt for problem in some], sampling, stop)
-        lines = [{"task_id": p.task_id, "completion": text} for p, text in zip(some, texts, strict=True)]
-        with open_text(path, "a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def settings_of(config: EvaluateConfig) -> dict[str, Any]:
-    """What the samples depend on, with the hash of the model's weights."""
-    weights = {name: weights_hash(Path(name)) for name in config.model}
-    return {**{name: asdict(config)[name] for name in GENERATION}, "weights": weights}
-
-
-def settings_file(samples: Path) -> Path:
-    return samples.with_name(samples.name + SETTINGS)
-
-
-def require_same_settings(wanted: dict[str, Any], path: Path) -> list[str]:
-    """Return the lines of the samples file, if there is one.
+def best_scores(scores: dict[float, Scores]) -> Scores:
+    """For each k, the score of the temperature that is best for it, as in Chen et al. 2021.
 
     Raises:
-        ConfigError: the samples were generated with other settings, or by another tool.
+        DataError: the samples are of different weights.
     """
-    if not path.exists():
-        return []
-    found = read_settings(path)
-    changed = [name for name, value in wanted.items() if found.get(name) != value]
-    if changed:
-        differs = "; ".join(f"{name} was {found.get(name)!r}, is {wanted[name]!r}" for name in changed)
-        raise ConfigError(f"samples={path} has other settings ({differs}): name another file, or omit model")
-    return complete_lines(path)
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    if len({json.dumps(each.about["models"], sort_keys=True) for each in scores.values()}) > 1:
+        raise DataError("samples: those of the temperatures are of different weights")
+    by_temperature = {temperature: each.pass_at for temperature, each in scores.items()}
+    names = dict.fromkeys(name for each in by_temperature.values() for name in each)
+    best = {name: max(scores, key=lambda each: by_temperature[each].get(name, -1.0)) for name in names}
+    first = next(iter(scores.values()))
+    samples = {**first.about["samples"], "temperature": list(scores), "best_temperature": best}
+    return Scores(
+        {name: by_temperature[temperature][name] for name, temperature in best.items()},
+        {**first.about, "samples": samples},
+        by_temperature,
+    )
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that samples were generated with; empty if they are from another tool."""
-    file = settings_file(path)
-    return cast("dict[str, Any]", json.loads(file.read_text())) if file.exists() else {}
+def scorable_problems(name: str) -> dict[str | int, Problem]:
+    """The problems by task id.
+
+    Raises:
+        ConfigError, DataError: as `read_problems`; or a problem has no checks that can be run here.
+    """
+    problems, runnable = read_problems(name), runnable_languages()
+    for number, problem in enumerate(problems, 1):
+        lacking = [field for field in ("test", "entry_point") if not getattr(problem, field)]
+        if lacking or problem.language not in runnable:
+            languages = ", ".join(runnable)
+            why = f"lacks {', '.join(lacking)}" if lacking else f"is {problem.language}; here {languages} can be run"
+            raise DataError(f"problems={name}: problem {number} {why}")
+    return {problem.task_id: problem for problem in problems}
 
 
-def begin_samples(settings: dict[str, Any], path: Path, kept: list[str]) -> None:
-    """Write the settings, and the samples that are kept from an interrupted generation."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(settings_file(path)) as file:
-        file.write(json.dumps(settings, indent=1) + "\n")
-    rewritten = path.with_name(f".{path.name}")  # with the same ending, which says whether it is compressed
-    rewritten.unlink(missing_ok=True)
-    with open_text(rewritten, "a") as file:
-        file.writelines(kept)
-    rewritten.replace(path)
-
-
-# Scores
-
-
-def score_samples(config: EvaluateConfig, problems: dict[str, Problem], path: Path) -> Scores:
+def score_samples(config: EvaluateConfig, problems: dict[str | int, Problem], path: Path) -> Scores:
     """Run every sample, write the results next to the samples file, and estimate pass@k."""
     samples = read_lines(path, "samples")
     check_samples(samples, problems, path)
@@ -232,7 +119,7 @@ def score_samples(config: EvaluateConfig, problems: dict[str, Problem], path: Pa
     return Scores(dict(estimate_pass_at_k(samples, outcomes, config.ks)), about)
 
 
-def check_samples(samples: list[dict[str, Any]], problems: dict[str, Problem], path: Path) -> None:
+def check_samples(samples: list[dict[str, Any]], problems: dict[str | int, Problem], path: Path) -> None:
     """Require well-formed samples of these problems, and say so if some problems have none.
 
     Raises:
@@ -270,7 +157,7 @@ def require_isolation(config: EvaluateConfig) -> None:
     print(f"sandbox: {gaps or 'no network, no other processes, a file system of its own'}")
 
 
-def provenance(samples: list[dict[str, Any]], problems: dict[str, Problem], path: Path) -> dict[str, Any]:
+def provenance(samples: list[dict[str, Any]], problems: dict[str | int, Problem], path: Path) -> dict[str, Any]:
     """The weights that the samples are from, and how they were drawn; None where another tool made them."""
     settings = read_settings(path)
     drawn = Counter(sample["task_id"] for sample in samples)
@@ -292,7 +179,7 @@ def describe_samples(made: dict[str, Any]) -> str:
 
 
 def run_samples(
-    config: EvaluateConfig, problems: dict[str, Problem], samples: list[dict[str, Any]], results: Path
+    config: EvaluateConfig, problems: dict[str | int, Problem], samples: list[dict[str, Any]], results: Path
 ) -> list[str]:
     """Return the outcome of each sample, and write the results file.
 
@@ -318,11 +205,14 @@ def run_samples(
     return outcomes
 
 
-def judge(sample: dict[str, Any], problems: dict[str, Problem], limits: Limits) -> str:
-    """Run a sample: a whole program (`solution`), or the continuation of its problem's prompt (`completion`)."""
+def judge(sample: dict[str, Any], problems: dict[str | int, Problem], limits: Limits) -> str:
+    """Run a sample: a whole program (`solution`), or what continues its problem's prompt (`completion`)."""
     problem = problems[sample["task_id"]]
-    program = sample["solution"] if "solution" in sample else problem.prompt + sample["completion"]
-    return run_checked(program, problem.test, problem.entry_point, limits)
+    if "solution" in sample:
+        program = sample["solution"]
+    else:
+        program = problem.prompt + sample["completion"] + (problem.suffix or "")
+    return run_checked(*as_python(problem, program), limits)
 
 
 def result_line(sample: dict[str, Any], outcome: str) -> str:
@@ -345,7 +235,7 @@ def finished_outcomes(unfinished: Path, scored_with: dict[str, Any], samples: li
     return outcomes
 
 
-def problems_hash(problems: dict[str, Problem]) -> str:
+def problems_hash(problems: dict[str | int, Problem]) -> str:
     """Identifies everything about the problems that a result depends on."""
     return hashlib.sha256(json.dumps([asdict(each) for each in problems.values()]).encode()).hexdigest()
 

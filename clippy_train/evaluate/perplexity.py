@@ -1,11 +1,12 @@
-"""`clippy evaluate task=perplexity`: how well models predict a split, in total, by language and by repository.
+"""`clippy evaluate task=perplexity`: how well models predict a split, in total, by language and by repository; or the
+reference solutions of programming problems, given their prompts, in total and by language.
 
 Promises: it uses the code of validation during training (`data.scored`, `model.score`), so the same blocks give the
 same numbers. Bits per byte do not depend on the tokenizer, so compare models by them; with `stride` every model is
 scored on exactly the same bytes. Costs one forward pass over the rows, and memory for one batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from transformers import GPTNeoForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from clippy_train.config import EvaluateConfig
+from clippy_train.data.objectives import Encode, LeftToRight
 from clippy_train.data.scored import (
     Groups,
     ScoredSequence,
@@ -24,6 +26,7 @@ from clippy_train.data.scored import (
     first_blocks,
     repository_label,
     scored_blocks,
+    scored_solutions,
     scored_windows,
 )
 from clippy_train.data.stream import Stream
@@ -32,10 +35,12 @@ from clippy_train.model.embeddings import embedding_weight
 from clippy_train.model.load import load_model_and_tokenizer
 from clippy_train.model.loss import token_losses
 from clippy_train.model.score import add_scores, measures, new_sums
+from clippy_train.shards.problems import read_references
 from clippy_train.shards.sources import open_corpus
-from clippy_train.tokenizer import encode_texts, is_byte_level, token_bytes, without_whitespace_tokens
+from clippy_train.tokenizer import encode_texts, fim_tokens, is_byte_level, token_bytes, without_whitespace_tokens
 
-Label = tuple[str, str]  # language, repository
+PARTS = ("languages", "repositories")  # what results are grouped by
+Label = tuple[str, ...]  # the language and, in a split, the repository
 
 
 def perplexity(config: EvaluateConfig) -> dict[str, Any]:
@@ -76,24 +81,32 @@ def score_model(
     bar = tqdm(islice(rows, config.max_rows), name, config.max_rows, unit=" rows", leave=False, disable=None)
     sums = score_rows(model, token_bytes(tokenizer, len(embedding_weight(model))), bar, config.batch_size)
     if not sums[:, 1].any():
-        raise DataError(f"split={config.split} of {config.data.path or config.data.hub} has nothing to score")
+        place = config.problems or config.data.path or config.data.hub
+        raise DataError(
+            f"{place} has nothing to score"
+            if config.problems
+            else f"split={config.split} of {place} has nothing to score"
+        )
     return {**group_results(sums, list(groups)), "seq_len": seq_len, **counter.tokens_per_byte()}
 
 
 def split_rows(
     config: EvaluateConfig,
     tokenizer: PreTrainedTokenizerFast,
-    encode: Callable[[list[str]], list[list[int]]],
+    encode: Encode,
     seq_len: int,
     groups: Groups[Label],
 ) -> Iterator[ScoredSequence]:
-    """Yield the split as windows over each document if `stride` is set, otherwise as training's blocks."""
+    """Yield reference solutions, or the split: windows over each document with `stride`, else training's blocks."""
+    if config.problems is not None:
+        problems, start = read_references(config.problems), tokenizer.eos_token_id
+        return scored_solutions(problems, encode, start, seq_len, lambda each: (each.language,), groups)
     described = open_corpus(config.data, config.split, with_meta=True)
     end = tokenizer.eos_token_id
     if config.stride is not None:
         return scored_windows(described, encode, end, seq_len, config.stride, repository_label, groups)
     eos = end if config.eos_between_documents else None
-    stream = Stream(open_corpus(config.data, config.split), encode, seq_len, eos=eos, shuffle=False)
+    stream = Stream(open_corpus(config.data, config.split), LeftToRight(encode, eos), seq_len, shuffle=False)
     return scored_blocks(first_blocks(stream), described, repository_label, groups)
 
 
@@ -125,7 +138,7 @@ def causal_lm_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def group_results(sums: np.ndarray, labels: list[Label]) -> dict[str, Any]:
     """Measures in total, by language and by repository, ordered by bytes from the most to the least."""
     found: dict[str, Any] = {"total": _measured(sums.sum(axis=0))}
-    for part, name in enumerate(("languages", "repositories")):
+    for part, name in enumerate(PARTS[: len(labels[0])]):
         added: dict[str, np.ndarray] = {}
         for label, its_sums in zip(labels, sums, strict=False):
             added[label[part]] = added.get(label[part], 0) + its_sums
@@ -143,11 +156,12 @@ class TokenCounter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._cores = [tokenizer.backend_tokenizer, without_whitespace_tokens(tokenizer)]
+        self._literal = bool(fim_tokens(tokenizer))  # as `tokenizer.encoder`, which training uses
         self._tokens = [0, 0]
         self._bytes = 0
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        ids, plain = (encode_texts(core, texts) for core in self._cores)
+        ids, plain = (encode_texts(core, texts, self._literal) for core in self._cores)
         for index, each in enumerate((ids, plain)):
             self._tokens[index] += sum(map(len, each))
         self._bytes += sum(len(text.encode()) for text in texts)
@@ -170,7 +184,7 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
         for name, each in results.items()
     ]
     yield "total", header, totals
-    for part in ("languages", "repositories"):
+    for part in [name for name in PARTS if all(name in each for each in results.values())]:
         labels = dict.fromkeys(label for each in results.values() for label in each[part])
         rows = [
             [f"{label}, {name}" if len(results) > 1 else label, *_cells(each[part][label])]

@@ -8,11 +8,14 @@ published, privately unless `public=true`, with a token read only from the envir
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.constants import REPOCARD_NAME
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -25,7 +28,9 @@ from clippy_train.config import ExportConfig, from_values, load
 from clippy_train.errors import CheckpointError, ConfigError
 from clippy_train.evaluate.results import read_results, weights_hash
 from clippy_train.files import new_folder
-from clippy_train.hf.card import CURVES, draw_curves, model_card
+from clippy_train.hf.card import CURVES, Facts, keep_edits, model_card
+from clippy_train.hf.sections import draw_curves
+from clippy_train.model.flops import count_parameters
 from clippy_train.model.load import generation_config, save_model
 from clippy_train.run.checkpoint import (
     Checkpoint,
@@ -35,6 +40,7 @@ from clippy_train.run.checkpoint import (
 from clippy_train.run.consolidate import WEIGHTS, consolidated_tensors, set_weights
 from clippy_train.run.folder import (
     CONFIG,
+    CORPUS,
     ENVIRONMENT,
     HF_FOLDER,
     METRICS,
@@ -66,7 +72,10 @@ def export_run(config: ExportConfig) -> str:
     with new_folder(Path(config.out), "out") as out:
         write_model(run_dir / HF_FOLDER, checkpoint, config.dtype, out)
         weights = str(weights_hash(out))
-        write_card(config, run_dir, checkpoint, [match_weights(each, weights) for each in evaluations], out)
+        card = write_card(config, run_dir, checkpoint, [match_weights(each, weights) for each in evaluations], out)
+        theirs = published_card(hub, config) if hub else ""
+        if theirs:
+            card.write_text(keep_edits(card.read_text(), theirs, config.license))
     if hub:
         publish_folder(hub, config)
     done = f"{config.out}: step {checkpoint.manifest.step} of {config.run}, verified"
@@ -99,31 +108,47 @@ def write_model(description: Path, checkpoint: Checkpoint, dtype: str, out: Path
     if dtype == "bf16":
         model = model.bfloat16()
     generation_config(model).pad_token_id = tokenizer.eos_token_id  # the default, but without a warning each time
+    tokenizer.pad_token = tokenizer.eos_token
     save_model(model, tokenizer, out)
-    rename_tokenizer_class(out)
+    describe_tokenizer(out)
     verify_folder(out, model, tokenizer)
 
 
-def rename_tokenizer_class(folder: Path) -> None:
-    """Name the general tokenizer class as transformers 4 does; transformers 5 accepts that name too."""
+def describe_tokenizer(folder: Path) -> None:
+    """Write what `save_pretrained` does not: the class as transformers 4 names it, and sides that suit generation.
+
+    Prompts are padded and cut on the left, since a completion continues their end. Transformers 5 accepts the name too.
+    """
     path = folder / "tokenizer_config.json"
-    described = json.loads(path.read_text())
+    described = {**json.loads(path.read_text()), "padding_side": "left", "truncation_side": "left"}
     if described["tokenizer_class"] == "TokenizersBackend":
-        path.write_text(json.dumps({**described, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+        described["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(described, indent=2) + "\n")
 
 
 def write_card(
     config: ExportConfig, run_dir: Path, checkpoint: Checkpoint, evaluations: list[dict[str, Any]], out: Path
-) -> None:
-    """Write README.md and its image of the curves."""
+) -> Path:
+    """Write the card and its image of the curves; return the card's path."""
     rows = [row for row in read_rows(run_dir / METRICS) if row["step"] <= checkpoint.manifest.step]
     draw_curves(rows, out / CURVES)
-    environment = json.loads((run_dir / ENVIRONMENT).read_text())
-    found = phases(run_dir, checkpoint.manifest.step)
+    found, corpus = phases(run_dir, checkpoint.manifest.step), run_dir / CORPUS
     last = from_values(found[-1].settings) if found else load(run_dir / CONFIG)
-    place = config.push_to or config.out
-    card = model_card(last, found, environment, checkpoint.manifest, rows, evaluations, place)
-    (out / "README.md").write_text(card)
+    facts = Facts(
+        config=last,
+        history=found,
+        environment=json.loads((run_dir / ENVIRONMENT).read_text()),
+        manifest=checkpoint.manifest,
+        parameters=count_parameters(last, GPTNeoConfig.from_pretrained(run_dir / HF_FOLDER).vocab_size),
+        rows=rows,
+        corpus=json.loads(corpus.read_text()) if corpus.exists() else {},
+        evaluations=evaluations,
+        license=config.license,
+        place=config.push_to or Path(config.out).name,
+    )
+    card = out / REPOCARD_NAME
+    card.write_text(model_card(facts))
+    return card
 
 
 def load_checkpoint_model(description: Path, checkpoint: Checkpoint) -> PreTrainedModel:
@@ -178,6 +203,21 @@ def match_weights(results: dict[str, Any], weights: str) -> dict[str, Any]:
     return {**results, "about": {**about, "model": names[0]}}
 
 
+def published_card(hub: HfApi, config: ExportConfig) -> str:
+    """The card that the repository has; empty if it has none.
+
+    Raises:
+        ConfigError: the hub refuses.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return Path(hub.hf_hub_download(str(config.push_to), REPOCARD_NAME, local_dir=folder)).read_text()
+        except EntryNotFoundError:
+            return ""
+        except Exception as error:
+            raise _refused(config, hub, error) from None
+
+
 def publish_folder(hub: HfApi, config: ExportConfig) -> None:
     """Upload the exported folder.
 
@@ -191,8 +231,13 @@ def publish_folder(hub: HfApi, config: ExportConfig) -> None:
 
 
 def _describe_error(error: Exception, hub: HfApi) -> str:
-    """An error of the hub in one line, without the token."""
-    return str(error).strip().splitlines()[0].replace(str(hub.token), "***")
+    """An error of the hub in one line, without the token; what it finds wrong with a card, in full."""
+    lines = str(error).strip().splitlines()
+    return " ".join(lines if isinstance(error, ValueError) else lines[:1]).replace(str(hub.token), "***")
+
+
+def _refused(config: ExportConfig, hub: HfApi, error: Exception) -> ConfigError:
+    return ConfigError(f"push_to={config.push_to}: the hub refuses: {_describe_error(error, hub)}")
 
 
 def open_hub(config: ExportConfig) -> HfApi:
@@ -209,7 +254,7 @@ def open_hub(config: ExportConfig) -> HfApi:
         hub.create_repo(str(config.push_to), private=not config.public, exist_ok=True)
         is_private = hub.model_info(str(config.push_to)).private
     except Exception as error:
-        raise ConfigError(f"push_to={config.push_to}: the hub refuses: {_describe_error(error, hub)}") from None
+        raise _refused(config, hub, error) from None
     if not config.public and not is_private:
         raise ConfigError(f"push_to={config.push_to} exists and is public: set public=true to publish there")
     return hub

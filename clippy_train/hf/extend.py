@@ -1,4 +1,4 @@
-"""`clippy extend`: add whitespace tokens to a model and its tokenizer, as a new Hugging Face folder."""
+"""`clippy extend`: add tokens to a model and its tokenizer, as a new Hugging Face folder."""
 
 from pathlib import Path
 
@@ -24,6 +24,6 @@ def extend_folder(config: ExtendConfig) -> str:
             matching=config.matching,
             new_row_init=config.new_row_init,
         )
-        extend_model(model, tokenizer, settings)
+        extend_model(model, tokenizer, settings, fim_tokens=config.fim_tokens)
         save_model(model, tokenizer, out)
     return f"{config.out}: {before:,} tokens plus {len(tokenizer) - before} new ones"

@@ -5,11 +5,9 @@ The launcher is the agent of its own machine. Under Slurm, srun starts one agent
     python -m clippy_train.launch.agent RUN_DIR HOST:PORT
 
 so a cluster and a laptop share their handling of signals, stragglers, hangs and exit codes. The exit code is that of
-the first rank that fails; of several, the largest, since one above 1 names the cause, and 1 may be what it did to the
-others. (torchrun's agent would replace it with its own.)
+the rank that caused the end (`launch.ending`); torchrun's agent would replace it with its own.
 """
 
-import logging
 import os
 import signal
 import socket
@@ -23,17 +21,20 @@ from pathlib import Path
 from types import FrameType
 
 from clippy_train.config import TrainConfig, load
-from clippy_train.errors import ClippyError, ConfigError, Interrupted
-from clippy_train.launch import stacks
+from clippy_train.errors import ClippyError, ConfigError, Interrupted, MachineFault
+from clippy_train.launch import ending, stacks
+from clippy_train.launch.hub import fetch_bases
+from clippy_train.report import say, set_up_log
 from clippy_train.run.folder import CONFIG
 from clippy_train.signals import SIGNALS, handling_signals
 
 RANK, PREFLIGHT = "clippy_train.train", "clippy_train.launch.preflight"  # what a rank's process runs
 STRAGGLER_SECONDS = 60.0  # for the other ranks to end after one has ended well
+CAUSE_SECONDS = 3.0  # for the rank that failed first to end too, after one has lost it
+LOOK_SECONDS = 3.0  # between two looks at the files of stacks, which are on a shared file system
+SUSPENDED_SECONDS = 2.0  # a longer pause between two looks at the ranks: this process was stopped, as they were
 
 Process = subprocess.Popen[bytes]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def run_ranks(config: TrainConfig, place: Place, module: str = RANK) -> int:
     """
     command = [sys.executable, "-m", module, str(config.run_dir)]
     ranks: dict[int, Process] = {}
+    fetched = fetch_bases(config) if module == RANK else {}
     interrupted = False
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -77,7 +79,7 @@ def run_ranks(config: TrainConfig, place: Place, module: str = RANK) -> int:
                 variables = rank_environment(config, local_rank, place)
                 ranks[int(variables["RANK"])] = subprocess.Popen(
                     command,
-                    env={**os.environ, **variables},
+                    env={**os.environ, **variables, **fetched},
                     stdin=subprocess.PIPE,
                     start_new_session=True,  # a terminal's Ctrl-C reaches the ranks once, through `forward`
                 )
@@ -120,24 +122,52 @@ def device_environment(config: TrainConfig) -> dict[str, str]:
 
 
 def _wait(ranks: Mapping[int, Process], run_dir: Path) -> int:
-    """Wait for all ranks. The first that fails or hangs decides the exit code, and the caller kills the others."""
-    deadline = float("inf")
+    """Wait for all ranks. One that fails or hangs decides the exit code, and the caller kills the others."""
+    end_by = cause_by = float("inf")
+    watch = _Watch(ranks, run_dir)
     while True:
-        codes = [code for code in (process.poll() for process in ranks.values()) if code is not None]
-        failed = [code for code in codes if code not in (0, Interrupted.exit_code)]
-        if failed:
-            return max(1, *failed)
+        codes = {rank: code for rank, process in ranks.items() if (code := process.poll()) is not None}
+        failed = {rank: code for rank, code in codes.items() if code not in (0, Interrupted.exit_code)}
+        if failed and set(failed.values()) == {MachineFault.exit_code} and len(codes) < len(ranks):
+            cause_by = min(cause_by, time.monotonic() + CAUSE_SECONDS)
+        elif failed:
+            cause_by = 0.0
+        if failed and time.monotonic() > cause_by:
+            say(ending.describe(failed, run_dir))
+            return ending.strongest(failed.values())
         if len(codes) == len(ranks):
-            return max(codes)
-        if codes and deadline == float("inf"):
-            deadline = time.monotonic() + STRAGGLER_SECONDS
-        if stacks.any_expired(run_dir, ranks):
-            log.error("%s", stacks.report(run_dir, ranks))
-            return 1
-        if time.monotonic() > deadline:
-            log.error("ranks did not end together (exit codes so far: %s)", codes)
-            return 1
+            return max(codes.values())
+        if codes and end_by == float("inf"):
+            end_by = time.monotonic() + STRAGGLER_SECONDS
+        if watch.expired():
+            say(stacks.report(run_dir, ranks))
+            return MachineFault.exit_code
+        if time.monotonic() > end_by:
+            say(f"ranks did not end together (exit codes so far: {list(codes.values())})")
+            return MachineFault.exit_code
         time.sleep(0.05)
+
+
+class _Watch:
+    """Looks for the stacks of a rank whose watchdog has expired."""
+
+    def __init__(self, ranks: Mapping[int, Process], run_dir: Path) -> None:
+        self.ranks, self.run_dir = ranks, run_dir
+        self._called = time.monotonic()
+        self._next = self._called + LOOK_SECONDS
+
+    def expired(self) -> bool:
+        """Whether a rank hangs; call it all the time. After a suspension, watchdogs have expired for no reason."""
+        now, before = time.monotonic(), self._called
+        self._called = now
+        if now - before > SUSPENDED_SECONDS:
+            time.sleep(SUSPENDED_SECONDS / 2)  # until they have written
+            stacks.forget(self.run_dir, self.ranks)
+            self._called = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + LOOK_SECONDS
+        return stacks.any_expired(self.run_dir, self.ranks)
 
 
 def _kill_group(process: Process) -> None:
@@ -186,6 +216,6 @@ def _shared_config(run_dir: Path) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    set_up_log()
     with handling_signals(interrupt):
-        sys.exit(main(*sys.argv[1:]))
+        sys.exit(ending.task_code(main(*sys.argv[1:])))

@@ -17,22 +17,23 @@ import torch
 import torch.distributed as dist
 
 from clippy_train.config import TrainConfig, load
-from clippy_train.errors import ClippyError, ConfigError, Interrupted, first_line
+from clippy_train.errors import ClippyError, ConfigError, Interrupted, MachineFault, first_line
+from clippy_train.report import say
 from clippy_train.run.folder import CONFIG
 from clippy_train.signals import SIGNALS
 
 MEGABYTES = 64  # of the all-reduce
-TIMEOUT = timedelta(seconds=90)  # for the slowest rank's import of torch
 
 
 def check(config: TrainConfig) -> str:
     """Join all ranks, count their devices, and time an all-reduce; returns the result as a sentence. Collective.
 
     Raises:
-        ConfigError: a node has too few devices, or a rank cannot be reached.
+        ConfigError: a node has too few devices.
+        MachineFault: a rank does not come, or cannot be reached.
     """
     cuda = config.trainer.accelerator == "cuda"
-    join_ranks("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    join_ranks("cpu:gloo,cuda:nccl" if cuda else "gloo", config.launcher.start_seconds)
     (nodes, devices), world = config.nodes_and_devices, config.world_size
     visible = torch.cuda.device_count() if cuda else devices
     seen: list[tuple[str, int]] = [("", 0)] * world
@@ -51,19 +52,20 @@ def check(config: TrainConfig) -> str:
     )
 
 
-def join_ranks(backend: str) -> None:
-    """Join the process group.
+def join_ranks(backend: str, seconds: int) -> None:
+    """Join the process group, and wait so long for the slowest rank.
 
     Raises:
-        ConfigError: not all ranks joined in time.
+        MachineFault: not all ranks joined in time.
     """
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     except (dist.DistError, RuntimeError) as error:
         rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
-        raise ConfigError(
-            f"{socket.gethostname()}: rank {rank} cannot reach the others at {address}:{port} "
-            f"({first_line(error)}). Name the network interface that the nodes share in launch/env.sh"
+        raise MachineFault(
+            f"{socket.gethostname()}: rank {rank} has not met the others at {address}:{port} within "
+            f"launcher.start_seconds={seconds} ({first_line(error)}). If no node was slow, name the network interface "
+            "that the nodes share in launch/env.sh"
         ) from error
 
 
@@ -92,7 +94,7 @@ def main(run_dir: str) -> int:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         result = check(config)
         if leads:
-            print(result, flush=True)
+            say(result)
         dist.barrier()
     except ClippyError as error:
         if leads or not dist.is_initialized():

@@ -16,6 +16,7 @@ from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError
 
 JOB = "SLURM_JOB_ID"
+SLURM_COMMANDS = ("srun", "scontrol")
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
@@ -85,9 +86,20 @@ def resource_problems(config: TrainConfig) -> Iterator[ConfigError]:
             f"trainer.num_nodes={nodes}, but {offered.launcher} has {offered.nodes} nodes for this run: ask for "
             f"--nodes={nodes} there, or leave trainer.num_nodes out"
         )
+    elif "SLURM_HET_SIZE" in os.environ:
+        yield ConfigError(
+            "a heterogeneous job (`:` or #SBATCH hetjob) has nodes of several kinds, and a run needs the same number "
+            "of devices on each: ask for nodes of one kind"
+        )
     elif _started_by_srun():
         yield ConfigError(
             "srun started this command more than once: run it once, without srun; it starts the ranks of all nodes"
+        )
+    elif offered.launcher == "slurm" and (missing := [name for name in SLURM_COMMANDS if not shutil.which(name)]):
+        yield ConfigError(
+            f"launcher=slurm needs {' and '.join(missing)} on the PATH, which a container may hide: make Slurm's "
+            "commands, its configuration and munge's socket visible in it, or start the run with launch/torchrun.sh on "
+            "every node"
         )
     if offered.processes not in (None, 1, devices) or (offered.launcher == "torchrun" and offered.processes != devices):
         yield ConfigError(

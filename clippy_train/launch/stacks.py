@@ -1,5 +1,6 @@
 """Stacks of a run's ranks in `stacks/rank-N.txt`: the agent's side of `train.callbacks.watchdog`."""
 
+import os
 import re
 import shutil
 import signal
@@ -30,6 +31,13 @@ def report(run_dir: Path, ranks: Mapping[int, subprocess.Popen[bytes]]) -> str:
         time.sleep(0.05)
     places = [f"rank {rank} {_innermost(_read(file))}" for rank, file in files.items()]
     return f"a rank made no progress for too long: {'; '.join(places)}. Stacks of all ranks: {run_dir / STACKS}"
+
+
+def forget(run_dir: Path, ranks: Iterable[int]) -> None:
+    """Empty the files of these ranks, which go on writing to them."""
+    for rank in ranks:
+        if stack_file(run_dir, rank).exists():
+            os.truncate(stack_file(run_dir, rank), 0)
 
 
 def remove_empty(run_dir: Path) -> None:

@@ -12,21 +12,28 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from clippy_train.config import TrainConfig, save
+from clippy_train.data.mixture import Source, data_ended, open_sources
 from clippy_train.errors import CheckpointError, ConfigError, DataError
-from clippy_train.files import atomic_write
+from clippy_train.files import atomic_write, looks_local
 from clippy_train.launch import slurm, torchrun
 from clippy_train.launch.agent import here, interrupt, run_ranks
 from clippy_train.launch.lock import lock_folder
 from clippy_train.launch.resources import resource_problems
+from clippy_train.report import say
 from clippy_train.run.changes import changes
-from clippy_train.run.checkpoint import Checkpoint, checkpoint_layout, find_checkpoint, open_checkpoint
+from clippy_train.run.checkpoint import Checkpoint, Manifest, checkpoint_layout, find_checkpoint, open_checkpoint
 from clippy_train.run.environment import environment
 from clippy_train.run.folder import (
     CONFIG,
+    CORPUS,
     ENVIRONMENT,
     HF_FOLDER,
+    LOST,
     MANIFEST,
     METRICS,
     STACKS,
@@ -35,11 +42,12 @@ from clippy_train.run.folder import (
     run_of,
 )
 from clippy_train.run.history import record
-from clippy_train.run.identity import data_identity
+from clippy_train.run.identity import data_identity, identity_changes
 from clippy_train.run.moments import BaseState, open_base_state
 from clippy_train.run.rows import validated
 from clippy_train.run.start import Start, write_start
-from clippy_train.shards.sources import open_corpus, require_text
+from clippy_train.shards.problems import read_references
+from clippy_train.shards.sources import require_text
 from clippy_train.signals import handling_signals
 
 
@@ -52,6 +60,8 @@ def train(config: TrainConfig) -> int:
     with handling_signals(interrupt):
         if config.launcher.name == "torchrun":
             return torchrun.run_rank(config, prepare)
+        if config.launcher.name == "slurm" and not list(resource_problems(config)):
+            slurm.announce(config)
         if not prepare(config):
             return 0
         if config.launcher.name == "slurm":
@@ -77,64 +87,76 @@ def prepare(config: TrainConfig) -> bool:
         if new:
             shutil.rmtree(config.run_dir)
         raise
-    if checkpoint and is_finished(config, checkpoint.manifest.step):
-        print(f"{config.run_dir}: finished, step {checkpoint.manifest.step} of {config.trainer.max_steps}")
+    if checkpoint and is_finished(config, checkpoint.manifest):
+        say(f"{config.run_dir}: finished, step {checkpoint.manifest.step} of {config.trainer.max_steps}")
         return False
     start = _resume(config, checkpoint) if checkpoint else _begin(config)
-    _freeze(config, checkpoint)
-    write_start(config.run_dir, start)
+    _freeze(config, checkpoint, start)
     return True
 
 
-def is_finished(config: TrainConfig, step: int) -> bool:
-    """Whether nothing is left to do after `step`, not even its validation."""
-    return step >= config.trainer.max_steps and validated(config.run_dir / METRICS, step)
+def is_finished(config: TrainConfig, saved: Manifest) -> bool:
+    """Whether nothing is left to do after a checkpoint, not even its validation."""
+    sources = open_sources(config.data, "train")
+    ended = saved.step >= config.trainer.max_steps or data_ended(config, sources, np.array(saved.cursors))
+    return ended and validated(config.run_dir / METRICS, saved.step)
 
 
-def _freeze(config: TrainConfig, checkpoint: Checkpoint | None) -> None:
+def _freeze(config: TrainConfig, checkpoint: Checkpoint | None, start: Start) -> None:
     base = None if checkpoint else base_state(config)
     step = checkpoint.manifest.step if checkpoint else base.step if base else 0
     try:
-        shutil.rmtree(config.run_dir / STACKS, ignore_errors=True)  # the agent would take old stacks for new ones
+        for name in (STACKS, LOST):  # the agent would take old ones for new ones
+            shutil.rmtree(config.run_dir / name, ignore_errors=True)
         record(config.run_dir, step, config, run_of(checkpoint.path) if checkpoint else config.run_dir)
         save(config, config.run_dir / CONFIG)
-        with atomic_write(config.run_dir / ENVIRONMENT) as file:
-            file.write(json.dumps(environment(), indent=1) + "\n")
+        for name, content in ((ENVIRONMENT, environment()), (CORPUS, about_data(config))):
+            with atomic_write(config.run_dir / name) as file:
+                file.write(json.dumps(content, indent=1) + "\n")
+        write_start(config.run_dir, start)
     except OSError as error:
         raise ConfigError(f"run.root: cannot write the run's folder: {error}") from error
+
+
+def about_data(config: TrainConfig) -> dict[str, Any]:
+    """What the corpus's manifest says about it; of a mixture, as `sources`, also their names and streams."""
+    sources = open_sources(config.data, "train")
+    if not config.data.sources:
+        return sources[0].corpus.about()
+    found = [{"name": each.name, "streams": each.streams, "manifest": each.corpus.about()} for each in sources]
+    return {"sources": found}
 
 
 def _begin(config: TrainConfig) -> Start:
     base = base_state(config)
     if base is None:
-        print(f"starting {config.run_dir}", flush=True)
+        say(f"starting {config.run_dir}")
         return Start()
-    print(
+    say(
         f"starting {config.run_dir} at step {base.step} with the moments in {base.path}; the base did not record its "
-        "position in the data, so the data start from the beginning",
-        flush=True,
+        "position in the data, so the data start from the beginning"
     )
     return Start(base_moments=base.path.parent)
 
 
 def _resume(config: TrainConfig, checkpoint: Checkpoint) -> Start:
     step = checkpoint.manifest.step
-    print(f"resuming {config.run_dir} from step {step} ({checkpoint.path})", flush=True)
+    say(f"resuming {config.run_dir} from step {step} ({checkpoint.path})")
     found = changes(run_of(checkpoint.path), config, step)
     for line in found:
-        print(line, flush=True)
+        say(line)
     own = config.run_dir / HF_FOLDER
     needed = not own.is_dir() or any(line.startswith("tokenizer.base was") for line in found)
     gone = [] if needed else [f"{key}={name}" for key, name in _bases(config) if not Path(name).is_dir()]
     if gone:
-        print(f"{'; '.join(gone)}: not read, since the run has its own description of the model", flush=True)
+        say(f"{'; '.join(gone)}: not read, since the run has its own description of the model")
     start = Start(checkpoint.path, description=own if gone else None)
     changed = layout_changes(checkpoint, config)
     if not changed:
         return start
     from clippy_train.run.consolidate import consolidate
 
-    print(f"resharding: {'; '.join(changed)}", flush=True)
+    say(f"resharding: {'; '.join(changed)}")
     description = run_of(checkpoint.path) / HF_FOLDER
     if not description.is_dir():
         raise CheckpointError(f"{checkpoint.path} cannot be resharded: {description}, which describes it, is missing")
@@ -146,28 +168,51 @@ def preflight_problems(config: TrainConfig) -> list[ConfigError | DataError]:
     return [*resource_problems(config), *_corpus_problems(config), *_base_problems(config), *_wandb_problems(config)]
 
 
-def _corpus_problems(config: TrainConfig) -> Iterator[DataError]:
-    for split in ("train", "validation"):
-        try:
-            require_text(open_corpus(config.data, split))
-        except DataError as error:
-            yield error
-            return
+def _corpus_problems(config: TrainConfig) -> Iterator[ConfigError | DataError]:
+    try:
+        for split in ("train", "validation"):
+            for section, source in zip(config.data.corpora, open_sources(config.data, split), strict=True):
+                require_text(source.corpus, section)
+    except (ConfigError, DataError) as error:
+        yield error
+        return
+    try:
+        if config.data.val_problems is not None:
+            read_references(config.data.val_problems, "data.val_problems")
+    except (ConfigError, DataError) as error:
+        yield error
+
+
+def sources_found(config: TrainConfig) -> list[Source]:
+    """What the run would train on; empty without a corpus."""
+    try:
+        return open_sources(config.data, "train")
+    except DataError:
+        return []
+
+
+def shards_read(source: Source) -> tuple[int, int]:
+    """The number of a source's training shards, and how many of them its streams read in an epoch.
+
+    Stream `i` of `n` has every `n`-th shard. What remains is read by every stream, each for its part of the lines.
+    """
+    shards, streams = len(source.corpus.shards), len(source.streams)
+    shared = shards % streams
+    return shards, shards - shared + shared * streams
 
 
 def corpus_warnings(config: TrainConfig) -> Iterator[str]:
-    """What makes the corpus slow to read, if it can be read at all."""
-    try:
-        shards = len(open_corpus(config.data, "train").shards)
-    except DataError:
-        return
-    shared = shards % config.data.streams
-    if shared:
-        read = shards - shared + shared * config.data.streams
-        yield (
-            f"{shards} training shards do not divide into data.streams={config.data.streams}: every stream reads "
-            f"{shared} of them, so an epoch reads {read} shards. Make the number of shards a multiple of data.streams"
-        )
+    """What makes a corpus slow to read, if it can be read at all."""
+    for source in sources_found(config):
+        streams = len(source.streams)
+        shards, read = shards_read(source)
+        if read > shards:
+            of = f"its {streams} of the data.streams" if source.name else "data.streams"
+            yield (
+                f"{f'{source.name}: ' if source.name else ''}{shards} training shards do not divide into "
+                f"{of}={config.data.streams}: every stream reads {shards % streams} of them, so an epoch reads {read} "
+                f"shards. Make the number of shards a multiple of {'these' if source.name else 'data.streams'}"
+            )
 
 
 def _base_problems(config: TrainConfig) -> Iterator[ConfigError]:
@@ -195,11 +240,6 @@ def _wandb_problems(config: TrainConfig) -> Iterator[ConfigError]:
         yield ConfigError("logger.wandb=true: wandb is not installed; pip install 'clippy_train[wandb]'")
     elif config.logger.wandb and not ({"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()):
         yield ConfigError("logger.wandb=true: set WANDB_API_KEY, or WANDB_MODE=offline, in the environment")
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name is a path: a hub name is NAME or ORGANISATION/NAME."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def base_state(config: TrainConfig) -> BaseState | None:
@@ -248,10 +288,8 @@ def choose_checkpoint(config: TrainConfig) -> Checkpoint | None:
 
 def require_same_data(checkpoint: Checkpoint, config: TrainConfig) -> None:
     """Raise CheckpointError if the data would not continue where the checkpoint stopped."""
-    now = data_identity(config, open_corpus(config.data, "train").fingerprint)
-    then = checkpoint.manifest.data
-    changed = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
-    if changed:
+    now = data_identity(config, open_sources(config.data, "train"))
+    if changed := identity_changes(checkpoint.manifest.data, now):
         raise CheckpointError(
             f"{checkpoint.path} was trained on other data or in another order: {'; '.join(changed)}. "
             "Restore these settings, or start a new run with another run.name"

@@ -2,9 +2,10 @@
 
 Every rank builds the full model from the same bits before the strategy wraps it, so all ZeRO stages start from the same
 weights (under ZeRO-3's own init context they would differ). Costs one copy of the model in host memory per rank.
-`clippy extend` and `clippy train` add whitespace tokens through the same function, `extend_model`.
+`clippy extend` and `clippy train` add tokens through the same function, `extend_model`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from clippy_train.config import SHAPE, ModelConfig, TokenizerConfig, TrainConfig
 from clippy_train.errors import ConfigError
 from clippy_train.model.embeddings import grow_embeddings
 from clippy_train.model.load import generation_config, load_model
-from clippy_train.tokenizer import add_whitespace_tokens, load_tokenizer
+from clippy_train.tokenizer import add_fim_tokens, add_whitespace_tokens, load_tokenizer
 
 
 def build_model(config: TrainConfig) -> tuple[GPTNeoForCausalLM, PreTrainedTokenizerFast]:
@@ -34,7 +35,7 @@ def build_model(config: TrainConfig) -> tuple[GPTNeoForCausalLM, PreTrainedToken
     tokenizer = load_tokenizer(tokenizer_name(config))
     base, seed = config.model.base, config.seed
     model = random_model(config.model, tokenizer, seed) if base is None else load_base(base, config.model)
-    extend_model(model, tokenizer, config.tokenizer, seed)
+    extend_model(model, tokenizer, config.tokenizer, seed, config.fim_tokens)
     if config.model.checkpoint_activations:
         recompute_activations(model)
     return model, tokenizer
@@ -70,12 +71,17 @@ def load_base(name: str, settings: ModelConfig) -> GPTNeoForCausalLM:
 
 
 def extend_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: TokenizerConfig, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: TokenizerConfig,
+    seed: int = 0,
+    fim_tokens: Sequence[str] = (),
 ) -> None:
-    """Add the missing whitespace tokens to the tokenizer and their rows to the model, both in place."""
+    """Add the missing whitespace tokens and `fim_tokens` to the tokenizer and their rows to the model, in place."""
     num_ids = len(tokenizer)
     pieces = add_whitespace_tokens(tokenizer, settings.whitespace_tokens, settings.matching)
     num_rows = num_ids + len(settings.whitespace_tokens) if pieces else num_ids
+    pieces |= add_fim_tokens(tokenizer, list(fim_tokens))
     new_rows = range(num_ids, max(num_rows, len(tokenizer)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

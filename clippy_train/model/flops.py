@@ -25,8 +25,8 @@ PEAKS = {
 
 
 def vocab_size(config: TrainConfig) -> int:
-    """Rows of the embedding of a model that is built from the configuration: with the whitespace tokens."""
-    return config.model.vocab_size + len(config.tokenizer.whitespace_tokens)
+    """Rows of the embedding of a model that is built from the configuration: with the tokens that are added."""
+    return config.model.vocab_size + len(config.tokenizer.whitespace_tokens) + len(config.fim_tokens)
 
 
 def count_parameters(config: TrainConfig, vocab_size: int) -> int:

@@ -43,11 +43,18 @@ def load_model(name: str) -> PreTrainedModel:
     except (EOFError, UnpicklingError) as error:  # its text recommends to load the file nevertheless
         raise ConfigError(
             f"no model could be loaded from {name}: its weights are a damaged pickle, or one that holds more than "
-            "tensors; nothing of it has been run. Use a folder with safetensors"
+            f"tensors; nothing of it has been run{lfs_hint(Path(name))}. Use a folder with safetensors"
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = f"{first_line(error)}{lfs_hint(Path(name))}"
+        reason = f"{_reason(error)}{lfs_hint(Path(name))}"
         raise ConfigError(f"no model could be loaded from {name}: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    text = first_line(error)
+    if isinstance(error, SafetensorError) or text.startswith("PytorchStreamReader"):
+        return f"a file of weights is incomplete or damaged: {text.partition('. ')[0]}"
+    return text
 
 
 def generation_config(model: PreTrainedModel) -> GenerationConfig:

@@ -22,7 +22,12 @@ VOCAB_MULTIPLE = 128  # the head's rows are padded to a multiple: on odd widths 
 
 
 def mean_loss(
-    model: GPTNeoForCausalLM, input_ids: Tensor, attention: str, loss_dtype: str = "fp32", masks: Masks | None = None
+    model: GPTNeoForCausalLM,
+    input_ids: Tensor,
+    attention: str,
+    loss_dtype: str = "fp32",
+    masks: Masks | None = None,
+    predicted: Tensor | None = None,
 ) -> Tensor:
     """Mean negative log-likelihood of the targets in nats, for training: an fp32 scalar to call `backward` on once.
 
@@ -33,9 +38,11 @@ def mean_loss(
         attention: `eager` runs Hugging Face's forward pass; the others are the kernels of `model.attention`.
         loss_dtype: `bf16` rounds as the original did: log-softmax in bf16, its mean in fp32; all logits at once.
         masks: of `attention_masks`, for the same kernel; by default attention crosses documents.
+        predicted: `[batch, seq]`, 0 for a token that is only read: it counts in the mean with a loss of 0.
     """
     hidden = _hidden(model, input_ids, attention, masks)
-    losses: Tensor = loss_head(model)(hidden, input_ids[:, 1:], loss_dtype=loss_dtype)
+    weights = None if predicted is None else predicted[:, 1:]
+    losses: Tensor = loss_head(model)(hidden, input_ids[:, 1:], loss_dtype=loss_dtype, weights=weights)
     return losses.mean()
 
 
@@ -62,18 +69,26 @@ class LossHead(torch.nn.Linear):
     """GPT-Neo's head, with the same weight under the same name; with targets it returns losses instead of logits."""
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, *, reduce: bool = True, loss_dtype: str = "fp32"
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduce: bool = True,
+        loss_dtype: str = "fp32",
+        weights: Tensor | None = None,
     ) -> Tensor:
         if targets is None:
             return super().forward(hidden)
         if loss_dtype == "bf16":
-            return _bf16_losses(super().forward(hidden), targets)
+            losses = _bf16_losses(super().forward(hidden), targets)
+            return losses if weights is None else losses * weights
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         rows, ids = hidden.flatten(0, 1), targets.flatten()
+        factors = None if weights is None else weights.flatten()
         with torch.autocast(kind, enabled=False):
             if reduce:
-                mean = _MeanLoss.apply(rows, self.weight, ids, dtype)  # type: ignore[no-untyped-call]  # untyped in torch
+                mean = _MeanLoss.apply(rows, self.weight, ids, dtype, factors)  # type: ignore[no-untyped-call]  # untyped in torch
                 return cast(Tensor, mean)
             return _losses(rows.to(dtype), self.weight.to(dtype), ids).view_as(targets)
 
@@ -92,7 +107,9 @@ class _MeanLoss(torch.autograd.Function):
     """Mean loss of `[tokens, hidden]` hidden states; forward computes the gradients, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, factors: Tensor | None
+    ) -> Tensor:
         tokens, vocab_size = len(hidden), len(weight)
         chunk = min(tokens, CHUNK[hidden.device.type])
         inputs, head = hidden.to(dtype), F.pad(weight.to(dtype), (0, 0, 0, -vocab_size % VOCAB_MULTIPLE))
@@ -101,22 +118,24 @@ class _MeanLoss(torch.autograd.Function):
         grad_inputs, grad_head = torch.empty_like(inputs), torch.zeros_like(head, dtype=torch.float32)
         losses = scores.new_empty(tokens)
         parts = (each.split(chunk) for each in (inputs, targets, grad_inputs, losses))
-        for x, ids, grad_x, loss in zip(*parts, strict=True):
+        factor_parts = [None] * -(-tokens // chunk) if factors is None else factors.split(chunk)
+        for x, ids, grad_x, loss, factor in zip(*parts, factor_parts, strict=True):
             low = torch.mm(x, head.T, out=logits[: len(x)])
             high = scores[: len(x)].copy_(low)
             high[:, vocab_size:] = -torch.inf
             values, sums = _exponentials_(high, ids)
             loss.copy_(values)
-            low.copy_(_softmax_gradient_(high, sums, ids).div_(tokens))
+            gradient = _softmax_gradient_(high, sums, ids).div_(tokens)
+            low.copy_(gradient if factor is None else gradient.mul_(factor[:, None]))
             torch.mm(low, head, out=grad_x)
             grad_head += low.T @ x
         ctx.save_for_backward(grad_inputs.to(hidden.dtype), grad_head[:vocab_size].to(weight.dtype))
-        return losses.mean()
+        return losses.mean() if factors is None else (losses * factors).mean()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None
 
 
 def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

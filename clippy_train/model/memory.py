@@ -24,10 +24,11 @@ class Memory:
         master: DeepSpeed's fp32 weights.
         moments: of Adam; Adafactor's, a few thousandths of the weights, are left out.
         buffers: constant masks, and what ranks exchange.
-        gathered: other ranks' weights under ZeRO-3, in each pass.
+        gathered: other ranks' weights under ZeRO-3, when the loss is computed.
         activations: that a micro-batch's forward pass keeps for its backward pass.
         loss, backward: what the loss and the backward pass of a layer need for a moment, besides the activations.
-        update, validation: what these need for a moment, after the activations are freed.
+        update, validation: what these need for a moment, after the activations are freed. In its middle, a forward
+            pass of ZeRO-3 has more weights than at its end; a training pass has few activations then.
     """
 
     weights: int
@@ -94,17 +95,19 @@ def _shape(config: TrainConfig, vocab_size: int) -> _Shape:
 def memory(config: TrainConfig, vocab_size: int) -> Memory:
     shape = _shape(config, vocab_size)
     kept = _layer(config, shape)
-    held = _zero(config, vocab_size, shape) if config.deepspeed else _whole(config, shape)
+    held = _zero(config, shape) if config.deepspeed else _whole(config, shape)
+    weights = gathered_elements(config, vocab_size) if config.strategy.stage == 3 else [0]
     if config.model.checkpoint_activations:
         activations, again = shape.layers * _stream(config, shape), kept - _stream(config, shape)
     else:
         activations, again = shape.layers * kept, 0
     return Memory(
         **held,
+        gathered=shape.weight * weights[-1],
         activations=activations + shape.copies,
         loss=_loss(config, shape),
         backward=again + _backward(config, shape),
-        validation=_validation(config, shape),
+        validation=_validation(config, shape) + shape.weight * (max(weights) - weights[-1]),
     )
 
 
@@ -117,12 +120,11 @@ def _whole(config: TrainConfig, shape: _Shape) -> dict[str, int]:
         "master": 0,
         "moments": 2 * whole if config.optim.name == "adamw" else 0,
         "buffers": _masks(config),
-        "gathered": 0,
         "update": whole,
     }
 
 
-def _zero(config: TrainConfig, vocab_size: int, shape: _Shape) -> dict[str, int]:
+def _zero(config: TrainConfig, shape: _Shape) -> dict[str, int]:
     """Under DeepSpeed. Gradients are fp32; until a step ends, ZeRO-1 also keeps those of the weights' type."""
     ranks, stage, whole = config.world_size, config.strategy.stage, 4 * shape.parameters
     part, low = whole // ranks, shape.weight * shape.parameters
@@ -133,7 +135,6 @@ def _zero(config: TrainConfig, vocab_size: int, shape: _Shape) -> dict[str, int]
         "master": part,
         "moments": 2 * part,
         "buffers": _masks(config) + (bucket if stage == 3 else 0),
-        "gathered": shape.weight * gathered_elements(config, vocab_size) if stage == 3 else 0,
         "update": 2 * part + (low if stage == 1 and config.micro_steps == 1 else 0),
     }
 
@@ -161,9 +162,12 @@ def _layer(config: TrainConfig, shape: _Shape) -> int:
     kept = 2 * shape.weight + 14 * value + copies
     if config.attention == "eager":  # queries and keys in fp32, each step of GELU, scores in fp32 and rounded
         return size * (kept + 8 + 11 * value) + (4 + value % 4) * _scores(config, config.trainer.micro_batch_size)
+    masks = 0
     if config.attention == "sdpa":  # a local layer: keys and values twice, and the result in another order
         kept += 3 * value // 2
-    return size * kept + 4 * config.trainer.micro_batch_size * config.data.seq_len * config.model.num_heads
+        if config.data.document_mask:  # as numbers, without heads
+            masks = 4 * config.trainer.micro_batch_size * config.data.seq_len**2
+    return masks + size * kept + 4 * config.trainer.micro_batch_size * config.data.seq_len * config.model.num_heads
 
 
 def _loss(config: TrainConfig, shape: _Shape) -> int:

@@ -1,22 +1,35 @@
 """Sample from a causal LM: the generation code of `clippy generate`, HumanEval and samples during training.
 
-Prompts are cut and padded on the left, and share a key-value cache. A completion ends where a `Stop` says. It sees the
-decoded text after every token, because a stop sequence may begin inside a token. Each token is decoded once.
+Prompts are cut and padded on the left, and share a key-value cache; of a gap, the text farthest from it is cut. A
+completion ends where a `Stop` says. It sees the decoded text after every token, because a stop sequence may begin
+inside a token. Each token is decoded once.
 """
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
+from clippy_train.tokenizer import FimIds, encoder, fim_ids, fim_tokens
+
+GAP_TOKENS = len(FimIds._fields)  # in a prompt that is a gap
 NO_TOKEN = -1  # an end-of-text id that is never produced
 
+
+class Gap(NamedTuple):
+    """The text before and after what is to be written (fill-in-the-middle)."""
+
+    before: str
+    after: str
+
+
+Prompt = str | Gap
 Stop = Callable[[str], int | None]  # the completion so far -> where to cut it, or None to continue
 
 
@@ -70,7 +83,7 @@ def stop_at_function_end(text: str) -> int | None:
 def complete_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     sampling: Sampling,
     stop: Stop = never_stop,
     on_text: Callable[[str], None] | None = None,
@@ -82,10 +95,12 @@ def complete_prompts(
     Args:
         on_text: called with each new piece of text. It requires a single prompt, and a `stop` that never cuts text that
             it has let pass before.
+
+    Raises:
+        ConfigError: a prompt is a gap, and the tokenizer has no tokens for it.
     """
     room = prompt_room(model, sampling.max_new_tokens)
-    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    encoded = [each[max(0, len(each) - room) :] for each in encoded]
+    encoded = [prompt_ids(tokenizer, prompt, room) for prompt in prompts]
     longest = max(map(len, encoded))
     end, device = tokenizer.eos_token_id, next(model.parameters()).device
     ids = torch.tensor([[end] * (longest - len(each)) + each for each in encoded], device=device)
@@ -102,6 +117,7 @@ def complete_prompts(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=NO_TOKEN if sampling.fixed_length else end,
         pad_token_id=end,
+        suppress_tokens=list(fim_ids(tokenizer)) if fim_tokens(tokenizer) else None,  # they are never an answer
         stopping_criteria=StoppingCriteriaList([stopping]),
         **settings,
     )
@@ -109,6 +125,23 @@ def complete_prompts(
     if on_text:
         on_text(texts[0][stopping.shown :])
     return texts
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, room: int = sys.maxsize) -> list[int]:
+    """The ids of a prompt, at most `room`; of a gap, each side has half of it and what the other leaves.
+
+    Raises:
+        ConfigError: it is a gap, and the tokenizer has no tokens for it.
+    """
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids[max(0, len(ids) - room) :]
+    special = fim_ids(tokenizer)
+    before, after = encoder(tokenizer)([prompt.before, prompt.after])
+    room -= GAP_TOKENS
+    after = after[: max(room // 2, room - len(before))]
+    before = before[max(0, len(before) - (room - len(after))) :]
+    return [special.prefix, *before, special.suffix, *after, special.middle]
 
 
 def prompt_room(model: PreTrainedModel, max_new_tokens: int) -> int:

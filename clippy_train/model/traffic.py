@@ -225,14 +225,13 @@ def zero3_gathers(forward: list[Module], ranks: int) -> Iterator[int]:
             yield sum(padded(each.numel, ranks) for each in gathered)
 
 
-def gathered_elements(config: TrainConfig, vocab_size: int) -> int:
-    """Elements of the weights that are on a rank when ZeRO-3's forward pass ends."""
-    coordinator = Zero3(modules(config, vocab_size))
-    most = 0
+def gathered_elements(config: TrainConfig, vocab_size: int) -> list[int]:
+    """Elements of the weights that are on a rank while each module of ZeRO-3's forward pass runs."""
+    coordinator, found = Zero3(modules(config, vocab_size)), []
     for module in coordinator.order[: coordinator.forward]:
         coordinator.advance()
-        most = max(most, sum(each.numel for each in coordinator.present | set(module)))
-    return most
+        found.append(sum(each.numel for each in coordinator.present | set(module)))
+    return found
 
 
 class Zero3:

@@ -19,13 +19,20 @@ REFUSED = {
     "seed": ORDER,
     "data.filter": ORDER,
     "data.text_column": ORDER,
+    "data.prompt_column": ORDER,
+    "data.truncate": ORDER,
+    "data.packing": ORDER,
     "data.seq_len": ORDER,
     "data.streams": ORDER,
     "data.window": ORDER,
     "data.eos_between_documents": ORDER,
+    "data.fim_rate": ORDER,
+    "data.fim_spm_rate": ORDER,
+    "data.fim_characters": ORDER,
     "trainer.global_batch_size": ORDER,
     "tokenizer.whitespace_tokens": ORDER,
     "tokenizer.matching": ORDER,
+    "tokenizer.fim_tokens": ORDER,
     "model.base": MODEL,
     "model.num_layers": MODEL,
     "model.hidden_size": MODEL,
@@ -38,21 +45,23 @@ REFUSED = {
     "tokenizer.new_row_init": START,
 }
 # Applied if the same content is found there: `run.identity` and the fingerprint of the tokenizer decide.
-MOVED = ("data.path", "data.hub", "data.hub_config", "tokenizer.base")
+MOVED = ("data.path", "data.hub", "data.hub_config", "data.sources", "data.source_temperature", "tokenizer.base")
 # Applied, and not about the steps that an attempt makes.
 STARTED = (
     "run.name", "run.root", "resume", "launcher.name", "launcher.preflight", "launcher.parallel", "launcher.sbatch",
-    "launcher.max_requeues", "sweep.trials", "sweep.pruner", "logger.hparams",
+    "launcher.max_requeues", "launcher.start_seconds", "sweep.trials", "sweep.pruner", "logger.hparams",
 )  # fmt: skip
 APPLIED = (
     "model.attention", "model.compile", "model.checkpoint_activations", "model.loss_dtype",
-    "data.skip_steps", "data.validation_split", "data.num_workers", "data.document_mask", "data.max_bad_fraction",
+    "data.skip_steps", "data.validation_split", "data.val_problems",
+    "data.num_workers", "data.document_mask", "data.max_bad_fraction",
     "optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.schedule",
     "optim.warmup_steps", "optim.stable_steps", "optim.decay_steps",
     "optim.min_lr_ratio", "optim.grad_clip",
     "strategy.name", "strategy.stage", "strategy.reduce_dtype", "strategy.reduce_bucket_size",
-    "trainer.max_steps", "trainer.micro_batch_size", "trainer.eval_micro_batch_size", "trainer.accelerator",
-    "trainer.devices", "trainer.num_nodes", "trainer.precision", "trainer.log_every_steps", "trainer.val_every_steps",
+    "trainer.max_steps", "trainer.max_epochs", "trainer.micro_batch_size", "trainer.eval_micro_batch_size",
+    "trainer.accelerator", "trainer.devices",
+    "trainer.num_nodes", "trainer.precision", "trainer.log_every_steps", "trainer.val_every_steps",
     "trainer.val_samples", "trainer.audit", "trainer.watchdog_seconds", "trainer.profile_steps",
     "trainer.peak_tflops", "trainer.deterministic",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.asynchronous", "checkpoint.keep_last",

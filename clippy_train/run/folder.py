@@ -4,6 +4,7 @@ config.yaml         every setting, resolved: what ranks read
 settings.jsonl      with which settings each step was made (`run.history`)
 start.json          what the launcher decided for this attempt (`run.start`)
 environment.json    versions, commit, hardware
+corpus.json         what the corpus's manifest says about it; of a mixture, each source's name, streams and manifest
 attempts.json       Slurm: at which step each attempt of the job began
 metrics.jsonl       a row for each logged step, validation and checkpoint
 ledger.jsonl        `trainer.audit`: which documents each step was trained on
@@ -13,6 +14,7 @@ validation/         the same for the loss of validations, as a run beside this o
 hf/                 configuration and tokenizer of the model in training, as Hugging Face files
 profile/            `trainer.profile_steps`: traces
 stacks/             what each rank was doing when one hung
+lost/               tracebacks of ranks that lost the others, or their device
 checkpoints/step-00000500/    manifest.json, state (the strategy's), rng-00000.pt, ...
 checkpoints/best    link to the checkpoint with the lowest validation
 .lock               held while a command trains here
@@ -29,6 +31,7 @@ CONFIG = "config.yaml"
 HISTORY = "settings.jsonl"
 START = "start.json"
 ENVIRONMENT = "environment.json"
+CORPUS = "corpus.json"
 ATTEMPTS = "attempts.json"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
@@ -37,6 +40,7 @@ VALIDATION = "validation"
 HF_FOLDER = "hf"
 PROFILE = "profile"
 STACKS = "stacks"
+LOST = "lost"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 LOCK = ".lock"
@@ -52,6 +56,10 @@ DEEPSPEED_TAG = "checkpoint"  # the folder of DeepSpeed's files in STATE, as Lig
 
 def stack_file(run_dir: Path, rank: int) -> Path:
     return run_dir / STACKS / f"rank-{rank}.txt"
+
+
+def lost_file(run_dir: Path, rank: int) -> Path:
+    return run_dir / LOST / f"rank-{rank}.txt"
 
 
 def rng_file(checkpoint: Path, rank: int) -> Path:

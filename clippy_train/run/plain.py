@@ -32,17 +32,35 @@ def load_plain(file: Any, map_location: Any = "cpu", **options: Any) -> Any:
     In host memory, unless the caller says otherwise: a node without GPUs can read what a GPU wrote.
 
     Raises:
-        CheckpointError: the file asks for anything else.
+        CheckpointError: the file asks for anything else, or a name in it is a path: DeepSpeed's converter names
+            folders after parameters.
     """
     from torch.serialization import load
 
     try:
-        return load(file, map_location=map_location, **{**options, "weights_only": True})
+        content = load(file, map_location=map_location, **{**options, "weights_only": True})
     except (EOFError, RuntimeError, UnpicklingError) as error:
-        path = file if isinstance(file, str | Path) else getattr(file, "name", file)  # Lightning opens it itself
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"{forbidden[1] if forbidden else 'its content'} is neither a tensor nor a plain value"
-        raise CheckpointError(f"{path} is refused, nothing of it has been run: {reason}") from error
+        found = forbidden[1] if forbidden else "its content"
+        raise _refused(file, f"{found} is neither a tensor nor a plain value") from error
+    paths = [name for name in _names(content) if "/" in name]
+    if paths:
+        raise _refused(file, f"the name {paths[0]!r} is a path")
+    return content
+
+
+def _refused(file: Any, reason: str) -> CheckpointError:
+    path = file if isinstance(file, str | Path) else getattr(file, "name", file)  # Lightning opens it itself
+    return CheckpointError(f"{path} is refused, nothing of it has been run: {reason}")
+
+
+def _names(content: Any) -> Iterator[str]:
+    """The keys of nested dictionaries and lists."""
+    if isinstance(content, dict):
+        yield from (key for key in content if isinstance(key, str))
+    inside = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    for each in inside:
+        yield from _names(each)
 
 
 @contextmanager

@@ -1,16 +1,24 @@
 """Which documents belong in a corpus: named rules on a document's text and its Code Clippy meta.
 
 Promises: pure; every rule is off until its key is set; a document is counted under the first rule that it breaks, in
-the order of `RULES`. Cost: rules on meta and size are almost free; rules on lines read the text at some 300 MB/s, the
-one on letters and digits at some 45 MB/s (tokenising: 2 to 3 MB/s).
+the order of `RULES`; files that rules name are read once. Cost: rules on meta and size are almost free; rules on lines
+read the text at some 300 MB/s, the one on letters and digits at some 45 MB/s (tokenising: 2 to 3 MB/s), that on
+benchmarks at 5 MB/s.
 """
 
+import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from clippy_train.config import FilterConfig
+from clippy_train.errors import ConfigError
+from clippy_train.shards.benchmarks import held_problem
+from clippy_train.shards.redact import redacted
 
 # Fields of the Code Clippy meta, each with its names in other datasets: GitHub on BigQuery, CodeParrot, RedPajama, The
 # Stack 1 and 2, StarCoder.
@@ -25,7 +33,7 @@ META_COLUMNS = {
 _VERSION = re.compile(r"-only$|-or-later$|\+$")
 
 
-def broken_rule(document: dict[str, Any], text: str, rules: FilterConfig) -> str | None:
+def broken_rule(document: dict[str, Any], text: str, rules: FilterConfig, prompt: str = "") -> str | None:
     """The name of the first of `RULES` that a document breaks, or None.
 
     A rule needs evidence: a document breaks it if its meta lacks the field in question (`min_stars=10` rejects a
@@ -35,9 +43,41 @@ def broken_rule(document: dict[str, Any], text: str, rules: FilterConfig) -> str
     Args:
         document: has its fields under `meta` as in Code Clippy, or at the top level under the names of `META_COLUMNS`.
         text: the document's text, valid Unicode.
+        prompt: what the text continues. Only `decontaminate` looks at it; all other rules are about the text.
     """
     meta = code_clippy_meta(document)
-    return broken_meta_rule(meta, rules) or broken_text_rule(text, rules)
+    return broken_meta_rule(meta, rules) or broken_text_rule(text, rules, prompt)
+
+
+def require_rules(rules: FilterConfig) -> None:
+    """Read what the rules need, so that a rule that cannot be followed is refused before anything starts.
+
+    Raises:
+        ConfigError, DataError: a file or a package is missing, or a file has another format.
+    """
+    recorded_rules(rules)
+    held_problem("", rules.decontaminate)
+    redacted("", rules.redact)
+    if rules.opt_out:
+        _names(rules.opt_out)
+
+
+def recorded_rules(rules: FilterConfig) -> dict[str, Any]:
+    """The rules with the names and contents of their files, wherever these are: `NAME@DIGEST`.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    benchmarks = [_recorded_file(name, "filter.decontaminate") for name in rules.decontaminate]
+    opted_out = rules.opt_out and _recorded_file(rules.opt_out, "filter.opt_out")
+    return {**dataclasses.asdict(rules), "decontaminate": benchmarks, "opt_out": opted_out}
+
+
+def _recorded_file(name: str, key: str) -> str:
+    try:
+        return f"{Path(name).name}@{hashlib.sha256(Path(name).read_bytes()).hexdigest()[:12]}"
+    except OSError as error:
+        raise ConfigError(f"{key}={name} cannot be read: {error.strerror}") from error
 
 
 def broken_meta_rule(meta: dict[str, Any], rules: FilterConfig) -> str | None:
@@ -45,9 +85,10 @@ def broken_meta_rule(meta: dict[str, Any], rules: FilterConfig) -> str | None:
     return next((name for name, breaks in _META_RULES.items() if breaks(meta, rules)), None)
 
 
-def broken_text_rule(text: str, rules: FilterConfig) -> str | None:
+def broken_text_rule(text: str, rules: FilterConfig, prompt: str = "") -> str | None:
     """As `broken_rule`, for the rules on the text."""
-    return next((name for name, breaks in _TEXT_RULES.items() if breaks(text, rules)), None)
+    broken = next((name for name, breaks in _TEXT_RULES.items() if breaks(text, rules)), None)
+    return broken or (BENCHMARK if _benchmark(prompt + text, rules) else None)
 
 
 def code_clippy_meta(document: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +172,19 @@ def _few_stars(meta: dict[str, Any], rules: FilterConfig) -> bool:
     return rules.min_stars is not None and (meta["stars"] is None or meta["stars"] < rules.min_stars)
 
 
+def _opted_out(meta: dict[str, Any], rules: FilterConfig) -> bool:
+    return rules.opt_out is not None and (meta["repo_name"] or "").casefold() in {"", *_names(rules.opt_out)}
+
+
+@cache
+def _names(path: str) -> frozenset[str]:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"filter.opt_out={path} cannot be read: {error}") from error
+    return frozenset(line.strip().casefold() for line in lines) - {""}
+
+
 def _too_small(text: str, rules: FilterConfig) -> bool:
     return rules.min_bytes is not None and len(text.encode()) < rules.min_bytes
 
@@ -152,6 +206,10 @@ def _long_mean_line(text: str, rules: FilterConfig) -> bool:
     return sum(lengths) > longest * len(lengths)
 
 
+def _benchmark(text: str, rules: FilterConfig) -> bool:
+    return bool(rules.decontaminate) and held_problem(text, rules.decontaminate) is not None
+
+
 def _low_alphanumeric(text: str, rules: FilterConfig) -> bool:
     share = rules.min_alphanumeric
     return share is not None and sum(map(str.isalnum, text)) < share * len(text)
@@ -162,6 +220,7 @@ _META_RULES: dict[str, Callable[[dict[str, Any], FilterConfig], bool]] = {
     "language": _wrong_language,
     "licence": _wrong_licence,
     "few_stars": _few_stars,
+    "opted_out": _opted_out,
 }
 _TEXT_RULES: dict[str, Callable[[str, FilterConfig], bool]] = {
     "too_small": _too_small,
@@ -170,4 +229,5 @@ _TEXT_RULES: dict[str, Callable[[str, FilterConfig], bool]] = {
     "long_mean_line": _long_mean_line,
     "low_alphanumeric": _low_alphanumeric,
 }
-RULES: tuple[str, ...] = (*_META_RULES, *_TEXT_RULES)
+BENCHMARK = "benchmark"
+RULES: tuple[str, ...] = (*_META_RULES, *_TEXT_RULES, BENCHMARK)

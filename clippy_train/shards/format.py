@@ -23,6 +23,7 @@ import zstandard
 
 from clippy_train.config import FilterConfig
 from clippy_train.shards.filters import META_COLUMNS, RULES, broken_rule, code_clippy_meta
+from clippy_train.shards.redact import redacted
 
 SPLITS = ("train", "validation", "test")
 SUFFIX = ".jsonl.zst"  # what is written
@@ -53,6 +54,7 @@ class Entry(NamedTuple):
     reason: str  # "" if there is a text
     meta: dict[str, Any] | None = None  # Code Clippy meta, if `Fields.with_meta`
     documents: int = 1  # lost ones, if the rest of a shard is
+    prompt: str = ""  # what the text continues, if `Fields.prompt`
 
 
 class ByteFile(Protocol):
@@ -63,16 +65,17 @@ class ByteFile(Protocol):
 
 @dataclass(frozen=True)
 class Fields:
-    """Which field of a document is its text, the rules that documents must pass (None: all do), and whether their meta
-    is wanted too."""
+    """Which field of a document is its text, the rules that documents must pass (None: all do), whether their meta is
+    wanted too, and which field is the prompt that the text continues, if there is one."""
 
     text: str = "text"
     rules: FilterConfig | None = None
     with_meta: bool = False
+    prompt: str | None = None
 
     def columns(self, names: list[str]) -> list[str]:
         """Those of a table's columns that are needed."""
-        needed = {self.text}
+        needed = {self.text, self.prompt}
         if self.rules or self.with_meta:
             needed |= {"meta", *chain.from_iterable(META_COLUMNS.values())}
         return [name for name in names if name in needed]
@@ -127,18 +130,21 @@ def line_entry(number: int, line: bytes, fields: Fields) -> Entry:
 def document_entry(number: int, document: Any, fields: Fields) -> Entry:
     """The entry of a JSON value or a row, which may be anything."""
     text = document.get(fields.text) if isinstance(document, dict) else None
-    if not isinstance(text, str) or not text:
+    prompt = document.get(fields.prompt) if fields.prompt and text else ""
+    if not isinstance(text, str) or not text or not isinstance(prompt, str):
         return Entry(number, None, "no_text")
     if len(text) > MAX_LINE_BYTES:
         return Entry(number, None, "too_long")
     try:
-        text.encode()  # a lone surrogate is valid JSON, but no tokenizer takes it
+        (prompt + text).encode()  # a lone surrogate is valid JSON, but no tokenizer takes it
     except UnicodeEncodeError:
         return Entry(number, None, "not_utf8")
-    broken = broken_rule(document, text, fields.rules) if fields.rules else None
+    broken = broken_rule(document, text, fields.rules, prompt) if fields.rules else None
     if broken:
         return Entry(number, None, f"filtered/{broken}")
-    return Entry(number, text, "", code_clippy_meta(document) if fields.with_meta else None)
+    if fields.rules and fields.rules.redact:
+        text, prompt = (redacted(each, fields.rules.redact)[0] for each in (text, prompt))
+    return Entry(number, text, "", code_clippy_meta(document) if fields.with_meta else None, prompt=prompt)
 
 
 def _lines(chunks: Iterator[bytes | None], selection: Selection) -> Iterator[tuple[int, bytes | str]]:
@@ -245,6 +251,10 @@ def document_line(document: dict[str, Any]) -> bytes:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+def shard_name(number: int) -> str:
+    return f"{number:05d}{SUFFIX}"
+
+
 class ShardWriter:
     """Writes lines to `folder/00000.jsonl.zst`, ...: at most `shard_bytes` of them per shard, or one longer line.
 
@@ -271,7 +281,7 @@ class ShardWriter:
         """Finish the open shard, if any."""
         if not self._lines:
             return
-        path = self.folder / f"{len(self.files):05d}{SUFFIX}"
+        path = self.folder / shard_name(len(self.files))
         data = zstandard.ZstdCompressor(level=9, write_checksum=True).compress(b"".join(self._lines))
         with path.open("xb") as file:
             file.write(data)

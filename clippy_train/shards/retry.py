@@ -114,7 +114,9 @@ def retried(function: Callable[..., T], *args: Any, what: str, **kwargs: Any) ->
     )
     try:
         return attempts(function, *args, **kwargs)
-    except (FileNotFoundError, NotADirectoryError, ClippyError):
+    except (FileNotFoundError, NotADirectoryError, ClippyError) as error:
+        # The frames of the attempts hold it in a cycle, and through it what all callers hold (loader processes, say).
+        error.__traceback__ = None
         raise
     except Exception as error:
         raise DataError(f"{what} cannot be read: {error_summary(error)}") from error

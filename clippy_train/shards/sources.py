@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from clippy_train.config import DataConfig, FilterConfig, SourceConfig
 from clippy_train.errors import DataError
+from clippy_train.shards.filters import require_rules
 from clippy_train.shards.format import (
     ALL_LINES,
     FILTERED,
@@ -88,6 +89,10 @@ class Corpus(ABC):
         """How many documents a damaged shard should have; 0 if that is not known."""
         return 0
 
+    def about(self) -> dict[str, Any]:
+        """What the corpus's manifest says about it, without the list of its files; empty if it has none."""
+        return {}
+
 
 @dataclass(frozen=True)
 class FileCorpus(Corpus):
@@ -96,10 +101,12 @@ class FileCorpus(Corpus):
     Attributes:
         sizes: bytes of each shard.
         lengths: documents of the shards that the manifest knows.
+        manifest: content of the manifest; empty if there is none.
     """
 
     sizes: tuple[int, ...] = ()
     lengths: Mapping[str, int] = field(default_factory=dict)
+    manifest: bytes = b""
 
     def _entries(self, shard: int, selection: Selection) -> Iterator[Entry]:
         name = self.shards[shard]
@@ -111,6 +118,13 @@ class FileCorpus(Corpus):
         if (known := self.lengths.get(self.shards[shard])) is not None:
             return known
         return round(self.sizes[shard] * self._documents_per_byte) if self.sizes else 0
+
+    def about(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.manifest)
+            return {name: value for name, value in content.items() if name != "files"}
+        except (ValueError, AttributeError):
+            return {}
 
     @cached_property
     def _documents_per_byte(self) -> float:
@@ -141,26 +155,36 @@ class HubCorpus(Corpus):
                 yield Entry(number, None, "damaged_shard")
 
 
-def open_corpus(data: SourceConfig, split: str, with_meta: bool = False) -> Corpus:
+def open_corpus(
+    data: SourceConfig, split: str, with_meta: bool = False, section: str = "data", prompt_column: str | None = None
+) -> Corpus:
     """Find the shards of `train`, `validation` or `test`; with `with_meta`, entries have their Code Clippy meta.
 
+    Args:
+        section: of the keys of `data`, for messages.
+        prompt_column: field of the prompt that a text continues, if the documents have one.
+
     Raises:
+        ConfigError: a rule of `data.filter` cannot be followed.
         DataError: the place does not exist or has no shards; the message names the key and the fix.
     """
-    fields = Fields(data.text_column, data.filter if data.filter != FilterConfig() else None, with_meta)
+    require_rules(data.filter)
+    rules = data.filter if data.filter != FilterConfig() else None
+    fields = Fields(data.text_column, rules, with_meta, prompt_column)
     name = data.validation_split if isinstance(data, DataConfig) and split == "validation" else split
-    return _open_hub(data, name, fields) if data.hub else _open_files(str(data.path), name, fields)
+    return _open_hub(data, name, fields, section) if data.hub else _open_files(str(data.path), name, fields, section)
 
 
-def require_text(corpus: Corpus, text_key: str = "data.text_column") -> None:
+def require_text(corpus: Corpus, section: str = "data") -> None:
     """Check the first lines of a split, so that a corpus in another format is refused before anything starts.
 
     Args:
-        text_key: the key of the text's column, for the message.
+        section: of the corpus's keys, for messages; empty if they are in none.
 
     Raises:
         DataError: none of them can be used; the message says why and names the keys.
     """
+    text_key = f"{section}.text_column".removeprefix(".")
     reasons: Counter[str] = Counter()
     entries = chain.from_iterable(map(corpus.documents, range(len(corpus.shards))))
     for entry in islice(entries, PROBED_LINES):
@@ -170,7 +194,8 @@ def require_text(corpus: Corpus, text_key: str = "data.text_column") -> None:
     raise DataError(
         f"{corpus.place}: no document can be read (first lines: {format_counts(reasons)}); each line must be a "
         f"JSON object (in parquet, a row) with its text under {text_key}={corpus.fields.text}"
-        + (", and must pass the rules of data.filter" if corpus.fields.rules else "")
+        + (f" and its prompt under data.prompt_column={corpus.fields.prompt}" if corpus.fields.prompt else "")
+        + (f", and must pass the rules of {section}.filter" if corpus.fields.rules else "")
     )
 
 
@@ -178,11 +203,11 @@ def format_counts(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.most_common()) or "none"
 
 
-def _open_files(path: str, split: str, fields: Fields) -> FileCorpus:
+def _open_files(path: str, split: str, fields: Fields, section: str) -> FileCorpus:
     is_folder = PLACEHOLDER not in path
     root, _, rest = path.partition(PLACEHOLDER)
     root = root.rstrip("/") + "/" if is_folder else root
-    where, place = f"{root}{split}{rest}", f"data.path={path}"
+    where, place = f"{root}{split}{rest}", f"{section}.path={path}"
     try:
         fs = filesystem(path)
     except (ImportError, ValueError, OSError) as error:  # unknown protocol, missing package, or unknown host
@@ -204,7 +229,8 @@ def _open_files(path: str, split: str, fields: Fields) -> FileCorpus:
     fingerprint = hashlib.sha256(listing.encode() + manifest).hexdigest()
     documents = _in_manifest(manifest, root, split, "documents") or {}
     lengths = {_path_or_url(fs, name): number for name, number in documents.items()}
-    return FileCorpus(f"data.path={where}", tuple(sizes), fingerprint, fields, tuple(sizes.values()), lengths)
+    place = f"{section}.path={where}"
+    return FileCorpus(place, tuple(sizes), fingerprint, fields, tuple(sizes.values()), lengths, manifest)
 
 
 def _read_manifest(fs: Any, root: str, place: str) -> bytes:
@@ -250,11 +276,11 @@ def _is_local(fs: Any) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
-def _open_hub(data: SourceConfig, split: str, fields: Fields) -> HubCorpus:
+def _open_hub(data: SourceConfig, split: str, fields: Fields, section: str) -> HubCorpus:
     import datasets
 
     name, _, revision = str(data.hub).partition("@")
-    key = f"data.hub={data.hub}"
+    key = f"{section}.hub={data.hub}"
     try:
         builder = datasets.load_dataset_builder(name, data.hub_config, revision=revision or None)
         streams = builder.as_streaming_dataset()
@@ -268,7 +294,9 @@ def _open_hub(data: SourceConfig, split: str, fields: Fields) -> HubCorpus:
     stream, files = streams[split], builder.config.data_files[split]
     columns = fields.columns(stream.column_names or [fields.text])
     if fields.text not in columns:
-        raise DataError(f"{key} has no column data.text_column={fields.text}; it has {', '.join(stream.column_names)}")
+        raise DataError(
+            f"{key} has no column {section}.text_column={fields.text}; it has {', '.join(stream.column_names)}"
+        )
     count = stream.num_shards
     shards = files if len(files) == count else [f"shard {number} of {count}" for number in range(count)]
     identity = json.dumps([list(files), files.origin_metadata, data.hub_config, split, count])

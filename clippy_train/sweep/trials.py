@@ -1,6 +1,7 @@
 """The trials of a sweep, as processes on this machine or as Slurm jobs. Each is a `clippy train` with its own folder.
 
-A trial is done when the checkpoint of its last step exists, whichever command wrote it with the same settings.
+A trial is done when the checkpoint of its last step exists, whichever command wrote it with the same settings. With
+`trainer.max_epochs` its command says so, at once if the run has ended before.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from clippy_train.compose import LAUNCH
+from clippy_train.compose import LAUNCH, plain
 from clippy_train.config import TrainConfig, keys
 from clippy_train.errors import ConfigError, Interrupted
 from clippy_train.files import atomic_write
@@ -50,7 +51,7 @@ def matters(name: str) -> bool:
 def settings_that_matter(composed: DictConfig) -> dict[str, Any]:
     """The settings that a trial's result depends on, as plain values."""
     selected = {name: OmegaConf.select(composed, name) for name, _ in keys(TrainConfig) if matters(name)}
-    return {name: OmegaConf.to_object(each) if OmegaConf.is_config(each) else each for name, each in selected.items()}
+    return {name: plain(each) for name, each in selected.items()}
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
@@ -83,7 +84,8 @@ class Trial:
 
     @property
     def done(self) -> bool:
-        return last_step(self.run_dir) >= self.max_steps
+        ended = self.code == 0 and self.settings.get("trainer.max_epochs") is not None  # with its data
+        return ended or last_step(self.run_dir) >= self.max_steps
 
     @property
     def state(self) -> str:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.batches import Batch, TrainBatches, train_batches, validation_batches
+from clippy_train.data.scored import Group
 
 ON_HOST = ("cursor", "counts", "rejected", "spans", "skipped")  # only callbacks read these
 
@@ -22,13 +23,13 @@ class DataModule(pl.LightningDataModule):
         step: the last one that was made.
 
     Attributes:
-        languages: those of the validation split; known from the first `val_dataloader` on.
+        groups: what validations score apart; known from the first `val_dataloader` on.
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Any, rank: int, cursors: np.ndarray, step: int = 0) -> None:
         super().__init__()
         self.config, self.tokenizer, self.rank, self.cursors, self.step = config, tokenizer, rank, cursors, step
-        self.languages: list[str] = []
+        self.groups: list[Group] = []
         self._val_batches: list[Batch] = []
 
     def train_dataloader(self) -> TrainBatches:
@@ -36,7 +37,7 @@ class DataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         if not self._val_batches:
-            self._val_batches, self.languages = validation_batches(self.config, self.tokenizer, self.rank)
+            self._val_batches, self.groups = validation_batches(self.config, self.tokenizer, self.rank)
         return DataLoader(self._val_batches, batch_size=None)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

@@ -4,10 +4,13 @@
 """
 
 import io
+import os
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
+from unittest import mock
 
 import deepspeed
 import deepspeed.ops
@@ -120,11 +123,16 @@ PRIVATE = (
         "__compatible_ops__",
         "the shared-memory all-reduce takes minutes and a compiler, and its build lock outlives a crash",
     ),
+    Part(
+        "deepspeed.runtime.zero.muon.original_muon",
+        "muon_update",
+        "the bf16 optimizer imports it, and its decorators torch's compiler: half a rank's start-up after its imports",
+    ),
 )
 
 
 class ExactDeepSpeedStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeed strategy, with gradients of the right size and without DeepSpeed's memory report."""
+    """Lightning's DeepSpeed strategy, with gradients of the right size and without what DeepSpeed prints."""
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning 2.6 divides the loss by the accumulation steps, and DeepSpeed's engine would divide it again: the
@@ -132,8 +140,19 @@ class ExactDeepSpeedStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def _setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        import_muon()
         with redirect_stdout(io.StringIO()):
             return super()._setup_model_and_optimizer(*args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        with redirect_stdout(io.StringIO()):
+            return super().load_checkpoint(*args, **kwargs)
+
+
+def import_muon() -> None:
+    """Import what the bf16 optimizer imports, without effect of its decorators."""
+    with mock.patch.dict(os.environ, {"TORCHDYNAMO_DISABLE": "1"}):
+        import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 class CPUDeepSpeedStrategy(ExactDeepSpeedStrategy):

@@ -42,6 +42,9 @@ CHARTS = {
         "bits per byte by language": ["val/bits_per_byte/.+"],
         "perplexity": ["val/perplexity$"],
         "loss by language": ["val/loss/.+"],
+        "loss by source": ["val/sources/loss/.+"],
+        "bits per byte by source": ["val/sources/bits_per_byte/.+"],
+        "bits per byte of solutions": ["val/solutions/bits_per_byte"],
     },
     "Speed": {
         "tokens per second": ["throughput/tokens_per_sec$"],
@@ -67,6 +70,8 @@ CHARTS = {
         "documents": ["data/documents$"],
         "characters": ["data/characters$"],
         "left out, by reason": ["data/(rejected|filtered)/.+"],
+        "tokens by source": ["data/tokens/.+"],
+        "epoch by source": ["data/epoch/.+"],
     },
 }
 
@@ -81,7 +86,7 @@ def build_loggers(config: TrainConfig, resumed_step: int) -> list[Logger]:
         events.describe(as_document(config))
         loggers.append(events)
     if config.logger.wandb:
-        loggers.append(WandbRun(config.run_dir))
+        loggers.append(WandbRun(config.run_dir, settings(config)))
     return loggers
 
 
@@ -210,12 +215,18 @@ class EventLogger(TensorBoardLogger):
 
 
 class WandbRun(WandbLogger):
-    """Weights & Biases. A run has one id, so a run that was interrupted continues its curves."""
+    """Weights & Biases. A run has one id, so a run that was interrupted continues its curves, and its steps are the
+    run's own: steps that are made again after a kill have the numbers that they had."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, settings: Mapping[str, str]) -> None:
         where = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
         project = os.environ.get("WANDB_PROJECT", "clippy_train")
-        super().__init__(name=run_dir.name, save_dir=run_dir, id=where, project=project, resume="allow")
+        super().__init__(
+            name=run_dir.name, save_dir=run_dir, id=where, project=project, resume="allow", config=dict(settings)
+        )
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self.experiment.log(dict(metrics), step=step)  # Lightning would let it count the calls
 
     def finalize(self, status: str) -> None:
         try:

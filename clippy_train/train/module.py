@@ -13,6 +13,7 @@ from transformers import GPTNeoForCausalLM
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.batches import Batch
+from clippy_train.data.scored import Group
 from clippy_train.model.attention import attention_bounds, attention_masks, require_supported
 from clippy_train.model.loss import loss_head, mean_loss, token_losses
 from clippy_train.model.score import add_scores, new_sums
@@ -28,7 +29,7 @@ class CodeLM(pl.LightningModule):
 
     Attributes:
         step: losses, learning rate and gradient norm of the step under way; shared with the callbacks.
-        val_sums: of the validation so far, by group (`model.score`); group `1 + i` is language `i` of the data.
+        val_sums: of the validation so far, by group (`model.score`); group `1 + i` is group `i` of the data.
     """
 
     token_bytes: Tensor
@@ -56,12 +57,14 @@ class CodeLM(pl.LightningModule):
         return {**batch, "bounds": attention_bounds(batch["input_ids"], self._eos)}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._loss(self._mean_loss, batch)
+        loss = self._loss(self._mean_loss, batch, predicted=batch.get("predicted"))
+        if "targets" in batch:
+            loss = loss * self._positions_per_target(batch, batch_idx)
         self.step.add_loss(loss.detach(), ended=(batch_idx + 1) % self.config.micro_steps == 0)
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self.val_sums = new_sums(len(languages(self.trainer)), self.device)
+        self.val_sums = new_sums(len(groups(self.trainer)), self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses = self._loss(self._token_losses, batch)
@@ -71,10 +74,18 @@ class CodeLM(pl.LightningModule):
         """`model.compile`: forward and backward pass as one graph each. Modules and their state keys do not change."""
         return torch.compile(function, dynamic=False) if self.config.model.compile else function
 
-    def _loss(self, function: Loss, batch: Batch) -> Tensor:
+    def _positions_per_target(self, batch: Batch, batch_idx: int) -> Tensor:
+        """What turns the means over the positions of a step's micro-batches into the mean over the step's targets."""
+        if batch_idx % self.config.micro_steps == 0:
+            targets = self.trainer.strategy.reduce(batch["targets"], reduce_op="sum")
+            self._step_targets = cast(Tensor, targets).clamp(min=1)
+        positions = self.config.trainer.global_batch_size * (self.config.data.seq_len - 1)
+        return positions / self._step_targets
+
+    def _loss(self, function: Loss, batch: Batch, **kwargs: Tensor | None) -> Tensor:
         ids, kernel = batch["input_ids"], self.config.attention
         masks = attention_masks(ids, kernel, self.model.config.window_size, self._eos, batch.get("bounds"))
-        return function(self.model, ids, kernel, self.config.model.loss_dtype, masks)
+        return function(self.model, ids, kernel, self.config.model.loss_dtype, masks, **kwargs)
 
     @property
     def _eos(self) -> int | None:
@@ -106,7 +117,7 @@ def code_lm(module: pl.LightningModule) -> CodeLM:
     return module
 
 
-def languages(trainer: pl.Trainer) -> list[str]:
-    """The languages of the validation split, which the run's data knows once it has made the validation batches."""
-    found: list[str] = trainer.datamodule.languages  # type: ignore[attr-defined]  # set by `Trainer.fit`
+def groups(trainer: pl.Trainer) -> list[Group]:
+    """What a validation scores apart, which the run's data knows once it has made the validation batches."""
+    found: list[Group] = trainer.datamodule.groups  # type: ignore[attr-defined]  # set by `Trainer.fit`
     return found

@@ -3,12 +3,15 @@
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are in the environment.
 """
 
+import errno
 import logging
 import os
+import re
 import sys
 import threading
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -18,20 +21,21 @@ from safetensors.torch import load_file
 from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig, load
-from clippy_train.errors import CheckpointError, ClippyError, ConfigError, Interrupted, first_line
+from clippy_train.data.mixture import data_ended, open_sources
+from clippy_train.errors import CheckpointError, ClippyError, ConfigError, Interrupted, MachineFault, first_line
+from clippy_train.files import full_disks
 from clippy_train.model.build import build_described, build_model
 from clippy_train.model.flops import vocab_size
 from clippy_train.model.memory import memory
-from clippy_train.report import escape_unprintable, quiet_transformers
+from clippy_train.report import escape_unprintable, quiet_transformers, set_up_log
 from clippy_train.run.checkpoint import Checkpoint, read_checkpoint
 from clippy_train.run.consolidate import WEIGHTS_FILE, set_weights
-from clippy_train.run.folder import CONFIG, HF_FOLDER, METRICS, STATE
+from clippy_train.run.folder import CONFIG, HF_FOLDER, METRICS, STATE, lost_file
 from clippy_train.run.identity import data_identity
 from clippy_train.run.moments import open_base_state
 from clippy_train.run.plain import plain_loads
 from clippy_train.run.rows import validated
 from clippy_train.run.start import Start, read_start
-from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import token_bytes, tokenizer_fingerprint
 from clippy_train.train.callbacks.order import build_callbacks
 from clippy_train.train.callbacks.preemption import SignalFlag
@@ -43,6 +47,7 @@ from clippy_train.train.loggers import build_loggers
 from clippy_train.train.module import CodeLM
 from clippy_train.train.strategy import build_trainer
 
+SHARED_MEMORY = Path("/dev/shm")  # through which the processes of `data.num_workers` hand over their batches
 TOKENIZER = "tokenizer fingerprint"  # in a checkpoint's manifest, beside `data_identity`
 
 
@@ -57,8 +62,8 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
     pl.seed_everything(config.seed + rank, verbose=False)
     described = start.description
     model, tokenizer = build_described(described, config.model) if described else build_model(config)
-    corpus = open_corpus(config.data, "train")
-    identity = {**data_identity(config, corpus.fingerprint), TOKENIZER: tokenizer_fingerprint(tokenizer)}
+    sources = open_sources(config.data, "train")
+    identity = {**data_identity(config, sources), TOKENIZER: tokenizer_fingerprint(tokenizer)}
     checkpoint = read_checkpoint(start.checkpoint) if start.checkpoint else None  # the launcher has verified its files
     if checkpoint:
         require_same_tokenizer(checkpoint, identity[TOKENIZER])
@@ -72,13 +77,15 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
     cursors = np.array(checkpoint.manifest.cursors) if checkpoint else fresh_cursors(config.data.streams)
     base = open_base_state(moments) if moments else None
     resumed_step = checkpoint.manifest.step if checkpoint else -1
+    if checkpoint and data_ended(config, sources, cursors):  # only the last validation is missing
+        config = replace(config, trainer=replace(config.trainer, max_steps=resumed_step))
     callbacks = build_callbacks(
         config,
         rank,
         watchdog=watchdog,
         flag=flag,
         tokenizer=tokenizer,
-        shards=corpus.shards,
+        sources=sources,
         identity=identity,
         cursors=cursors,
         resumed=checkpoint,
@@ -149,10 +156,34 @@ def main(run_dir: str) -> int:
             file=sys.stderr,
         )
         return ConfigError.exit_code
-    except Exception:
-        print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        if _lost(error):
+            path = lost_file(Path(run_dir), int(rank))
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(traceback.format_exc())
+            if not os.environ.get("CLIPPY_LAUNCHED"):  # no agent to say more
+                print(f"rank {rank}: lost the others or its device: {first_line(error)}", file=sys.stderr)
+            return MachineFault.exit_code
+        full = _without_room(error, Path(run_dir), SHARED_MEMORY)
+        if not full:
+            print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr)
+            return 1
+        print(f"rank {rank}: no space left on {full} ({first_line(error)}): free some", file=sys.stderr)
+        return ConfigError.exit_code
     return 0
+
+
+def _lost(error: Exception) -> bool:
+    """Whether a rank has lost its device or the other ranks, whose agents know more."""
+    return isinstance(error, torch.distributed.DistError) or bool(re.search(r"gloo/|NCCL|\bECC\b", str(error)))
+
+
+def _without_room(error: Exception, *paths: Path) -> str:
+    """Which of the paths had no room left, if that can have caused the error."""
+    if not isinstance(error, OSError | RuntimeError):
+        return ""
+    since_freed = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full_disks(*paths) or (" or ".join(map(str, paths)) if since_freed else "")
 
 
 def _leave_group() -> None:
@@ -170,7 +201,7 @@ def _die_with_agent() -> None:
 
 def _set_up_logging() -> None:
     escape_unprintable()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    set_up_log()
     logging.getLogger("clippy_train").setLevel(logging.INFO)
     quiet_transformers()
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):

@@ -37,7 +37,7 @@ PRECISIONS = ("fp32", "autocast", "bf16")
 CASES: dict[str, tuple[str, str, list[str]]] = {
     **{
         f"{kernel}-{precision}": (kernel, precision, [])
-        for kernel in ("sdpa", "varlen", "flex")
+        for kernel in ("sdpa", "varlen", "flex", "eager")
         for precision in PRECISIONS
     },
     "sdpa-documents": ("sdpa", "autocast", ["data.document_mask=true"]),
@@ -129,7 +129,7 @@ def move_to_cuda(module: nn.Module, dtype: torch.dtype) -> None:
 def steps(module: CodeLM, batch: Batch, autocast: AbstractContextManager[Any], outcome: Outcome) -> None:
     """What a rank does with the batch between two logged steps and before a checkpoint, once it is on the GPU."""
     parameters = dict(module.model.named_parameters())
-    optimizer, health = build_optimizer(module.model, module.config.optim), Health(1, [""], module.config.data)
+    optimizer, health = build_optimizer(module.model, module.config.optim), Health(1, [[""]], module.config.data)
     health._first_bad = {name: torch.full((), NEVER) for name in health._first_bad}  # a fake `torch.tensor` has a value
     for _ in range(2):
         with autocast:
@@ -193,6 +193,13 @@ def main(out: Path) -> None:
     torch.cuda.get_rng_state = lambda device="cuda": torch.zeros(16, dtype=torch.uint8)
     torch.cuda.set_rng_state = lambda new_state, device="cuda": None
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
+    make = torch.tensor
+
+    def fake_tensor(data: Any, **kwargs: Any) -> Tensor:  # Hugging Face's attention makes a constant so
+        on_gpu = isinstance(data, float) and torch.device(kwargs.get("device") or "cpu").type == "cuda"
+        return torch.full((), data, **kwargs) if on_gpu else make(data, **kwargs)
+
+    torch.tensor = fake_tensor  # type: ignore[assignment]
     amp: Any = torch.cuda.amp.common
     amp.amp_definitely_not_available = lambda: False
     ours: Any = attention

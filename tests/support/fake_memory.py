@@ -7,10 +7,12 @@ buffers, workspaces inside of kernels, fragmentation. Activations are those of u
 
 import io
 import logging
+import traceback
 import warnings
 import weakref
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import numpy as np
@@ -43,6 +45,7 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: bytes alive.
         peaks: the most that was alive, by `phase`.
+        reads: how often a value was read, for which the host would wait, by `phase`.
     """
 
     supports_higher_order_operators = True
@@ -51,6 +54,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.now, self.phase = 0, ""
         self.peaks: dict[str, int] = {}
+        self.reads = Counter[str]()
         self._sizes: dict[int, int] = {}
 
     @classmethod
@@ -69,6 +73,7 @@ class LiveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
+            self.reads[self.phase] += not _in_adam()
             return 1.0 if args[0].is_floating_point() else 0  # a finite norm, no overflow
         result = func(*args, **(kwargs or {}))
         for each in tree_leaves(result):
@@ -89,6 +94,11 @@ class LiveBytes(TorchDispatchMode):
     def _note(self, change: int) -> None:
         self.now += change
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
+
+
+def _in_adam() -> bool:
+    """Whether AdamW reads its counter of steps, which is in host memory on every device."""
+    return any("/torch/optim/" in frame.filename for frame in traceback.extract_stack(limit=8))
 
 
 class Torch:
@@ -151,18 +161,31 @@ class FakeCodeLM(CodeLM):
         return self  # it has its device and types already, and fake tensors cannot be exchanged
 
 
-def memory_by_phase(config: TrainConfig, vocab_size: int) -> dict[str, int]:
-    """The most bytes that a rank holds in a forward and a backward pass, in an update and in a validation."""
+class Tracked(NamedTuple):
+    """What a rank holds and reads in a forward and a backward pass, in an update and in a validation.
+
+    Attributes:
+        peaks: the most bytes at once.
+        reads: values, for which the host would wait for the GPU, in one step.
+    """
+
+    peaks: dict[str, int]
+    reads: dict[str, int]
+
+
+def track(config: TrainConfig, vocab_size: int) -> Tracked:
     return run_as(lambda group: _phases(config, vocab_size), 0, config.world_size, TIMEOUT)
 
 
-def _phases(config: TrainConfig, vocab_size: int) -> dict[str, int]:
+def _phases(config: TrainConfig, vocab_size: int) -> Tracked:
     _imitate_cuda()
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         engine, module = _build(config, vocab_size)
         _validate(engine, module.config, live)  # as a new run does: ZeRO-3's order of modules follows from it
         batch = _batch(config, config.trainer.micro_batch_size)
-        for _ in range(2 * config.micro_steps):  # from the second step on, all states exist
+        for number in range(2 * config.micro_steps):  # from the second step on, all states exist
+            if number == config.micro_steps:
+                live.reads.clear()
             live.enter("forward")
             result = engine(batch)
             live.enter("backward")
@@ -170,8 +193,9 @@ def _phases(config: TrainConfig, vocab_size: int) -> dict[str, int]:
             del result
             live.enter("update")
             engine.step()
+        reads = dict(live.reads)
         _validate(engine, module.config, live)
-    return {phase: live.peaks[phase] for phase in PHASES}
+    return Tracked({phase: live.peaks[phase] for phase in PHASES}, reads)
 
 
 def _validate(engine: Any, config: TrainConfig, live: LiveBytes) -> None:

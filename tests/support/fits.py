@@ -10,11 +10,11 @@ from unittest import mock
 import lightning.pytorch as pl
 
 from clippy_train.config import TrainConfig
+from clippy_train.data.mixture import open_sources
 from clippy_train.model.build import build_model
 from clippy_train.run.folder import METRICS
 from clippy_train.run.rows import read_rows
 from clippy_train.run.start import Start
-from clippy_train.shards.sources import open_corpus
 from clippy_train.tokenizer import token_bytes
 from clippy_train.train import collective
 from clippy_train.train.callbacks.order import build_callbacks
@@ -68,7 +68,7 @@ class Fit:
             watchdog=Watchdog(config.run_dir, rank, config.trainer.watchdog_seconds),
             flag=SignalFlag(),
             tokenizer=tokenizer,
-            shards=open_corpus(config.data, "train").shards,
+            sources=open_sources(config.data, "train"),
             identity={},
             cursors=cursors,
             resumed=None,

@@ -1,8 +1,10 @@
-"""A stand-in for the HTTP API of the Hugging Face hub: enough to create a model repository and upload a folder to it
-as regular files (a real hub takes large files through its storage, with another protocol)."""
+"""A stand-in for the HTTP API of the Hugging Face hub: enough to create a model repository, upload a folder to it
+as regular files (a real hub takes large files through its storage, with another protocol), and download one."""
 
 import base64
+import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(self._route)
 
-    do_POST = do_PUT = do_GET
+    do_POST = do_PUT = do_HEAD = do_GET
 
     def _answer(self, route: Callable[[str, bytes], tuple[int, Any]]) -> None:
         body = self._body()
@@ -45,12 +47,16 @@ class Handler(BaseHTTPRequestHandler):
             code, answer = 401, {"error": "Invalid credentials"}
         else:
             code, answer = route(self.path.split("?")[0], body)
-        content = json.dumps(answer).encode()
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(code)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        if code == 404:
+            self.send_header("X-Error-Code", "EntryNotFound" if "/resolve/" in self.path else "RepoNotFound")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -73,7 +79,14 @@ class Handler(BaseHTTPRequestHandler):
             hub.repositories[name] = {"private": private, "files": {}}
             return 200, {"url": f"{hub.url}/{name}"}
         if path == "/api/validate-yaml":
+            unknown = re.search("^license: (?!apache-2.0|mit).*$", json.loads(body)["content"], re.MULTILINE)
+            if unknown:
+                return 400, {"errors": [{"message": f'"{unknown[0]}" is not a licence'}], "warnings": []}
             return 200, {"errors": [], "warnings": []}
+        if "/resolve/" in path:
+            name, _, file = re.sub("/resolve/[^/]+/", "//", path.strip("/")).partition("//")
+            content = hub.repositories[name]["files"].get(file)
+            return (404, {"error": "Entry not found"}) if content is None else (200, content)
         name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
         if name not in hub.repositories:
             return 404, {"error": "Repository not found"}
@@ -90,6 +103,9 @@ class Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     repository["files"][value["path"]] = base64.b64decode(value["content"])
             return 200, {"commitUrl": f"{hub.url}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
+        if "/tree/" in path:
+            files = repository["files"].items()
+            return 200, [{"type": "file", "path": file, "size": len(content), "oid": "0"} for file, content in files]
         info = {"id": name, "modelId": name, "sha": "0" * 40, "private": repository["private"], "siblings": []}
         return 200, info
 

@@ -14,14 +14,19 @@ Documents = dict[tuple[int, int], list[int]]  # (shard, line) -> token ids
 
 def read_documents(folder: Path, encode: Callable[[str], list[int]]) -> Documents:
     """The token ids of every document of a split; `encode` adds the end-of-text if the run does."""
-    documents = {}
+    return {place: encode(text) for place, text in read_texts(folder).items()}
+
+
+def read_texts(folder: Path) -> dict[tuple[int, int], str]:
+    """The text of every document of a split, by shard and line."""
+    texts = {}
     for shard, path in enumerate(sorted(folder.iterdir())):
         raw = zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())
         for line, content in enumerate(raw.decode().split("\n")):
             text = json.loads(content).get("text") if content else None
             if text:
-                documents[shard, line] = encode(text)
-    return documents
+                texts[shard, line] = text
+    return texts
 
 
 def tokens(documents: Documents, spans: Iterable[Span]) -> list[int]:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
 from clippy_train.data.batches import Batch
+from clippy_train.data.scored import Group
 from clippy_train.launch.agent import (
     here,
     rank_environment,
@@ -79,7 +80,7 @@ class RecordedData(pl.LightningDataModule):
 
     def __init__(self, trace: FlaxTrace, rank: int, world_size: int) -> None:
         super().__init__()
-        self.languages = ["any"]
+        self.groups = [Group("any")]
         self.train = [ids.chunk(world_size)[rank] for ids in trace.train_ids]
         self.eval = list(trace.eval_ids)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from clippy_train.errors import MachineFault
 from clippy_train.hf.export import load_checkpoint_model
 from clippy_train.run.checkpoint import find_checkpoint
 from support import forks, processes
@@ -88,6 +89,17 @@ class Runs:
         path = self.folder(name) / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [row for row in rows if key in row]
+
+    def train_with_a_kill(self, name: str, step: int, *overrides: str) -> None:
+        """Train to the end, but kill a rank at an arbitrary moment after a step, and resume."""
+        process = self.start(name, *overrides)
+        self.wait_for_step(name, step, process)
+        os.kill(rank_pids(self.folder(name))[0], signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode == MachineFault.exit_code
+        trained = len(self.rows(name))
+        assert "from step" in self.train(name, *overrides).stdout
+        assert len(self.rows(name)) > trained
 
     def wait_for_step(self, name: str, step: int, process: subprocess.Popen[str], key: str = "train/loss") -> None:
         deadline = time.monotonic() + 100

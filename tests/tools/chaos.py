@@ -158,6 +158,7 @@ class Chaos:
             differing = [part for part, value in self.outcome(name).items() if value != self.reference[part]]
             assert not differing, f"{name} differs from the reference in {differing}; see {self.runs.folder(name)}"
             self.counts["runs compared"] += 1
+            print(f"{self.counts['trials']} of {trials} faults, {self.counts['runs compared']} runs equal", flush=True)
             shutil.rmtree(self.runs.folder(name))
         return self.counts
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from clippy_train.cli import VERBS
 from clippy_train.compose import CONF, composed_values, groups
-from clippy_train.config import TrainConfig, as_yaml
-from clippy_train.help import REQUIRED, limits, sections
+from clippy_train.config import TrainConfig
+from clippy_train.help import REQUIRED, limits, sections, shown_value
 
 PAGE = CONF.parent / "docs" / "configuration.md"
 INTRODUCTION = """\
@@ -86,7 +86,8 @@ def _verb(name: str) -> str:
 
 
 def _row(name: str, field: dataclasses.Field[Any], values: dict[str, Any]) -> str:
-    default = f"`{as_yaml(values[name])}`" if name in values else REQUIRED
+    shown = shown_value(values.get(name, field.default))
+    default = shown if shown == REQUIRED else f"`{shown}`"
     cells = [f"`{name}`", default, limits(field).rstrip("."), _linked(field.metadata["meaning"])]
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 

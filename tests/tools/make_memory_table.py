@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.fake_memory import memory_by_phase
+from support.fake_memory import track
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
@@ -68,8 +68,8 @@ def configuration(experiment: str, micro_batch: int, micro_steps: int, settings:
 def rows() -> Iterator[str]:
     for case in CASES:
         started = time.monotonic()
-        tracked = memory_by_phase(config_of(case), vocab_size(config_of(case)))
-        yield row(case, max(tracked.values()), time.monotonic() - started)
+        tracked = track(config_of(case), vocab_size(config_of(case)))
+        yield row(case, max(tracked.peaks.values()), time.monotonic() - started)
 
 
 def config_of(case: Case) -> TrainConfig:

@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from clippy_train.config import TrainConfig
 from clippy_train.errors import CheckpointError, Diverged, NonFinite, first_line
-from clippy_train.files import STAGING
+from clippy_train.files import STAGING, full_disks
 from clippy_train.run.checkpoint import (
     Checkpoint,
     Manifest,
@@ -109,11 +109,11 @@ class Checkpointer(pl.Callback):
             return
         self._advance(trainer)
         step, settings = trainer.global_step, self.config.checkpoint
-        if step == self.config.trainer.max_steps or step % settings.every_steps == 0 or self._overdue():
+        if self.progress.ended or step % settings.every_steps == 0 or self._overdue():
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        last = trainer.global_step == self.config.trainer.max_steps
+        last = self.progress.ended
         if last and not trainer.sanity_checking:
             self.save(trainer, last=True)
         if trainer.is_global_zero:
@@ -151,7 +151,8 @@ class Checkpointer(pl.Callback):
         require_equal_replicas(code_lm(trainer.lightning_module), step)
         staging = checkpoint_folder(self.config.run_dir, step).with_suffix(STAGING)
         is_deepspeed = isinstance(trainer.strategy, DeepSpeedStrategy)
-        failures = on_all_ranks(partial(make_staging, staging, is_deepspeed) if trainer.is_global_zero else None)
+        make = partial(make_staging, staging, is_deepspeed) if trainer.is_global_zero else None
+        failures = on_all_ranks(self.config.run_dir, make)
         self._saved_at = time.monotonic()
         if failures:
             self._fail(trainer, step, staging, failures, last)
@@ -178,7 +179,7 @@ class Checkpointer(pl.Callback):
             if collective.anyone(not self._save.work.done()):
                 return
             save, self._save = self._save, None
-            failures = on_all_ranks(save.work.result)
+            failures = on_all_ranks(self.config.run_dir, save.work.result)
             if failures:
                 self._fail(trainer, save.step, save.staging, failures, last)
             elif save.files is None:
@@ -220,15 +221,16 @@ class Checkpointer(pl.Callback):
             raise CheckpointError(f"{message}. Free or repair the disk; the same command resumes from the last one")
 
 
-def on_all_ranks(work: Callable[[], Any] | None) -> list[str]:
-    """Do this rank's work, if any; returns what failed on all ranks. Collective."""
+def on_all_ranks(folder: Path, work: Callable[[], Any] | None) -> list[str]:
+    """Do this rank's work in `folder`, if any; returns what failed on all ranks. Collective."""
     message = None
     try:
         if work:
             work()
     except (OSError, RuntimeError) as error:
         cause = error.__context__ or error  # closing a file that torch could not write raises again
-        message = f"rank {collective.rank()}: {first_line(cause)}"
+        full = f"no space left on {folder}: " if full_disks(folder) else ""
+        message = f"rank {collective.rank()}: {full}{first_line(cause)}"
     return [each for each in collective.gather(message) if each]
 
 

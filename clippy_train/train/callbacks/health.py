@@ -24,9 +24,13 @@ NEVER = 2**62
 
 
 class Health(pl.Callback):
-    """Finds the first loss or gradient norm that is not finite."""
+    """Finds the first loss or gradient norm that is not finite.
 
-    def __init__(self, micro_steps: int, shards: Sequence[str], data: DataConfig) -> None:
+    Args:
+        shards: the names of those that each stream reads, for messages.
+    """
+
+    def __init__(self, micro_steps: int, shards: Sequence[Sequence[str]], data: DataConfig) -> None:
         self.micro_steps, self.shards, self.data = micro_steps, shards, data
         self._reset()
 
@@ -72,7 +76,8 @@ class Health(pl.Callback):
 
     def _documents(self, spans: np.ndarray) -> str:
         """The documents of a micro-batch from its spans, `[spans, 6]`: stream, then `data.stream.Span`."""
-        return ", ".join(f"{self.shards[shard]} line {line + 1}" for _, _, shard, line, _, _ in spans.tolist())
+        places = [(self.shards[stream][shard], line + 1) for stream, _, shard, line, _, _ in spans.tolist()]
+        return ", ".join(f"{shard} line {line}" for shard, line in places)
 
 
 def require_equal_replicas(module: CodeLM, step: int) -> None:

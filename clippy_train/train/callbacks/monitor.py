@@ -17,6 +17,8 @@ import torch
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.batches import Batch, TrainBatches
+from clippy_train.data.mixture import Source
+from clippy_train.data.scored import Group
 from clippy_train.model.flops import flops_per_token, peak_flops
 from clippy_train.model.score import measures
 from clippy_train.run.rows import SCORE
@@ -25,7 +27,7 @@ from clippy_train.train.callbacks.health import Health
 from clippy_train.train.callbacks.ledger import block_digest
 from clippy_train.train.callbacks.progress import Progress
 from clippy_train.train.clock import Clock, Span, seconds
-from clippy_train.train.module import CodeLM, code_lm, languages
+from clippy_train.train.module import CodeLM, code_lm, groups
 
 Row = dict[str, Any]
 
@@ -76,7 +78,7 @@ class Monitor(pl.Callback):
             return
         self._laps.append(self._lap(trainer, pl_module.device))
         step = trainer.global_step
-        if settings.audit or step % settings.log_every_steps == 0 or step == settings.max_steps:
+        if settings.audit or step % settings.log_every_steps == 0 or self.progress.ended:
             self._report(trainer, module)
         self.digest = 0
 
@@ -88,23 +90,24 @@ class Monitor(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step, sums = trainer.global_step, code_lm(pl_module).val_sums
-        row = validation_row(languages(trainer), collective.total(sums.cpu().numpy()))
+        row = validation_row(groups(trainer), collective.total(sums.cpu().numpy()))
         self.write(trainer, row)
         loss, bits = row["val/loss"], row[SCORE]
         _log(trainer, f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte")
 
     def _report(self, trainer: pl.Trainer, module: CodeLM) -> None:
         self.health.check(trainer)
-        step, state = trainer.global_step, module.step
+        step, state, epochs = trainer.global_step, module.step, self.progress.all_epochs()
         mean = torch.stack(state.losses).double().mean().item()
         row: Row = {
             "tokens": step * self.config.tokens_per_step,
             "train/loss": float(collective.total(np.array([mean]))[0]) / self.config.world_size,
             "train/lr": state.lr,
             "train/grad_norm": float(state.grad_norm),
-            "train/epoch": float(self.progress.cursors[:, 0].max()),
+            "train/epoch": float(epochs.max()),
             **self._throughput(module),
             **{f"data/{name}": value for name, value in self.progress.all_counts().items()},
+            **source_rows(self.progress.sources, epochs, step * self.config.tokens_per_step),
             "checkpoint/age": time.monotonic() - self._saved_at,
             "system/rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "system/disk_free": shutil.disk_usage(self.config.run.root).free,
@@ -165,6 +168,15 @@ class Monitor(pl.Callback):
             logger.log_metrics(row, trainer.global_step)
 
 
+def source_rows(sources: list[Source], epochs: np.ndarray, tokens: int) -> Row:
+    """Of each source of a mixture: tokens trained, of `tokens` in all, and the epoch of its most advanced stream."""
+    row: Row = {}
+    for source in (each for each in sources if each.name):
+        row[f"data/tokens/{source.name}"] = tokens // len(epochs) * len(source.streams)
+        row[f"data/epoch/{source.name}"] = float(epochs[list(source.streams)].max())
+    return row
+
+
 def slowest(name: str, value: float) -> dict[str, Any]:
     """The largest value of all ranks, with its rank and host: `slowest/<name>`, `..._rank`, `..._host`. Collective."""
     values = collective.gather((value, socket.gethostname()))
@@ -173,19 +185,43 @@ def slowest(name: str, value: float) -> dict[str, Any]:
     return {f"slowest/{name}": largest, f"slowest/{name}_rank": rank, f"slowest/{name}_host": host}
 
 
-def validation_row(names: list[str], sums: np.ndarray) -> dict[str, float]:
-    """`val/<measure>` over all languages, and loss and bits per byte as `val/<measure>/<language>`.
+def validation_row(found: list[Group], sums: np.ndarray) -> dict[str, float]:
+    """`val/<measure>` over all languages, and loss and bits per byte as `val/<measure>/<language>`; the latter also as
+    `val/sources/<measure>/<source>` for a mixture; the same for reference solutions under `val/solutions/`.
 
     Args:
-        names: of the languages.
-        sums: `[1 + languages, 3]`, see `model.score`.
+        sums: `[1 + groups, 3]`, see `model.score`.
     """
-    row = {f"val/{name}": value for name, value in measures(sums[1:].sum(axis=0)).items()}
-    for language, its_sums in zip(names, sums[1:], strict=True):
-        if its_sums[1]:  # a language whose only token is a block's first has no target
-            of_language = measures(its_sums)
-            row |= {f"val/{name}/{language}": of_language[name] for name in ("loss", "bits_per_byte")}
-    return row
+    split, sources, solutions = Sums(), Sums(), Sums()
+    for group, its_sums in zip(found, sums[1:], strict=True):
+        (solutions if group.solution else split).add(group.language, its_sums)
+        if group.source:
+            sources.add(group.source, its_sums)
+    return {
+        **_total("val/", split),
+        **_apart("val/", split),
+        **_apart("val/sources/", sources),
+        **_total("val/solutions/", solutions),
+        **_apart("val/solutions/", solutions),
+    }
+
+
+class Sums(dict[str, np.ndarray]):
+    """Sums of `model.score` by name."""
+
+    def add(self, name: str, sums: np.ndarray) -> None:
+        self[name] = self.get(name, 0) + sums
+
+
+def _total(prefix: str, by_name: Sums) -> dict[str, float]:
+    sums = list(by_name.values())
+    return {prefix + name: value for name, value in measures(np.sum(sums, axis=0)).items()} if sums else {}
+
+
+def _apart(prefix: str, by_name: Sums) -> dict[str, float]:
+    """Without a language whose only token is a block's first, which has no target."""
+    found = {name: measures(its_sums) for name, its_sums in by_name.items() if its_sums[1]}
+    return {f"{prefix}{each}/{name}": found[name][each] for name in found for each in ("loss", "bits_per_byte")}
 
 
 def device_peak(config: TrainConfig, device: torch.device) -> float | None:

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig
+from clippy_train.data.mixture import Source, shard_names
 from clippy_train.data.stream import COUNTS
 from clippy_train.run.checkpoint import Checkpoint
 from clippy_train.run.folder import LEDGER
@@ -31,7 +32,7 @@ def build_callbacks(
     watchdog: Watchdog,
     flag: SignalFlag,
     tokenizer: PreTrainedTokenizerFast,
-    shards: tuple[str, ...],
+    sources: list[Source],
     identity: dict[str, Any],
     cursors: np.ndarray,
     resumed: Checkpoint | None,
@@ -41,7 +42,7 @@ def build_callbacks(
     """The callbacks of one rank.
 
     Args:
-        shards: of the training split, for messages.
+        sources: the training data.
         identity: what the order of the data depends on.
         cursors: `[streams, 5]`, where each stream continues.
         resumed: the checkpoint that the run resumes from.
@@ -51,7 +52,8 @@ def build_callbacks(
     manifest = resumed.manifest if resumed else None
     resumed_step = manifest.step if manifest else -1  # without a checkpoint every row is dropped
     counts = np.array([manifest.counts[name] if manifest else 0 for name in COUNTS])
-    progress, health = Progress(config, cursors, counts, shards), Health(config.micro_steps, shards, config.data)
+    progress = Progress(config, cursors, counts, sources)
+    health = Health(config.micro_steps, shard_names(sources), config.data)
     monitor = Monitor(config, progress, health)
     checkpointer = Checkpointer(config, progress, health, monitor, identity, resumed)
     exact_weights = config.deepspeed and config.trainer.precision == "bf16" and native is None

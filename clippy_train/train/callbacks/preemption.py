@@ -45,6 +45,7 @@ class Preemption(pl.Callback):
 
     def __init__(self, config: TrainConfig, flag: SignalFlag, checkpointer: Checkpointer) -> None:
         self.config, self.flag, self.checkpointer = config, flag, checkpointer
+        self.progress = checkpointer.progress
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         disable_signal_handling(trainer)
@@ -60,13 +61,14 @@ class Preemption(pl.Callback):
             raise Interrupted("interrupted before the first step: nothing is lost, the same command starts again")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.global_step < self.config.trainer.max_steps:
+        if not trainer.sanity_checking and not self.progress.ended:
             self._save_and_leave(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if code_lm(pl_module).step.ended and not validation_due(self.config, trainer.global_step):
+        due = validation_due(self.config, trainer.global_step) or self.progress.ended
+        if code_lm(pl_module).step.ended and not due:
             self._save_and_leave(trainer)
 
     def _save_and_leave(self, trainer: pl.Trainer) -> None:
