@@ -307,6 +307,7 @@ class Server:
 
     folder: Path
     ranges: bool = True
+    heads: bool = True
     answer: Callable[[str, int], str] = lambda path, number: ""
     gets: list[tuple[str, str | None]] = field(default_factory=list)
     url: str = ""
@@ -318,6 +319,9 @@ class Handler(SimpleHTTPRequestHandler):
     def __init__(self, server: Server, *args: Any) -> None:
         self.settings = server
         super().__init__(*args, directory=str(server.folder))
+
+    def do_HEAD(self) -> None:
+        super().do_HEAD() if self.settings.heads else self.send_error(503)
 
     def do_GET(self) -> None:
         settings, wanted = self.settings, self.headers.get("Range")
@@ -432,6 +436,24 @@ def test_failed_requests_are_retried(
 def test_a_slow_server_is_not_a_failure(root: Path, serve: Callable[..., Server], quick: None) -> None:
     server = serve(root, answer=delay(0.02))
     assert list(opened(server.url).texts()) == TEXTS
+
+
+@pytest.mark.parametrize("fault", ["error", "reset"])
+def test_a_shard_that_cannot_be_opened_at_once_is_not_taken_for_a_missing_one(
+    root: Path, serve: Callable[..., Server], quick: None, fault: str
+) -> None:
+    failed: set[str] = set()
+
+    def fail_once(path: str, number: int) -> str:
+        new = path.endswith(".zst") and path not in failed
+        failed.add(path)
+        return fault if new else ""
+
+    server = serve(root, heads=False, answer=fail_once)
+    assert list(opened(server.url).texts()) == TEXTS
+    (root / "train/00001.jsonl.zst").unlink()
+    with pytest.raises(DataError, match=r"00001\.jsonl\.zst no longer exists"):
+        list(opened(server.url).texts())
 
 
 def test_a_server_that_never_answers_is_an_error(

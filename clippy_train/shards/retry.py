@@ -45,10 +45,7 @@ class RetriedFile(io.RawIOBase):
     def __init__(self, name: str, what: str) -> None:
         self._name, self._what = name, what
         self._position = 0
-        try:
-            self._file = retried(self._opened, what=what)
-        except FileNotFoundError as error:
-            raise DataError(f"{what} no longer exists") from error
+        self._file = retried(self._opened, what=what)
         self._size: int | None = self._file.size  # when first opened: the file may be replaced later
 
     def read(self, size: int = -1) -> bytes:
@@ -75,7 +72,13 @@ class RetriedFile(io.RawIOBase):
         super().close()
 
     def _opened(self) -> Any:
-        return filesystem(self._name).open(self._name, "rb", cache_type="none")
+        try:
+            return filesystem(self._name).open(self._name, "rb", cache_type="none")
+        except FileNotFoundError as error:
+            cause = error.__cause__  # fsspec says "not found" of every HTTP request that fails here, by a timeout too
+            if cause is not None and getattr(cause, "status", None) not in (404, 410):
+                raise cause from None
+            raise DataError(f"{self._what} no longer exists") from error
 
     def _read(self, size: int) -> bytes:
         if self._file.closed:
