@@ -131,18 +131,6 @@ def test_attempts_are_recorded_separately_for_each_job(tmp_path: Path) -> None:
     assert slurm.begin_attempt(tmp_path, "8") == [4]
 
 
-RUN_NODES = """
-import sys
-from clippy_train.compose import compose
-from clippy_train.config import TrainConfig
-from clippy_train.launch.slurm import run_nodes
-overrides = ["experiment=demo", "trainer.num_nodes=2", "trainer.devices=1", f"run.root={sys.argv[1]}"]
-config = compose(TrainConfig, overrides)
-config.run_dir.mkdir()
-sys.exit(run_nodes(config))
-"""
-
-
 SRUN_FAILED = -1
 
 
@@ -158,6 +146,7 @@ SRUN_FAILED = -1
         (75, 0, {"TimeLimit": "00:03:00"}, 75, "not requeued: its time limit of 180 s is shorter than the warning"),
         (75, 0, {"TimeLimit": "00:06:00"}, 75, "job 7 is requeued"),
         (71, 0, {}, 71, "job 7 is requeued"),
+        (71, 0, {"TimeLimit": "00:03:00"}, 71, "job 7 is requeued"),
         (71, 0, {"Requeue": "0"}, 71, "not requeued: it was submitted with --no-requeue"),
         (1, 0, {}, 1, ""),
         (2, 1, {}, 2, ""),
@@ -168,7 +157,14 @@ SRUN_FAILED = -1
     ],
 )
 def test_when_a_job_is_requeued(
-    tmp_path: Path, srun: int, probe: int, changed: dict[str, str], code: int, said: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    srun: int,
+    probe: int,
+    changed: dict[str, str],
+    code: int,
+    said: str,
 ) -> None:
     """With a fake `srun` whose tasks have this exit code, fakes of what shows such a job, and a probe of the nodes."""
     srun = 1 if srun == SRUN_FAILED else ending.task_code(srun)
@@ -182,12 +178,17 @@ def test_when_a_job_is_requeued(
     for name, content in commands.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
         (tmp_path / name).chmod(0o755)
-    variables = {**JOB, "SLURM_JOB_NODELIST": "n[1-2]", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = [sys.executable, "-c", RUN_NODES, str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
-    assert (done.returncode, said in done.stdout) == (code, True), done.stderr
+    for name, value in {**JOB, "SLURM_JOB_NODELIST": "n[1-2]", "PATH": f"{tmp_path}:{os.environ['PATH']}"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(signal, "signal", lambda *ignored: None)  # a requeued job ignores signals from then on
+    overrides = ["experiment=demo", "trainer.num_nodes=2", "trainer.devices=1", f"run.root={tmp_path}"]
+    config = compose(TrainConfig, overrides)
+    config.run_dir.mkdir()
+    assert slurm.run_nodes(config) == code
+    output = capfd.readouterr().out
+    assert said in output
     again = code in (Interrupted.exit_code, MachineFault.exit_code) and "not requeued" not in said
-    assert ("called requeue 7" in done.stdout) == again
+    assert ("called requeue 7" in output) == again
 
 
 @pytest.mark.parametrize(

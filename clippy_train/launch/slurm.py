@@ -67,7 +67,9 @@ def run_nodes(config: TrainConfig) -> int:
         code = _why_srun_failed(nodes)
     if code in (Interrupted.exit_code, MachineFault.exit_code):
         stop = why_stop(restarts + 1, [*steps, last_step(config.run_dir)], config.launcher.max_requeues)
-        requeue(stop or _too_short(time.monotonic() - began))
+        if code == Interrupted.exit_code:
+            stop = stop or _too_short(time.monotonic() - began)
+        requeue(stop)
     return code
 
 
