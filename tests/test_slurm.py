@@ -23,6 +23,7 @@ from support.runs import Runs, environment, rank_pids, trained, weights_hash
 from clippy_train.compose import LAUNCH
 from clippy_train.config import load
 from clippy_train.errors import Interrupted
+from clippy_train.launch.agent import SUSPENDED_SECONDS
 from clippy_train.run.folder import ATTEMPTS, JOB_FILE
 from clippy_train.sweep.table import TABLE
 
@@ -182,6 +183,19 @@ def test_an_interrupted_job_is_requeued(runs: Runs, job: Job, interrupt: Callabl
     job.wait_for_requeue(restarts + 1)
     if interrupt in SAVES:
         assert f"interrupted after step {job.last_step()}: saved" in job.log
+
+
+def test_a_suspended_job_stands_still_and_goes_on(runs: Runs, job: Job) -> None:
+    job.let_it_train()
+    if subprocess.run(["scontrol", "suspend", job.number]).returncode:
+        pytest.skip("only an operator may suspend a job")
+    job.wait(lambda: job.fact("JobState") == "SUSPENDED", "not suspended")
+    time.sleep(0.5)  # until a row that was being written is there
+    before = job.last_step()
+    time.sleep(SUSPENDED_SECONDS + 1)
+    assert job.last_step() == before
+    run("scontrol", "resume", job.number)
+    job.wait(lambda: job.last_step() > before, "no step after it")
 
 
 def test_the_requeued_job_equals_the_uninterrupted_run(runs: Runs, reference: str, job: Job) -> None:
