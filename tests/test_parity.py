@@ -55,7 +55,7 @@ def alone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def replay(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str, str], Replay]:
+def replay() -> Callable[[Path, str, str], Replay]:
     """Train on a recording in a layout; the first request for two ranks makes all runs on two ranks."""
     on_two_ranks: dict[Path, dict[tuple[str, str], Replay]] = {}
 
@@ -66,7 +66,7 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str, str
         if folder not in on_two_ranks:
             wanted = [*((name, FP32) for name in TWO_RANKS), ("zero1", BF16)]
             layouts = [[*TWO_RANKS[name], each] for name, each in wanted]
-            made = train_on_two_ranks(folder, tmp_path_factory.mktemp("ranks"), *layouts)
+            made = train_on_two_ranks(FlaxTrace(folder), *layouts)
             on_two_ranks[folder] = dict(zip(wanted, made, strict=True))
         return on_two_ranks[folder][layout, precision]
 

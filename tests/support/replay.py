@@ -1,16 +1,8 @@
-"""Feed a recorded run of the original to the framework's training step: Lightning, strategy, optimizer, schedule.
+"""Feed a recorded run of the original to the framework's training step: Lightning, strategy, optimizer, schedule."""
 
-    python -m support.replay TRACE OUT KEY=VALUE,KEY=VALUE...
-
-runs one rank (RANK, WORLD_SIZE, ... are in the environment), once per list of settings, and writes the results to OUT.
-"""
-
-import json
+import io
 import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -23,14 +15,10 @@ from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
 from clippy_train.data.batches import Batch
 from clippy_train.data.scored import Group
-from clippy_train.launch.agent import (
-    here,
-    rank_environment,
-)
 from clippy_train.model.score import new_sums
 from clippy_train.train.module import CodeLM, code_lm
 from clippy_train.train.strategy import build_trainer
-from support import processes
+from support.distributed import run_distributed
 from support.flax_trace import FlaxTrace
 
 TIMEOUT = 900
@@ -132,25 +120,19 @@ def train(trace: FlaxTrace, config: TrainConfig, rank: int = 0) -> Replay:
     return recorder.seen
 
 
-def train_on_two_ranks(folder: Path, out: Path, *layouts: list[str]) -> list[Replay]:
-    """Train once per list of overrides on the same two real processes; losses are averaged over the ranks."""
-    trace = FlaxTrace(folder)
-    config, place = configuration(trace, "trainer.devices=2"), here()
-    ranks = [
-        processes.start(
-            [sys.executable, "-m", "support.replay", str(folder), str(out / f"{rank}.pt"), *map(",".join, layouts)],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, **rank_environment(config, rank, place), "OMP_NUM_THREADS": "1", "CLIPPY_LAUNCHED": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    output = [process.communicate(timeout=TIMEOUT)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], json.dumps(output)
-    seen = [[Replay(**each) for each in torch.load(out / f"{rank}.pt", weights_only=True)] for rank in range(2)]
-    return [merge_ranks(first, second) for first, second in zip(*seen, strict=True)]
+def train_on_two_ranks(trace: FlaxTrace, *layouts: list[str]) -> list[Replay]:
+    """Train once per list of overrides on the same two processes; losses are averaged over the ranks."""
+
+    def rank() -> bytes:
+        made = [
+            train(trace, configuration(trace, "trainer.devices=2", *each), int(os.environ["RANK"])) for each in layouts
+        ]
+        buffer = io.BytesIO()
+        torch.save(list(map(asdict, made)), buffer)
+        return buffer.getvalue()
+
+    seen = [torch.load(io.BytesIO(data), weights_only=True) for data in run_distributed(rank, 2, TIMEOUT)]
+    return [merge_ranks(Replay(**first), Replay(**second)) for first, second in zip(*seen, strict=True)]
 
 
 def merge_ranks(first: Replay, second: Replay) -> Replay:
@@ -168,9 +150,3 @@ def merge_ranks(first: Replay, second: Replay) -> Replay:
 
 def mean(first: list[float], second: list[float]) -> list[float]:
     return [(a + b) / 2 for a, b in zip(first, second, strict=True)]
-
-
-if __name__ == "__main__":
-    recorded, rank = FlaxTrace(Path(sys.argv[1])), int(os.environ["RANK"])
-    settings = [["trainer.devices=2", *each.split(",")] for each in sys.argv[3:]]
-    torch.save([asdict(train(recorded, configuration(recorded, *each), rank)) for each in settings], sys.argv[2])
