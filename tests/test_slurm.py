@@ -250,9 +250,7 @@ def test_a_job_is_not_requeued_for_ever(runs: Runs) -> None:
 def test_a_job_whose_rank_is_killed_names_it_and_is_requeued(runs: Runs) -> None:
     job = Job(runs, "killed", "launcher.preflight=false", "checkpoint.every_steps=1")
     job.let_it_train()
-    pids = rank_pids(runs.folder("killed"))
-    (second,) = (pid for pid in pids if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(second, signal.SIGKILL)
+    os.kill(rank_pids(runs.folder("killed"), rank=1)[0], signal.SIGKILL)
     job.wait_for_requeue(1)
     assert re.search(r"rank 1 on \S+: killed by signal 9 \(out of memory\?\)", job.log), job.log
     assert "Traceback" not in job.log

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, Any, cast
 
 import optuna
@@ -91,12 +90,13 @@ def swept(runs: Runs) -> Swept:
     return Swept(interrupted, continued, again, other.stderr)
 
 
-def start(runs: Runs, *overrides: str) -> subprocess.Popen[str]:
-    return runs.start_command("train", "-m", *runs.settings, *SETTINGS, *overrides)
+def start(runs: Runs, *overrides: str) -> forks.Command:
+    return runs.start_clippy("train", "-m", *runs.settings, *SETTINGS, *overrides)
 
 
-def outcome(runs: Runs, process: subprocess.Popen[str]) -> Outcome:
+def outcome(runs: Runs, process: forks.Command) -> Outcome:
     output = process.communicate(timeout=150)[0]
+    assert process.returncode is not None
     with (runs.folder("swept") / TABLE).open() as file:
         return process.returncode, output, list(csv.DictReader(file))
 
@@ -202,15 +202,11 @@ def test_a_trial_that_fails_is_marked_and_does_not_end_the_sweep(runs: Runs) -> 
     assert rows == [("0.001", "7", "failed: exit code 3"), ("0.002", "7", "failed: exit code 3")]
 
 
-def fork(command: list[str], env: dict[str, str], stdin: int, start_new_session: bool, **_: object) -> forks.Popen:
-    return forks.Popen(command, env, stdin, start_new_session)
-
-
 def test_a_pruned_trial_saves_and_ends(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs.root)
     for name, value in environment(runs.root).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("clippy_train.sweep.trials.subprocess", SimpleNamespace(Popen=fork, PIPE=subprocess.PIPE))
+    monkeypatch.setattr("clippy_train.sweep.trials.subprocess", forks.SUBPROCESS)
     arguments = [
         *runs.settings, *SETTINGS[:-1], "run.name=pruned", "seed=choice(1)", "trainer.max_steps=100000",
         "trainer.val_every_steps=2",

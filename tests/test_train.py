@@ -157,7 +157,7 @@ def test_a_signal_before_the_first_step_leaves_no_checkpoint(runs: Runs) -> None
 
 
 def test_one_command_at_a_time_trains_in_a_folder_and_no_rank_outlives_its_launcher(runs: Runs) -> None:
-    process = runs.start("orphans", "trainer.max_steps=100000")
+    process = runs.start_command("train", *runs.settings, "run.name=orphans", "trainer.max_steps=100000")
     runs.wait_for_step("orphans", 2, process)
     assert rank_pids(runs.folder("orphans"))
 

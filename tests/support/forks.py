@@ -18,48 +18,97 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
-PRELOADED = ["clippy_train.cli", "clippy_train.train.rank", "clippy_train.launch.start", "support.forks"]
+from support import processes
+
+COMMAND = "clippy_train.cli"
+PRELOADED = [COMMAND, "clippy_train.train.rank", "clippy_train.launch.start", "clippy_train.sweep.sweep", __name__]
 # Read while modules are imported
 AT_IMPORT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class Popen:
+    """The part of `subprocess.Popen` that the package and the tests use for `clippy` and its ranks."""
+
+    returncode: int | None = None
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        stdin: int = subprocess.PIPE,
+        stdout: IO[Any] | None = None,
+        stderr: IO[Any] | None = None,
+        start_new_session: bool = True,
+        cwd: Path | None = None,
+    ) -> None:
+        assert (command[0], stdin) == (sys.executable, subprocess.PIPE)
+        self._command = list(command)
+        read, write = os.pipe()
+        self.stdin: IO[bytes] = os.fdopen(write, "wb")
+        files = [read, stdout.fileno() if stdout else 1, stderr.fileno() if stderr else 2]
+        self._process = _fork(command[1:], cwd or Path.cwd(), env, files, start_new_session)
+        os.close(read)
+        self.pid = self._process.pid or 0
+
+    def poll(self) -> int | None:
+        self.returncode = self._process.exitcode
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired(self._command, timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Command(Popen):
+    """`clippy ARGUMENTS` in the background, in its own session, until the test ends.
+
+    Args:
+        merged: take its standard error for its standard output, as a terminal shows them.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], merged: bool = False
+    ) -> None:
+        self._out = tempfile.TemporaryFile("w+")  # noqa: SIM115  # read when the process has ended
+        self._err = self._out if merged else tempfile.TemporaryFile("w+")  # noqa: SIM115
+        super().__init__(
+            [sys.executable, "-m", COMMAND, *arguments], environment, stdout=self._out, stderr=self._err, cwd=cwd
+        )
+        processes.end_with_test(self)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it wrote to its standard output and its standard error, once it has ended."""
+        self.wait(timeout)
+        self._out.seek(0)
+        out = self._out.read()
+        self._err.seek(0)
+        return out, self._err.read()
 
 
 def run(
     arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """Run `clippy ARGUMENTS` to completion, like `subprocess.run`."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, Path(os.devnull).open() as nothing:
-        files = [nothing.fileno(), out.fileno(), err.fileno()]
-        process = _fork(["-m", "clippy_train.cli", *arguments], cwd, environment, files, new_session=True)
-        process.join(timeout)
-        if process.exitcode is None:
-            os.killpg(process.pid or 0, signal.SIGKILL)
-            raise subprocess.TimeoutExpired(list(arguments), timeout)
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(list(arguments), process.exitcode, out.read(), err.read())
+    process = Command(arguments, cwd, environment)
+    try:
+        return subprocess.CompletedProcess(list(arguments), process.wait(timeout), *process.communicate())
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
-class Popen:
-    """The part of `subprocess.Popen` that `launch.agent` uses for a rank."""
-
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], stdin: int, start_new_session: bool) -> None:
-        assert command[0] == sys.executable
-        read, write = os.pipe()
-        self.stdin: IO[bytes] = os.fdopen(write, "wb")
-        self._process = _fork(command[1:], Path.cwd(), env, [read, 1, 2], start_new_session)
-        os.close(read)
-        self.pid = self._process.pid or 0
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self) -> int | None:
-        self._process.join()
-        return self._process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+# In place of `subprocess` in a module whose processes are to be forked
+SUBPROCESS = SimpleNamespace(Popen=Popen, PIPE=subprocess.PIPE, run=subprocess.run)
 
 
 def _fork(
@@ -90,11 +139,12 @@ class _Process(ForkServerProcess):
 
     def run(self) -> None:
         (_, module, *arguments), cwd, environment, new_session = self._job
-        is_rank = module != "clippy_train.cli"
-        if is_rank:
+        processes.die_with_parent()
+        if module != COMMAND:
             from clippy_train.signals import SIGNALS
 
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the agent does for its ranks
+            Path("/proc/self/comm").write_text(rank_name(environment["RANK"], Path(arguments[0]).name))
         if new_session:
             os.setsid()
         for number, file in enumerate([each.detach() for each in self._files]):  # type: ignore[attr-defined]  # DupFd
@@ -112,13 +162,18 @@ class _Process(ForkServerProcess):
         os._exit(code)
 
 
+def rank_name(rank: str, run: str) -> str:
+    """What `ps` calls a forked rank; Linux keeps 15 characters of it."""
+    return f"rank{rank} {run}"[:15]
+
+
 def _main(module: str, arguments: list[str]) -> int:
-    if module == "clippy_train.cli":
+    if module == COMMAND:
         from clippy_train import cli
         from clippy_train.launch import agent
+        from clippy_train.sweep import trials
 
-        stand_in = SimpleNamespace(Popen=Popen, PIPE=subprocess.PIPE)
-        agent.subprocess = stand_in  # type: ignore[attr-defined, assignment]  # replaces the module that it imports
+        agent.subprocess = trials.subprocess = SUBPROCESS  # type: ignore[attr-defined, assignment]  # what they import
         try:
             return cli.main(arguments)
         except SystemExit as end:

@@ -41,6 +41,7 @@ SMALL = [
     "optim.decay_steps=4",
 ]
 
+Process = subprocess.Popen[str] | forks.Command
 MEASURED = ("throughput/", "slowest/", "system/", "checkpoint/")  # prefixes of values that differ between equal runs
 
 
@@ -69,11 +70,15 @@ class Runs:
         assert result.returncode == code, f"exit code {result.returncode}:\n{result.stdout}\n{result.stderr}"
         return result
 
-    def start(self, name: str, *overrides: str) -> subprocess.Popen[str]:
+    def start(self, name: str, *overrides: str) -> forks.Command:
         """Start training in the background, in its own process group."""
-        return self.start_command("train", *self.settings, f"run.name={name}", *overrides)
+        return self.start_clippy("train", *self.settings, f"run.name={name}", *overrides)
+
+    def start_clippy(self, *arguments: str) -> forks.Command:
+        return forks.Command(arguments, self.root, environment(self.root), merged=True)
 
     def start_command(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a new Python process, where `start_clippy` forks one."""
         return processes.start(
             command(*arguments),
             cwd=self.root,
@@ -101,7 +106,7 @@ class Runs:
         assert "from step" in self.train(name, *overrides).stdout
         assert len(self.rows(name)) > trained
 
-    def wait_for_step(self, name: str, step: int, process: subprocess.Popen[str], key: str = "train/loss") -> None:
+    def wait_for_step(self, name: str, step: int, process: Process, key: str = "train/loss") -> None:
         deadline = time.monotonic() + 100
         while not any(row["step"] >= step for row in self.rows(name, key)):
             assert process.poll() is None, process.communicate()[0]
@@ -123,24 +128,37 @@ def environment(root: Path) -> dict[str, str]:
     }
 
 
-def rank_pids(run_dir: Path) -> list[int]:
-    """Processes that train `run_dir`: ranks and their loader processes."""
+def rank_pids(run_dir: Path, rank: int | None = None) -> list[int]:
+    """Processes that train `run_dir`: its ranks, or one of them, and their loader processes."""
     found = []
-    for entry in Path("/proc").iterdir():
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            line = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            inside = b"clippy_train.train" in line and (entry / "cwd").readlink() == run_dir.parents[1]
+            if (process / "cwd").readlink() != run_dir.parents[1]:
+                continue
+            its_rank = _rank_of(process, run_dir.name)
         except OSError:
             continue
-        if inside and f"runs/{run_dir.name}".encode() in line:
-            found.append(int(entry.name))
+        if its_rank is not None and rank in (its_rank, None):
+            found.append(int(process.name))
     return sorted(found)
 
 
-def end(process: subprocess.Popen[str], number: signal.Signals) -> int:
+def _rank_of(process: Path, run: str) -> int | None:
+    """The rank that a process has in a run, or whose loader it is; it was forked or started."""
+    name, line = (process / "comm").read_text().strip(), (process / "cmdline").read_bytes().split(b"\0")
+    if name == forks.rank_name(name[4:5], run):
+        return int(name[4])
+    if b"clippy_train.train" in line and f"runs/{run}".encode() in line:
+        variables = dict(each.partition(b"=")[::2] for each in (process / "environ").read_bytes().split(b"\0"))
+        return int(variables.get(b"RANK", b"0"))
+    return None
+
+
+def end(process: Process, number: signal.Signals) -> int:
     """Signal a launcher and return its exit code."""
     process.send_signal(number)
     process.communicate(timeout=90)
+    assert process.returncode is not None
     return process.returncode
 
 

@@ -120,11 +120,14 @@ class Chaos:
         gpt_neo(window=8, hidden=32, heads=2, vocab_size=vocab_size, dropout=0.1).save_pretrained(base)
         self.settings = [*SETTINGS, f"model.base={base}"]
         started = time.monotonic()
-        process = runs.start("reference", *self.settings)
+        process = self.start("reference")
         runs.wait_for_step("reference", 1, process)
         self.start_up = time.monotonic() - started
         assert process.wait(TIMEOUT) == 0
         self.reference = self.outcome("reference")
+
+    def start(self, name: str) -> subprocess.Popen[str]:
+        return self.runs.start_command("train", *self.runs.settings, f"run.name={name}", *self.settings)
 
     def outcome(self, name: str) -> dict[str, Any]:
         """Everything that must not depend on the faults."""
@@ -164,7 +167,7 @@ class Chaos:
 
     def attempt(self, name: str, fault: Fault) -> bool:
         """Start a run and inject one fault; False if the run finished before it."""
-        run = Run(self.runs.folder(name), self.runs.start(name, *self.settings))
+        run = Run(self.runs.folder(name), self.start(name))
         moment = self.rng.choice(self.moments)
         self.wait_for(moment, run, name)
         if not run.alive:
