@@ -4,7 +4,7 @@
                                              text, 60 without; SRC without: the packages beside this Python's library
 
 Every program reads the same JSON lines, drops near duplicates by MinHash, and writes what is left. `clippy corpus` also
-drops exact ones, compares candidates in truth, splits and shuffles; the others do not. datatrove gets our words, since
+drops exact ones, compares candidates directly, splits and shuffles; the others do not. datatrove gets our words, since
 its own tokenizer is slower. Each prints one JSON object per row; the table, with date and versions, is written to
 `benchmarks/corpus.md`. Seconds are those of the wall, and of all cores together; memory is the largest process, and all
 of them, read every 50 ms. The programs take turns, so ratios hold on a machine that is not quite idle.

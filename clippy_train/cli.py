@@ -198,7 +198,7 @@ VERBS = {
         config.PlanConfig,
         run_plan,
         "clippy plan experiment=NAME",
-        "Show what a training will take; the same as train --dry-run.",
+        "Show what a run will take; the same as train --dry-run.",
     ),
     "checkpoint": Verb(
         config.CheckpointsConfig,

@@ -340,8 +340,8 @@ class TrainerConfig:
 
     max_steps: int = key("Optimizer steps of the whole run.", minimum=1)
     max_epochs: int | None = key(
-        "Ends the run earlier: after the step in which all streams of the corpus, or of a source of a mixture, have "
-        "read it so often and begun again. null reads it without end.",
+        "End the run early: after the step in which all streams of the corpus, or of any source of a mixture, have read "
+        "it this many times and started over. null: no limit.",
         None,
         minimum=1,
     )
@@ -555,7 +555,7 @@ class DedupConfig:
         True,
     )
     near: bool = key(
-        "Drop a document that is similar to an earlier one that is kept (MinHash LSH, then compared in truth).", False
+        "Drop a document that is similar to an earlier one that is kept (MinHash LSH, then compared directly).", False
     )
     threshold: float = key(
         "For dedup.near: Jaccard similarity of two documents' sequences of 5 words from which they count as similar.",
@@ -572,10 +572,10 @@ class DedupConfig:
 class CorpusSlurmConfig:
     """Jobs that build a corpus on many nodes; the result does not depend on them."""
 
-    partition: str | None = key("Partition to submit the stages to, as job arrays; null works here.", None, text=True)
+    partition: str | None = key("Partition to submit the stages to, as job arrays; null builds on this machine.", None, text=True)
     tasks: int = key("Jobs in the array of a stage, each on one core.", 64, minimum=1)
-    hours: int = key("Time limit of a job.", 24, minimum=1)
-    memory_gb: int = key("Memory of a job.", 2, minimum=1)
+    hours: int = key("Time limit of a job, in hours.", 24, minimum=1)
+    memory_gb: int = key("Memory of a job, in GB.", 2, minimum=1)
 
 
 @dataclass
@@ -609,7 +609,7 @@ class CorpusConfig:
     )
     shard_bytes: int = key("Largest shard, in bytes before compression.", 8_000_000, minimum=1)
     seed: int = key("Seed of the split and of the order of documents.", 42, minimum=0, maximum=MAX_SEED)
-    workers: int = key("Processes that share the work; the result does not depend on them.", 1, minimum=1)
+    workers: int = key("Processes that share the work; the result does not depend on their number.", 1, minimum=1)
     slurm: CorpusSlurmConfig = field(default_factory=CorpusSlurmConfig)
 
 
@@ -736,13 +736,13 @@ class EvaluateConfig:
     n: int = key("humaneval: samples per problem. completion: lines to complete in each document.", 1, minimum=1)
     infill: str = key(
         "completion: what a model writes given the text before and after it, if it was trained with data.fim_rate: the "
-        "same lines as without (line), or from inside of a line to inside of one of the next (span).",
+        "same lines as without (line), or from inside a line to inside one of the next (span).",
         "none",
         choices=("none", "line", "span"),
     )
     ks: list[int] = key("humaneval: k of pass@k; those above the number of samples are skipped.", [1, 10, 100])
     temperature: list[float] = key(
-        "humaneval: sampling temperature; 0 is greedy. Of several, [0.2,0.6,0.8], each k counts with its best one.",
+        "humaneval: sampling temperature; 0 is greedy. With several, as in [0.2,0.6,0.8], each k takes its best one.",
         [0.0],
     )
     share: str | None = key(

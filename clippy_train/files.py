@@ -11,7 +11,7 @@ from typing import TextIO
 from clippy_train.errors import ConfigError
 
 STAGING = ".writing"  # suffix of what is not complete yet
-NO_ROOM = 1 << 16  # bytes: what a file system has left when a write has failed for want of more
+NO_ROOM = 1 << 16  # bytes: less than this left on a file system explains a write that failed
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins whose content Git LFS did not fetch
 
 

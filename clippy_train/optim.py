@@ -106,7 +106,7 @@ def build_optimizer(model: nn.Module, settings: OptimConfig) -> torch.optim.Opti
 
 def build_adamw(model: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
     """AdamW with the original's decay mask: everything decays, embeddings included, but biases and LayerNorm scales."""
-    assert settings.betas is not None  # `config.problems` requires betas, eps and weight_decay for AdamW
+    assert settings.betas is not None  # `config.training_problems` requires betas, eps and weight_decay for AdamW
     assert settings.eps is not None
     decayed, plain = parameter_groups(model)
     groups: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""What a training will take, from its configuration alone: arithmetic, no device, no network.
+"""What a run will take, from its configuration alone: arithmetic, no device, no network.
 
 What depends on hardware is a range, from the assumptions that are constants here and are printed with it. None of
 them was measured on a GPU by this project.

@@ -59,7 +59,9 @@ def anchors(path: Path) -> set[str]:
 def test_the_rows_of_a_table_have_as_many_cells_as_its_header(path: Path) -> None:
     text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", path.read_text()))  # code may hold a bar
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        assert len({row.replace(r"\|", "").count("|") for row in table.splitlines()}) == 1, table
+        _, separator, *_ = rows = table.splitlines()
+        assert len({row.replace(r"\|", "").count("|") for row in rows}) == 1, table
+        assert re.fullmatch(r"[|:\s-]+", separator), table
 
 
 @every_doc

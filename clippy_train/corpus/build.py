@@ -2,7 +2,7 @@
 
 Promises: the same sources and settings give the same bytes, however many processes work; no repository is in two
 splits; rejected documents are counted by rule. What is finished of an interrupted build stays in a hidden folder beside
-`out`, and the same command goes on from there, to the same bytes; `out` is complete or absent. Memory is that of the
+`out`, and the same command continues from there, to the same bytes; `out` is complete or absent. Memory is that of the
 `stages`, for each process. Disk holds the text twice, compressed, and with `dedup.near` a third time.
 """
 
@@ -93,7 +93,7 @@ def _alone(build: Build) -> Iterator[None]:
             shutil.rmtree(build.folder)
             raise
         except BaseException:
-            log.warning("interrupted: the same command goes on from %s", build.folder)
+            log.warning("interrupted: the same command continues from %s", build.folder)
             raise
         shutil.rmtree(build.folder)
 

@@ -1,7 +1,7 @@
 """Which documents are duplicates: exact ones (the same words in the same order) and near ones (similar shingles).
 
 Only words (runs of letters, digits and underscores) are compared, as in the original: white space and punctuation do
-not count. Near duplicates are found by MinHash LSH and then compared in truth: a document is dropped only if the
+not count. Near duplicates are found by MinHash LSH and then compared directly: a document is dropped only if the
 Jaccard similarity of its shingles to those of a *kept* document reaches the threshold. Pure functions of documents and
 tables; `stages` says which documents meet. Cost on one core: 20 MB/s for digests, 9 MB/s for band hashes.
 """

@@ -62,7 +62,7 @@ def source_files(sources: list[Path], out: Path) -> Iterator[SourceFile]:
     """Every regular file below the source folders.
 
     A folder with a `.git` is one repository, named after its origin, or else after its path; so are all its worktrees.
-    A bare clone has no files, and is skipped. A file outside of any repository belongs to the top-level entry of its
+    A bare clone has no files, and is skipped. A file outside any repository belongs to the top-level entry of its
     source folder: a package, or a single module. A repository that is the only source is divided in the same way, since
     nothing could be held out otherwise.
 

@@ -1,7 +1,7 @@
 """Tasks of a stage, in this process or in several: each is done once, and its result is a folder, complete or absent.
 
 Promises: a task whose result exists is not repeated; no worker outlives its command, however that ends; a worker that
-is killed ends the command with a message (datatrove's local executor waits for it for ever). Starting a worker costs a
+is killed ends the command with a message (datatrove's local executor waits for it forever). Starting a worker costs a
 second, a task in one a millisecond.
 """
 
@@ -56,7 +56,7 @@ class Workers:
             yield from self._pool.map(function, tasks)
         except BrokenProcessPool:
             raise Interrupted(
-                "a worker was killed, perhaps for want of memory: repeat the command to go on, with fewer workers if so"
+                "a worker was killed; if memory ran out, use fewer workers. The same command continues from there"
             ) from None
 
 

@@ -1,7 +1,7 @@
 """The corpora that a run reads, one or the sources of a mixture, and which stream reads which of them.
 
 Promises: what a stream reads is a pure function of the settings (with `data.source_temperature`, also of the sizes in
-the manifests). Every step takes as many blocks from each stream, so a source's share of the tokens is exactly its share
+the manifests). Every step takes the same number of blocks from each stream, so a source's share of the tokens is exactly its share
 of the streams. Stream `i` of the `n` of a source reads it as a run of `n` streams would. Costs what opening the corpora
 costs. Needs no torch.
 """
@@ -122,7 +122,7 @@ def shard_names(sources: Sequence[Source]) -> list[tuple[str, ...]]:
 
 
 def read_through(sources: Sequence[Source], epochs: np.ndarray, times: int) -> list[Source]:
-    """The sources of which every document was read so often; `epochs`, `[streams]`, is that which each stream is in."""
+    """The sources that all of their streams have read `times` times; `epochs`, `[streams]`, is each stream's epoch."""
     return [source for source in sources if epochs[list(source.streams)].min() >= times]
 
 

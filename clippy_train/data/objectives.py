@@ -92,7 +92,7 @@ class Part(NamedTuple):
 class FillInTheMiddle:
     """Some documents in another order, so that a model learns to write what stands between two texts.
 
-    Text is cut at two of its characters, and its pieces are encoded apart. With P, M and S for the special tokens, they
+    Text is cut at two of its characters, and its pieces are encoded separately. With P, M and S for the special tokens, they
     become `P prefix S suffix M middle` or, with the suffix first, `P S suffix M prefix middle`; as in StarCoder, both
     end with the middle. Other documents stay as `LeftToRight` has them.
 

@@ -22,7 +22,7 @@ from clippy_train.shards.sources import Corpus
 
 T = TypeVar("T", bound=Hashable)
 
-LENGTH_MULTIPLE = 128  # of sequences that are shorter than the others: kernels work on blocks of so many tokens
+LENGTH_MULTIPLE = 128  # of sequences that are shorter than the others: kernels work on blocks of this many tokens
 UNKNOWN = "unknown"  # language or repository that the meta does not name
 
 
@@ -32,7 +32,7 @@ class ScoredSequence(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What a validation scores apart: a language of a source's split, or of reference solutions."""
+    """What a validation scores separately: a language of a source's split, or of reference solutions."""
 
     language: str
     source: str = ""
@@ -121,7 +121,7 @@ def scored_solutions(
 ) -> Iterator[ScoredSequence]:
     """The reference solution of each problem, predicted from the token `start`, the prompt and the tokens before.
 
-    Prompt and solution are encoded apart, as they are when a model continues the prompt. Every token of a solution is
+    Prompt and solution are encoded separately, as they are when a model continues the prompt. Every token of a solution is
     scored exactly once; what exceeds `seq_len` is in further windows, as in `scored_windows`. All sequences have one
     length, which is below `seq_len` if that is enough for the longest.
     """

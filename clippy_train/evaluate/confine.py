@@ -65,7 +65,7 @@ def call(name: str, *arguments: object) -> int:
 def enter_namespaces() -> None:
     """Leave the system's network, IPC and mounts; the next child is the first process of a new process namespace.
 
-    Whoever is not root needs a user namespace for it, in which the user stays the same.
+    Users other than root need a user namespace for it, in which they stay the same.
     """
     uid, gid = os.getuid(), os.getgid()
     call("unshare", NEWNS | NEWIPC | NEWPID | NEWNET | (NEWUSER if uid else 0))
@@ -125,7 +125,7 @@ def _show(path: str, source: int, target: str) -> None:
 
 
 def become(uid: int) -> None:
-    """Become another user for ever, with a group of the same number and no other."""
+    """Become another user permanently, with a group of the same number and no other."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -185,7 +185,7 @@ def landlock_rules(readable: Iterable[str], writable: Iterable[str]) -> int | No
 
 
 def enforce_landlock(rules: int) -> None:
-    """Apply rules to this process and its future children, for ever. Requires `drop_capabilities`."""
+    """Apply rules to this process and its future children, permanently. Requires `drop_capabilities`."""
     call("syscall", LANDLOCK_RESTRICT, rules, 0)
     os.close(rules)
 

@@ -1,4 +1,4 @@
-"""Run one sample under supervision: the two processes inside of the sandbox. `sandbox` starts `main` in an interpreter.
+"""Run one sample under supervision: the two processes inside the sandbox. `sandbox` starts `main` in an interpreter.
 
 The supervisor confines itself to new namespaces if they are available, forks the sample's process, adds up what all the
 sample's processes use, ends them, and reports. The sample's process restricts itself and then runs the program and its
@@ -114,7 +114,7 @@ def supervised(job: Job) -> str:
 
 
 def become_first_process() -> None:
-    """Go on as the first process of the new namespace; the process outside waits for it."""
+    """Continue as the first process of the new namespace; the process outside waits for it."""
     first = os.fork()
     if first:
         os.waitpid(first, 0)
@@ -123,7 +123,7 @@ def become_first_process() -> None:
 
 
 def readable_paths() -> list[str]:
-    """The interpreter's folders and the system's, without those inside of another."""
+    """The interpreter's folders and the system's, without those inside another."""
     prefixes = {path for prefix in (sys.prefix, sys.base_prefix) for path in (prefix, os.path.realpath(prefix))}
     found: list[str] = []
     for path in (*confine.SYSTEM, *sorted(prefixes)):
@@ -236,7 +236,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def reaped(wanted: int) -> int | None:
-    """Take leave of all children that have ended; return the wait status of the wanted one if it is among them."""
+    """Reap all children that have ended; return the wait status of the wanted one if it is among them."""
     found = None
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -270,7 +270,7 @@ def send_signal(pids: set[int], number: int) -> None:
 
 
 def out_of_memory_kills() -> int:
-    """How many processes the kernel has killed for want of memory."""
+    """How many processes the kernel has killed because memory ran out."""
     lines = Path("/proc/vmstat").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 

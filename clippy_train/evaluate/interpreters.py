@@ -1,4 +1,4 @@
-"""Programs in other languages than Python, run by their interpreters inside of the sandbox.
+"""Programs in languages other than Python, run by their interpreters inside the sandbox.
 
 A program and its tests become one file, whose last statement prints a secret. `run_checked` runs the Python that starts
 the interpreter on it, so all protections and limits hold, and whatever ends the program before its tests are through is

@@ -45,7 +45,7 @@ ENVIRONMENT = {
     **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},  # the interpreter may need it
 }
 RETRY_SECONDS = 1.0
-PATIENCE = 100  # a sandbox that takes so many times the sample's limit does not work
+PATIENCE = 100  # a sandbox that takes this many times the sample's limit does not work
 
 NO_NAMESPACES = "samples see the names of other processes, and can change files in /dev/shm (no namespaces)"
 

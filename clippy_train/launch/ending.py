@@ -46,11 +46,11 @@ def describe(failed: Mapping[int, int], run_dir: Path) -> str:
     """
     host = socket.gethostname()
     lost = [rank for rank, code in failed.items() if code == MachineFault.exit_code]
-    told = [f"rank {rank} on {host}: {_how(code)}" for rank, code in failed.items() if rank not in lost]
+    said = [f"rank {rank} on {host}: {_how(code)}" for rank, code in failed.items() if rank not in lost]
     if lost:
         ranks = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} on {host}"
-        told.append(f"{ranks}: {_last_line(lost_file(run_dir, lost[0]))} (more in {run_dir / LOST})")
-    return "; ".join(told)
+        said.append(f"{ranks}: {_last_line(lost_file(run_dir, lost[0]))} (more in {run_dir / LOST})")
+    return "; ".join(said)
 
 
 def _how(code: int) -> str:

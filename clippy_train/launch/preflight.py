@@ -53,7 +53,7 @@ def check(config: TrainConfig) -> str:
 
 
 def join_ranks(backend: str, seconds: int) -> None:
-    """Join the process group, and wait so long for the slowest rank.
+    """Join the process group; wait at most `seconds` for the slowest rank.
 
     Raises:
         MachineFault: not all ranks joined in time.

@@ -26,7 +26,7 @@ class Offer:
 
     Attributes:
         launcher: `local`, `slurm` or `torchrun`.
-        nodes: number of nodes; 0 for launcher=slurm outside of a job.
+        nodes: number of nodes; 0 for launcher=slurm outside a job.
         processes: per node: torchrun's processes, a Slurm job's tasks (None if the job names none).
         gpus: per node, if Slurm counts them.
     """

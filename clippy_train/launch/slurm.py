@@ -85,10 +85,10 @@ def announce(config: TrainConfig) -> None:
         )
 
 
-def _too_short(lived: float) -> str | None:
-    """Why an attempt that lived so many seconds would be followed by others as short, if that is so."""
+def _too_short(lasted: float) -> str | None:
+    """Why an attempt that lasted this many seconds would be followed by others as short, if that is so."""
     limit = time_limit(job_facts(job_id()))
-    if limit is not None and limit <= WARNING_SECONDS and lived < limit / 2:
+    if limit is not None and limit <= WARNING_SECONDS and lasted < limit / 2:
         return f"its time limit of {limit} s is shorter than the warning before it"
     return None
 

@@ -1,7 +1,7 @@
 """Bytes of a GPU's memory in training, by what they hold: a closed formula from the configuration.
 
 `tests/test_memory.py` compares it with what the real engines hold on fake tensors. Left out: the CUDA context, NCCL's
-buffers, workspaces inside of kernels and fragmentation; `model.compile` needs less than is said here. Per token, layer
+buffers, workspaces inside kernels and fragmentation; `model.compile` needs less than this. Per token, layer
 and unit of width, a fused kernel keeps 32 bytes in bf16 (as Korthikanti et al., 2022, section 4.1, less the scores),
 the loss one chunk of logits.
 """

@@ -37,7 +37,7 @@ class Problem:
 
     Attributes:
         test: Python that defines `check(candidate)`, which raises if the function `entry_point` is wrong; in another
-            language, a script to run behind the program; empty if there is none.
+            language, a script to run after the program; empty if there is none.
         reference: a right continuation of the prompt; empty if the file has none.
         stop: what ends a continuation.
         suffix: what follows a continuation, if that is to fill a gap.

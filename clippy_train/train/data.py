@@ -23,7 +23,7 @@ class DataModule(pl.LightningDataModule):
         step: the last one that was made.
 
     Attributes:
-        groups: what validations score apart; known from the first `val_dataloader` on.
+        groups: what validations score separately; known from the first `val_dataloader` on.
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Any, rank: int, cursors: np.ndarray, step: int = 0) -> None:

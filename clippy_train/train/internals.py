@@ -87,7 +87,7 @@ PRIVATE = (
     Part(
         "deepspeed.runtime.engine:DeepSpeedEngine",
         "_copy_recovery_script",
-        "writes a file outside of `checkpoint_engine.save`",
+        "writes a file outside `checkpoint_engine.save`",
     ),
     Part("deepspeed.runtime.engine:DeepSpeedEngine", "global_steps", "a run from a base model's step must set it"),
     Part(

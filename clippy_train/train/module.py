@@ -118,6 +118,6 @@ def code_lm(module: pl.LightningModule) -> CodeLM:
 
 
 def groups(trainer: pl.Trainer) -> list[Group]:
-    """What a validation scores apart, which the run's data knows once it has made the validation batches."""
+    """What a validation scores separately, which the run's data knows once it has made the validation batches."""
     found: list[Group] = trainer.datamodule.groups  # type: ignore[attr-defined]  # set by `Trainer.fit`
     return found

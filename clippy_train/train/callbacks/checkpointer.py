@@ -235,7 +235,7 @@ def on_all_ranks(folder: Path, work: Callable[[], Any] | None) -> list[str]:
 
 
 def make_staging(staging: Path, is_deepspeed: bool) -> None:
-    """The folder that a checkpoint is written to, with what DeepSpeed would write outside of `Writer.take`."""
+    """The folder that a checkpoint is written to, with what DeepSpeed would write outside `Writer.take`."""
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     if is_deepspeed:
