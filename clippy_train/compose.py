@@ -173,8 +173,16 @@ def _require_sections(name: str, schema: type, items: list[Any]) -> None:
         try:
             OmegaConf.merge(schema, item)
         except (OmegaConfBaseException, ValueError) as error:
-            at_fault, cause = _key_at_fault(error)
-            raise ConfigError(f"{name}[{index}]{at_fault and f'.{at_fault}'}: {first_line(cause)}") from error
+            raise ConfigError(_wrong_item(f"{name}[{index}]", schema, error)) from error
+
+
+def _wrong_item(place: str, schema: type, error: Exception) -> str:
+    """What is wrong with an item of a list of sections."""
+    at_fault, cause = _key_at_fault(error)
+    name, known = re.sub(r"\[\d+\]$", "", at_fault), dict(keys(schema))
+    if name in known:
+        return f"{place}.{name}: must be {_type_name(known[name].type)}"
+    return f"{place}: {_unknown_key(name, list(known)) if name else first_line(cause)}"
 
 
 def _unknown_key(name: str, known: list[str]) -> str:
@@ -275,9 +283,12 @@ def _wrong_type(schema: type, parsed: list[Override], error: Exception) -> str |
     given = [input_line(override) for override in parsed if override.key_or_group == name]
     if not given or name not in dict(keys(schema)):
         return None
-    declared = dict(keys(schema))[name].type
+    return f"{given[-1]}: must be {_type_name(dict(keys(schema))[name].type)}"
+
+
+def _type_name(declared: Any) -> str:
     allowed = get_args(declared) if isinstance(declared, UnionType) else (declared,)
-    return f"{given[-1]}: must be {' or '.join(TYPE_NAMES[each] for each in allowed)}"
+    return " or ".join(TYPE_NAMES[each] for each in allowed)
 
 
 def _key_at_fault(error: BaseException) -> tuple[str, BaseException]:

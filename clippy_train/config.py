@@ -27,6 +27,7 @@ T = TypeVar("T")
 WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]  # the model card's, in its order
 FIM_TOKENS = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]  # StarCoder's
 PROMPT = "def greet(name):\n  '''A function to greet user. Given a user name it should say hello'''\n"  # the card's
+POSITIVE = 1e-9  # the minimum of a key whose value must be above 0
 MAX_SEED = 2**31 - 1  # numpy's limit is 2**32 - 1, and each rank adds its number
 SOURCE_NAME = r"[\w.+#-]+"  # a part of the names of metrics
 # Keys of `model` that must match the base model, as the Hugging Face configuration names them.
@@ -185,7 +186,7 @@ class MixtureSource(SourceConfig):
         "Share of the tokens, relative to the weights of the other sources; null is 1, unless data.source_temperature "
         "decides.",
         None,
-        minimum=1e-9,
+        minimum=POSITIVE,
     )
 
 
@@ -202,7 +203,7 @@ class DataConfig(SourceConfig):
         "Weigh each source by its size to the power of 1 / temperature: 1 in proportion to the sizes, 2 by their "
         "square roots. null takes the weights.",
         None,
-        minimum=1e-9,
+        minimum=POSITIVE,
     )
     validation_split: str = key("Split to validate on.", "validation", text=True)
     val_problems: str | None = key(
@@ -383,7 +384,7 @@ class TrainerConfig:
         "Dense peak of one device at trainer.precision, in TFLOP/s; throughput/mfu is a share of it. null: the bf16 "
         "peak of common GPUs; on other devices no MFU is logged.",
         None,
-        minimum=1e-9,
+        minimum=POSITIVE,
     )
     deterministic: bool = key("Refuse operations whose result varies from run to run.", True)
 
@@ -541,7 +542,7 @@ class PlanConfig(TrainConfig):
     memory_gb: float | None = key(
         "Memory of a GPU, in GB of 10^9 bytes: also find the largest trainer.micro_batch_size that fits.",
         None,
-        minimum=1e-9,
+        minimum=POSITIVE,
     )
 
 
@@ -890,7 +891,7 @@ def limit_problems(config: object, section: str = "") -> list[str]:
                 f"{name}={value}: must be {'any' if isinstance(value, list) else 'one'} of {', '.join(choices)}"
             )
         if minimum is not None and value is not None and value < minimum:
-            found.append(f"{name}={value}: must be at least {minimum}")
+            found.append(f"{name}={value}: must be {'above 0' if minimum == POSITIVE else f'at least {minimum}'}")
         if maximum is not None and value is not None and value > maximum:
             found.append(f"{name}={value}: must be at most {maximum}")
     return found

@@ -9,7 +9,7 @@ from typing import Any, cast
 from omegaconf import MISSING
 
 from clippy_train.compose import groups
-from clippy_train.config import TrainConfig, as_yaml, keys, listed_section
+from clippy_train.config import POSITIVE, TrainConfig, as_yaml, keys, listed_section
 
 REQUIRED = "(required)"
 GROUPS = (
@@ -41,6 +41,8 @@ def limits(field: dataclasses.Field[Any]) -> str:
         return f"{'Any' if field.type == list[str] else 'One'} of {', '.join(choices)}."
     if maximum is not None:
         return f"From {minimum:.12g} to {maximum:.12g}."
+    if minimum == POSITIVE:
+        return "Above 0."
     return f"At least {minimum:.12g}." if minimum is not None else ""
 
 

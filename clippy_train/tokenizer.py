@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from clippy_train.config import FIM_TOKENS
 from clippy_train.errors import ConfigError, first_line
-from clippy_train.files import lfs_hint
+from clippy_train.files import lfs_hint, looks_local
 
 END_OF_TEXT = "<|endoftext|>"
 FIM_NAMES = ("fim_prefix_token", "fim_middle_token", "fim_suffix_token")  # in tokenizer_config.json
@@ -40,6 +40,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         ConfigError: it cannot be loaded, is not a fast tokenizer, or has no end-of-text token.
     """
+    if looks_local(str(name)) and not Path(name).exists():
+        raise ConfigError(f"no tokenizer could be loaded from {name}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)  # otherwise it asks
     except Exception as error:  # the tokenizers library raises nothing more specific

@@ -515,6 +515,7 @@ def test_two_options_of_a_group_are_refused(capsys: Capture) -> None:
         (["optim.stable_steps=5"], "optim.schedule=cosine and optim.stable_steps=5: "),
         (["optim.lr=nan"], "optim.lr=nan: must be a finite number"),
         (["checkpoint.every_minutes=inf"], "checkpoint.every_minutes=inf: must be a finite number"),
+        (["trainer.peak_tflops=0"], "trainer.peak_tflops=0.0: must be above 0"),
         (["seed=99999999999"], "seed=99999999999: must be at most"),
         (["run.name=${nope}"], "nope"),
         (["data.filter.extensions=.py,.c"], "needs brackets: data.filter.extensions=[.py,.c]"),
@@ -584,14 +585,22 @@ def test_train_without_an_experiment_says_what_to_add(capsys: Capture) -> None:
     assert "experiment=NAME" in message
 
 
+@pytest.mark.parametrize("place", ["none", "file"])
 def test_a_missing_corpus_names_the_key_and_how_to_make_one(
-    capsys: Capture, tmp_path: Path, monkeypatch: Patch
+    place: str, capsys: Capture, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    message = fails(capsys, 3, *DEMO, f"data.path={tmp_path / 'none'}", "model.base=null", "tokenizer.base=org/name")
-    assert "data.path=" in message
+    Path("file").touch()
+    message = fails(capsys, 3, *DEMO, f"data.path={tmp_path / place}", "model.base=null", "tokenizer.base=org/name")
+    assert f"data.path={tmp_path / place}: no such folder" in message
     assert "clippy corpus" in message
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_rule_that_cannot_be_followed_is_named_by_its_key_in_training(capsys: Capture, tiny_corpus: Path) -> None:
+    corpus = [f"data.path={tiny_corpus}", "tokenizer.base=org/name"]
+    message = fails(capsys, 2, *DEMO, *corpus, "data.filter.opt_out=nowhere.txt")
+    assert "data.filter.opt_out=nowhere.txt cannot be read" in message
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,12 @@ def test_a_source_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
         build(tmp_path / "nowhere", tmp_path / "out")
 
 
+def test_a_source_without_files_is_an_error_that_counts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"src=.*empty.*: 0 repositories .*rejected: none"):
+        build(tmp_path / "empty", tmp_path / "out")
+
+
 @pytest.mark.parametrize("left", [[], ["one"], ["one", "two"]], ids=len)
 def test_too_few_repositories_are_an_error_that_leaves_no_files(
     packages: Path, tmp_path: Path, left: list[str]

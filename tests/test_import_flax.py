@@ -215,7 +215,7 @@ def with_config(**changes: Any) -> Damage:
 
 
 NOT_A_CHECKPOINT: dict[str, tuple[Damage, str]] = {
-    "no such folder": (shutil.rmtree, "config.json"),
+    "no such folder": (shutil.rmtree, "no such folder"),
     "no weights": (lambda folder: (folder / "flax_model.msgpack").unlink(), "flax_model.msgpack"),
     "config that is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "config that contradicts itself": (with_config(num_layers=3), "`config.num_layers = 3`"),

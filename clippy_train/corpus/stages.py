@@ -384,10 +384,10 @@ def held_out_repositories(number: int, names: list[str], tally: Tally, config: C
     held_out = max(1, round(config.validation_fraction * number)), max(1, round(config.test_fraction * number))
     if number <= sum(held_out):
         examples = f" ({', '.join(names[:5])})" if names else ""
-        rejected = ", ".join(f"{count:,} {rule}" for rule, count in tally.rejected.items()) or "none"
+        rejected = ", ".join(f"{count:,} {rule}" for rule, count in (+tally.rejected).items()) or "none"
         raise DataError(
-            f"src=[{','.join(config.src)}], hub={config.hub or 'null'}: {number} repositories or "
-            f"packages{examples} have accepted documents (rejected: {rejected}), too few for three splits; add sources "
+            f"src=[{','.join(config.src)}], hub={config.hub or 'null'}, problems=[{','.join(config.problems)}]: {number} "
+            f"repositories or packages{examples} have accepted documents (rejected: {rejected}), too few for three splits; add sources "
             "with more, or change validation_fraction or test_fraction"
         )
     return held_out

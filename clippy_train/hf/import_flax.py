@@ -46,6 +46,8 @@ def import_flax(config: ImportConfig) -> str:
         CheckpointError: a file is damaged, or tensors are missing, unused or of another shape.
     """
     source = Path(config.flax)
+    if not source.is_dir():  # a library would look for it on the hub
+        raise ConfigError(f"flax={source}: no such folder")
     with new_folder(Path(config.out), "out") as out:
         model = load_flax_model(source)
         model.save_pretrained(out)

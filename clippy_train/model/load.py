@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from clippy_train.errors import ConfigError, first_line
-from clippy_train.files import lfs_hint
+from clippy_train.files import lfs_hint, looks_local
 from clippy_train.tokenizer import load_tokenizer
 
 
@@ -37,6 +37,8 @@ def load_model(name: str) -> PreTrainedModel:
     Raises:
         ConfigError: it cannot be loaded.
     """
+    if looks_local(name) and not Path(name).exists():
+        raise ConfigError(f"no model could be loaded from {name}: no such folder")
     try:
         # Otherwise the library asks on the terminal whether to run a model's own code
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)

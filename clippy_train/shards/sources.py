@@ -20,7 +20,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from clippy_train.config import DataConfig, FilterConfig, SourceConfig
-from clippy_train.errors import DataError
+from clippy_train.errors import ClippyError, DataError
 from clippy_train.shards.filters import require_rules
 from clippy_train.shards.format import (
     ALL_LINES,
@@ -168,11 +168,19 @@ def open_corpus(
         ConfigError: a rule of `data.filter` cannot be followed.
         DataError: the place does not exist or has no shards; the message names the key and the fix.
     """
-    require_rules(data.filter)
+    _require_rules(data.filter, section)
     rules = data.filter if data.filter != FilterConfig() else None
     fields = Fields(data.text_column, rules, with_meta, prompt_column)
     name = data.validation_split if isinstance(data, DataConfig) and split == "validation" else split
     return _open_hub(data, name, fields, section) if data.hub else _open_files(str(data.path), name, fields, section)
+
+
+def _require_rules(rules: FilterConfig, section: str) -> None:
+    """`require_rules`, whose messages begin with `filter`, for the rules of a section."""
+    try:
+        require_rules(rules)
+    except ClippyError as error:
+        raise type(error)(f"{section}.{error}") from error
 
 
 def require_text(corpus: Corpus, section: str = "data") -> None:
@@ -236,7 +244,7 @@ def _open_files(path: str, split: str, fields: Fields, section: str) -> FileCorp
 def _read_manifest(fs: Any, root: str, place: str) -> bytes:
     try:
         content: bytes = retried(fs.cat_file, root + MANIFEST, what=f"{place}: {MANIFEST}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return b""
     return content
 
