@@ -341,8 +341,8 @@ class TrainerConfig:
 
     max_steps: int = key("Optimizer steps of the whole run.", minimum=1)
     max_epochs: int | None = key(
-        "End the run early: after the step in which all streams of the corpus, or of any source of a mixture, have read "
-        "it this many times and started over. null: no limit.",
+        "End the run early: after the step in which all streams of the corpus, or of any source of a mixture, have "
+        "read it this many times and started over. null: no limit.",
         None,
         minimum=1,
     )
@@ -573,7 +573,9 @@ class DedupConfig:
 class CorpusSlurmConfig:
     """Jobs that build a corpus on many nodes; the result does not depend on them."""
 
-    partition: str | None = key("Partition to submit the stages to, as job arrays; null builds on this machine.", None, text=True)
+    partition: str | None = key(
+        "Partition to submit the stages to, as job arrays; null builds on this machine.", None, text=True
+    )
     tasks: int = key("Jobs in the array of a stage, each on one core.", 64, minimum=1)
     hours: int = key("Time limit of a job, in hours.", 24, minimum=1)
     memory_gb: int = key("Memory of a job, in GB.", 2, minimum=1)

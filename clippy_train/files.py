@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TextIO
 
 from clippy_train.errors import ConfigError
@@ -121,6 +121,12 @@ def _is_full(path: Path) -> bool:
 def looks_local(name: str) -> bool:
     """Whether a name is a path: a hub name is NAME or ORGANISATION/NAME."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+def file_name(value: str) -> str:
+    """The name of a file or folder; a hub's name, which has no ending, stays."""
+    path = PurePath(value)
+    return value if value.count("/") == 1 and not path.suffix and not path.is_absolute() else path.name
 
 
 def lfs_hint(folder: Path) -> str:

@@ -6,8 +6,9 @@ them was measured on a GPU by this project.
 
 from dataclasses import dataclass, replace
 
-from clippy_train.config import DataConfig, TrainConfig
+from clippy_train.config import TrainConfig
 from clippy_train.data.mixture import Source, text_bytes
+from clippy_train.data.objectives import LEFT_TO_RIGHT, describe_objective
 from clippy_train.launch.start import shards_read, sources_found
 from clippy_train.model.flops import count_parameters, vocab_size
 from clippy_train.model.memory import Memory, memory
@@ -402,18 +403,5 @@ def rules(config: TrainConfig) -> str:
     """How text becomes tokens and tokens a loss, in words: what `recipe` chooses."""
     end = "end-of-text after each document" if config.data.eos_between_documents else "nothing between documents"
     how = f"{config.tokenizer.matching} whitespace, {end}, loss in {config.model.loss_dtype}"
-    found = objective(config.data)
+    found = describe_objective(config.data)
     return how if found == LEFT_TO_RIGHT else f"{how}, {found}"
-
-
-LEFT_TO_RIGHT = "left to right"
-
-
-def objective(data: DataConfig) -> str:
-    """What a model learns to predict, in words."""
-    if data.prompt_column is not None:
-        return f"the text that continues a prompt, {'packed' if data.packing else 'padded'}"
-    if not data.fim_rate:
-        return LEFT_TO_RIGHT if data.packing else f"{LEFT_TO_RIGHT}, padded"
-    of = f"parts of {data.fim_characters:,} characters" if data.fim_characters else "documents"
-    return f"fill-in-the-middle in {data.fim_rate:.0%} of {of}, {data.fim_spm_rate:.0%} of them with the suffix first"

@@ -27,6 +27,7 @@ from clippy_train.hf.sections import (
     evenly,
     headline_metrics,
     measured_on,
+    public_command,
     sampling_of,
 )
 from clippy_train.run.checkpoint import (
@@ -304,6 +305,15 @@ def test_the_card_shows_solutions_and_next_lines_by_language() -> None:
     assert sampling_of(filled) == {"infill": "span"}
     assert headline_metrics(evaluations[0]) == {"exact_match": 0.125, "edit_similarity": 0.5}
     assert measured_on(evaluations[0]) == ("corpus", "test")
+
+
+def test_a_command_on_the_card_names_no_folder() -> None:
+    files = "data.path=mine/corpus samples=mine/s.jsonl problems=/mine/MBPP.jsonl data.hub=me/code"
+    rules = "data.filter.opt_out=mine/out.txt 'data.filter.decontaminate=[/mine/a.jsonl,mine/b.jsonl]'"
+    shown = public_command(f"clippy evaluate 'model=[mine/model]' {files} {rules} stride=8", "me/model")
+    assert "mine" not in shown
+    assert shown.startswith("clippy evaluate model=me/model data.path=corpus samples=s.jsonl problems=MBPP.jsonl ")
+    assert shown.endswith("=me/code data.filter.opt_out=out.txt 'data.filter.decontaminate=[a.jsonl,b.jsonl]' stride=8")
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from clippy_train.config import CorpusConfig, FilterConfig, SourceConfig, TrainC
 from clippy_train.corpus.build import build_corpus
 from clippy_train.data.batches import validation_batches
 from clippy_train.data.mixture import open_sources
-from clippy_train.data.objectives import Completion, PlacedDocument, token_ids
+from clippy_train.data.objectives import Completion, PlacedDocument, describe_objective, token_ids
 from clippy_train.data.stream import START, Stream
 from clippy_train.errors import DataError
 from clippy_train.model import loss
 from clippy_train.model.loss import mean_loss
-from clippy_train.plan import ends, objective
+from clippy_train.plan import ends
 from clippy_train.run.identity import data_identity, identity_changes
 from clippy_train.shards.format import SPLITS, Fields
 from clippy_train.shards.problems import read_exercises, read_problems
@@ -210,7 +210,7 @@ def test_a_run_ends_after_its_epochs(rows: Path, train_config: Make, tmp_path: P
 
 def test_card_and_plan_say_what_is_learnt(train_config: Make) -> None:
     config = train_config("data.prompt_column=prompt", "data.packing=false")
-    assert objective(config.data) == "the text that continues a prompt, padded"
+    assert describe_objective(config.data) == "the text that continues a prompt, padded"
 
 
 def test_documents_without_a_prompt_are_refused(tmp_path: Path) -> None:

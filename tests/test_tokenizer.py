@@ -192,7 +192,7 @@ def test_a_trained_bpe_has_the_requested_size_and_end_of_text_last() -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_a_configuration_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no tokenizer could be loaded from .*nothing: no such folder"):
+    with pytest.raises(ConfigError, match=r"no tokenizer could be loaded from .*nothing: no such folder"):
         load_tokenizer(tmp_path / "nothing")
 
 

@@ -386,9 +386,9 @@ def held_out_repositories(number: int, names: list[str], tally: Tally, config: C
         examples = f" ({', '.join(names[:5])})" if names else ""
         rejected = ", ".join(f"{count:,} {rule}" for rule, count in (+tally.rejected).items()) or "none"
         raise DataError(
-            f"src=[{','.join(config.src)}], hub={config.hub or 'null'}, problems=[{','.join(config.problems)}]: {number} "
-            f"repositories or packages{examples} have accepted documents (rejected: {rejected}), too few for three splits; add sources "
-            "with more, or change validation_fraction or test_fraction"
+            f"src=[{','.join(config.src)}], hub={config.hub or 'null'}, problems=[{','.join(config.problems)}]: "
+            f"{number} repositories or packages{examples} have accepted documents (rejected: {rejected}), too few for "
+            "three splits; add sources with more, or change validation_fraction or test_fraction"
         )
     return held_out
 

@@ -1,9 +1,9 @@
 """The corpora that a run reads, one or the sources of a mixture, and which stream reads which of them.
 
 Promises: what a stream reads is a pure function of the settings (with `data.source_temperature`, also of the sizes in
-the manifests). Every step takes the same number of blocks from each stream, so a source's share of the tokens is exactly its share
-of the streams. Stream `i` of the `n` of a source reads it as a run of `n` streams would. Costs what opening the corpora
-costs. Needs no torch.
+the manifests). Every step takes the same number of blocks from each stream, so a source's share of the tokens is
+exactly its share of the streams. Stream `i` of the `n` of a source reads it as a run of `n` streams would. Costs what
+opening the corpora costs. Needs no torch.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import numpy as np
 from clippy_train.config import DataConfig, FilterConfig, MixtureSource, SourceConfig, TrainConfig
 from clippy_train.data.order import deal, spread
 from clippy_train.errors import ConfigError
+from clippy_train.files import file_name
 from clippy_train.shards.sources import Corpus, open_corpus
 
 
@@ -152,9 +153,3 @@ def corpus_name(path: str | None, hub: str | None) -> str:
         return file_name(hub.partition("@")[0])
     named = [part for part in PurePath(path or "").parts if not re.search(r"[{*?\[]", part) and part != "/"]
     return named[-1] if named else "corpus"
-
-
-def file_name(value: str) -> str:
-    """The name of a file or folder; a hub's name, which has no ending, stays."""
-    path = PurePath(value)
-    return value if value.count("/") == 1 and not path.suffix and not path.is_absolute() else path.name

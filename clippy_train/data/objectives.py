@@ -14,9 +14,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from clippy_train.config import DataConfig
 from clippy_train.tokenizer import FimIds
 
 Encode = Callable[[list[str]], list[list[int]]]  # texts to their ids, without the end-of-text token
+LEFT_TO_RIGHT = "left to right"
 PLACE, DRAWS = struct.Struct("<5q"), struct.Struct("<4Q")
 
 
@@ -81,6 +83,16 @@ def token_ids(tokens: np.ndarray) -> np.ndarray:
     return np.where(tokens < 0, ~tokens, tokens)
 
 
+def describe_objective(data: DataConfig) -> str:
+    """What a model learns to predict, in words."""
+    if data.prompt_column is not None:
+        return f"the text that continues a prompt, {'packed' if data.packing else 'padded'}"
+    if not data.fim_rate:
+        return LEFT_TO_RIGHT if data.packing else f"{LEFT_TO_RIGHT}, padded"
+    of = f"parts of {data.fim_characters:,} characters" if data.fim_characters else "documents"
+    return f"fill-in-the-middle in {data.fim_rate:.0%} of {of}, {data.fim_spm_rate:.0%} of them with the suffix first"
+
+
 class Part(NamedTuple):
     """Consecutive text of a document: one piece, or prefix, middle and suffix."""
 
@@ -92,9 +104,9 @@ class Part(NamedTuple):
 class FillInTheMiddle:
     """Some documents in another order, so that a model learns to write what stands between two texts.
 
-    Text is cut at two of its characters, and its pieces are encoded separately. With P, M and S for the special tokens, they
-    become `P prefix S suffix M middle` or, with the suffix first, `P S suffix M prefix middle`; as in StarCoder, both
-    end with the middle. Other documents stay as `LeftToRight` has them.
+    Text is cut at two of its characters, and its pieces are encoded separately. With P, M and S for the special tokens,
+    they become `P prefix S suffix M middle` or, with the suffix first, `P S suffix M prefix middle`; as in StarCoder,
+    both end with the middle. Other documents stay as `LeftToRight` has them.
 
     Args:
         eos: id that ends every middle and every document.

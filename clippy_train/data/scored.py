@@ -121,8 +121,8 @@ def scored_solutions(
 ) -> Iterator[ScoredSequence]:
     """The reference solution of each problem, predicted from the token `start`, the prompt and the tokens before.
 
-    Prompt and solution are encoded separately, as they are when a model continues the prompt. Every token of a solution is
-    scored exactly once; what exceeds `seq_len` is in further windows, as in `scored_windows`. All sequences have one
+    Prompt and solution are encoded separately, as they are when a model continues the prompt. Every token of a solution
+    is scored exactly once; what exceeds `seq_len` is in further windows, as in `scored_windows`. All sequences have one
     length, which is below `seq_len` if that is enough for the longest.
     """
     encoded = [encode([problem.prompt, problem.reference]) for problem in problems]

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.mixture import corpus_name, source_names
+from clippy_train.data.objectives import describe_objective
 from clippy_train.errors import ConfigError
 from clippy_train.files import looks_local
 from clippy_train.hf.sections import (
@@ -29,7 +30,6 @@ from clippy_train.hf.sections import (
     validation_tables,
 )
 from clippy_train.optim import describe_schedule
-from clippy_train.plan import objective
 from clippy_train.run.checkpoint import Manifest
 from clippy_train.run.history import Phase, changed
 
@@ -178,7 +178,7 @@ def model_card(facts: Facts) -> str:
         max_steps=trainer.max_steps,
         tokens=manifest.tokens,
         documents=manifest.counts["documents"],
-        objective=objective(config.data),
+        objective=describe_objective(config.data),
         whitespace=describe_whitespace_tokens(config.tokenizer),
         seq_len=config.data.seq_len,
         batch=trainer.global_batch_size,

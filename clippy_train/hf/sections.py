@@ -7,12 +7,16 @@ from typing import Any
 
 from clippy_train.config import DataConfig, FilterConfig, OptimConfig, TokenizerConfig
 from clippy_train.corpus.manifest import VERSION
-from clippy_train.data.mixture import corpus_name, file_name
+from clippy_train.data.mixture import corpus_name
 from clippy_train.evaluate import completion
+from clippy_train.files import file_name
 
 MAX_ROWS = 20  # of a table; the others are summed, or left out between the first and the last
 HEADLINES = ("bits_per_byte", "exact_match", "edit_similarity")
 BITS_HEADER = ["bits per byte", "loss", "perplexity", "bytes"]
+# Keys of `clippy evaluate` whose values name a file or a folder, files, or perhaps something on the hub
+PATHS, LISTED_PATHS = ("data.path", "data.filter.opt_out", "samples"), ("data.filter.decontaminate",)
+HUB_NAMES = ("data.hub", "problems")
 CHARACTERS = {" ": "space", "\t": "tab", "\n": "line end"}
 
 
@@ -217,16 +221,18 @@ def _cells(each: dict[str, float]) -> list[str]:
 
 def public_command(command: str, place: str) -> str:
     """A command without folders: the model as others load it, files by their names."""
-    files = {
-        name: file_name(value)
-        for name, value in _keyed_words(command).items()
-        if name in ("data.path", "data.hub", "problems", "samples")
-    }
-    shown = {"model": place, **files}
     words = [word.partition("=") for word in shlex.split(command)]
-    return shlex.join(
-        f"{name}={shown[name]}" if name in shown else name + equal + value for name, equal, value in words
-    )
+    return shlex.join(name + equal + _public_value(name, value, place) for name, equal, value in words)
+
+
+def _public_value(name: str, value: str, place: str) -> str:
+    if name == "model":
+        return place
+    if name in PATHS:
+        return PurePath(value).name
+    if name in LISTED_PATHS:
+        return f"[{','.join(PurePath(each).name for each in value.strip('[]').split(','))}]"
+    return file_name(value) if name in HUB_NAMES else value
 
 
 def _keyed_words(command: str) -> dict[str, str]:

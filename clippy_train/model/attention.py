@@ -155,7 +155,7 @@ def attention_bounds(input_ids: Tensor, eos: int | None = None) -> Tensor:
 
 
 def padded_spans(documents: int, batch: int, seq: int) -> int:
-    """How many spans to allocate for this many documents: enough for `SHORT_DOCUMENT` tokens each, doubled until they do.
+    """How many spans to make for this many documents: enough for `SHORT_DOCUMENT` tokens each, doubled until they do.
 
     The kernel starts a block of threads for every span and `seq`, empty or not, so one span per token would cost
     milliseconds in each layer. There are few such numbers: a compiled graph is built for each.

@@ -60,19 +60,16 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
     rank = int(os.environ["RANK"])
     watchdog = Watchdog(config.run_dir, rank, config.trainer.watchdog_seconds)
     pl.seed_everything(config.seed + rank, verbose=False)
-    described = start.description
-    model, tokenizer = build_described(described, config.model) if described else build_model(config)
+    model, tokenizer = first_model(config, start)
     sources = open_sources(config.data, "train")
     identity = {**data_identity(config, sources), TOKENIZER: tokenizer_fingerprint(tokenizer)}
     checkpoint = read_checkpoint(start.checkpoint) if start.checkpoint else None  # the launcher has verified its files
     if checkpoint:
         require_same_tokenizer(checkpoint, identity[TOKENIZER])
-    if rank == 0 and not described:  # the other ranks may be reading it
+    if rank == 0 and not start.description:  # the other ranks may be reading it
         save_description(config.run_dir / HF_FOLDER, model, tokenizer)
 
     moments = start.consolidated or start.base_moments
-    if start.consolidated:
-        set_weights(model, load_file(start.consolidated / WEIGHTS_FILE))
     native = checkpoint.path / STATE if checkpoint and not start.consolidated else None
     cursors = np.array(checkpoint.manifest.cursors) if checkpoint else fresh_cursors(config.data.streams)
     base = open_base_state(moments) if moments else None
@@ -104,6 +101,15 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
     data = DataModule(config, tokenizer, rank, cursors, base.step if base else max(0, resumed_step))
     with plain_loads():  # Lightning and DeepSpeed would run code in a checkpoint
         trainer.fit(module, data, ckpt_path=native)
+
+
+def first_model(config: TrainConfig, start: Start) -> tuple[GPTNeoForCausalLM, PreTrainedTokenizerFast]:
+    """The model and tokenizer that an attempt begins with. The strategy restores a checkpoint that is not resharded."""
+    described = start.description
+    model, tokenizer = build_described(described, config.model) if described else build_model(config)
+    if start.consolidated:
+        set_weights(model, load_file(start.consolidated / WEIGHTS_FILE))
+    return model, tokenizer
 
 
 def validates_first(config: TrainConfig, resumed_step: int) -> bool:
