@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clippy_train.shards.ngrams import Hashes, ngram_hashes
 from clippy_train.shards.problems import Problem, read_problems
 
 WORDS, TOKENS = 6, 12  # in an n-gram
@@ -30,9 +31,6 @@ _TOKEN = re.compile(
     r"|\.\s*[^\W\d]\w*|[^\W\d]\w*|\d[\w.]*|[^\w\s]"
 )
 _NAMED = {*keyword.kwlist, *dir(builtins)}  # names that a copy cannot change
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio
-
-Hashes = np.ndarray  # [n-grams] uint64
 
 
 class Index(NamedTuple):
@@ -89,20 +87,11 @@ def _index(problems: list[Problem], grams_of: Callable[[Problem], Hashes]) -> tu
 
 
 def _word_grams(text: str) -> Hashes:
-    return _grams(map(_hash, _WORD.findall(text.lower())), WORDS)
+    return ngram_hashes(np.fromiter(map(_hash, _WORD.findall(text.lower())), np.uint64), WORDS)
 
 
 def _token_grams(text: str) -> Hashes:
-    return _grams(filter(None, map(_token_hash, _TOKEN.findall(text))), TOKENS)
-
-
-def _grams(hashes: Iterable[int], length: int) -> Hashes:
-    """The hash of each `length` neighbours."""
-    each = np.fromiter(hashes, np.uint64)
-    grams = np.zeros(max(0, len(each) - length + 1), np.uint64)
-    for place in range(length):
-        grams = (grams + each[place : place + len(grams)]) * _MULTIPLIER
-    return grams
+    return ngram_hashes(np.fromiter(filter(None, map(_token_hash, _TOKEN.findall(text))), np.uint64), TOKENS)
 
 
 @lru_cache(1 << 16)
