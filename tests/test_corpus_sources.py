@@ -451,6 +451,17 @@ def test_a_dataset_that_cannot_be_opened_says_why(tmp_path: Path, change: dict[s
         documents_of(config)
 
 
+def test_an_error_of_the_library_without_a_message_is_still_one_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(DataError, match="hub=me/code cannot be opened"):
+        list(hub_documents(CorpusConfig(hub="me/code", out="")))
+
+
 def test_a_rule_on_extensions_can_accept_unknown_languages(tmp_path: Path) -> None:
     (tmp_path / "a.strange").write_text(CODE)
     with pytest.raises(Rejected, match="no_language"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.fits import SETTINGS, SINGLE
+from support.models import small_bpe
 from torch import Tensor
 
 from clippy_train.config import TrainConfig
@@ -99,7 +100,7 @@ def test_batches_are_copied_as_moved_copies_them(
     train_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("clippy_train.train.data._moved", lambda tensor, device: f"{tensor.tolist()} to {device}")
-    data = DataModule(train_config(), None, 0, np.zeros((1, 2)))
+    data = DataModule(train_config(), small_bpe(), 0, np.zeros((1, 2)))
     batch = {"input_ids": torch.ones(1, dtype=torch.int64)}
     assert data.transfer_batch_to_device(batch, torch.device("cuda", 0), 0) == {"input_ids": "[1] to cuda:0"}
 

@@ -15,7 +15,7 @@ from clippy_train.config import CorpusConfig
 from clippy_train.corpus.document import Document, Rejected
 from clippy_train.corpus.folders import mime_type
 from clippy_train.corpus.languages import language_of
-from clippy_train.errors import DataError
+from clippy_train.errors import DataError, first_line
 from clippy_train.shards.format import SPLITS, SUFFIXES, Entry, Fields, document_entry
 from clippy_train.shards.sources import FileCorpus, require_text
 
@@ -100,7 +100,7 @@ def _rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
             name, config.hub_config, revision=revision or None, split=config.hub_split, streaming=True
         )
     except errors as error:
-        raise DataError(f"hub={config.hub} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+        raise DataError(f"hub={config.hub} cannot be opened: {first_line(error)}") from error
     read = 0
     try:
         for row in rows:

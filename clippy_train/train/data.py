@@ -1,12 +1,11 @@
 """The batches of a rank (`data.batches`) as a LightningDataModule."""
 
-from typing import Any
-
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 from clippy_train.config import TrainConfig
 from clippy_train.data.batches import Batch, TrainBatches, train_batches, validation_batches
@@ -26,7 +25,14 @@ class DataModule(pl.LightningDataModule):
         groups: what validations score separately; known from the first `val_dataloader` on.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, rank: int, cursors: np.ndarray, step: int = 0) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        rank: int,
+        cursors: np.ndarray,
+        step: int = 0,
+    ) -> None:
         super().__init__()
         self.config, self.tokenizer, self.rank, self.cursors, self.step = config, tokenizer, rank, cursors, step
         self.groups: list[Group] = []
