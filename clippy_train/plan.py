@@ -7,9 +7,8 @@ them was measured on a GPU by this project.
 from dataclasses import dataclass, replace
 
 from clippy_train.config import TrainConfig
-from clippy_train.data.mixture import Source, text_bytes
+from clippy_train.data.mixture import Source, shards_read, sources_found, text_bytes
 from clippy_train.data.objectives import LEFT_TO_RIGHT, describe_objective
-from clippy_train.launch.start import shards_read, sources_found
 from clippy_train.model.flops import count_parameters, vocab_size
 from clippy_train.model.memory import Memory, memory
 from clippy_train.model.traffic import BYTES, Collective, step_collectives
@@ -130,7 +129,7 @@ def make_plan(config: TrainConfig, memory_gb: float | None = None) -> Plan:
         vocab_size=rows,
         parameters=num_parameters,
         tokens=config.trainer.max_steps * config.tokens_per_step,
-        sources=[plan_source(config, each) for each in sources_found(config) if each.name],
+        sources=[plan_source(config, each) for each in sources_found(config.data) if each.name],
         memory_bytes_per_gpu=needed.peak,
         memory=needed,
         memory_gb=memory_gb,
@@ -164,7 +163,7 @@ def epoch_steps(config: TrainConfig, source: Source) -> float | None:
 
 def shards_read_again(config: TrainConfig) -> float:
     """How often a shard is read in an epoch, on average over the tokens."""
-    often = [(len(each.streams), *shards_read(each)) for each in sources_found(config)]
+    often = [(len(each.streams), *shards_read(each)) for each in sources_found(config.data)]
     return sum(streams * read / shards for streams, shards, read in often) / config.data.streams or 1.0
 
 
@@ -385,7 +384,7 @@ def checkpoints_kept(config: TrainConfig) -> int:
 def ends(config: TrainConfig) -> str:
     """When `trainer.max_epochs` ends a run."""
     epochs = int(config.trainer.max_epochs or 0)
-    known = [steps for each in sources_found(config) if (steps := epoch_steps(config, each)) is not None]
+    known = [steps for each in sources_found(config.data) if (steps := epoch_steps(config, each)) is not None]
     if not known:
         return f"after trainer.max_epochs={epochs}, of unknown length, or at trainer.max_steps"
     steps, optim = epochs * min(known), config.optim

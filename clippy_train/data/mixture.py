@@ -19,7 +19,7 @@ import numpy as np
 
 from clippy_train.config import DataConfig, FilterConfig, MixtureSource, SourceConfig, TrainConfig
 from clippy_train.data.order import deal, spread
-from clippy_train.errors import ConfigError
+from clippy_train.errors import ConfigError, DataError
 from clippy_train.files import file_name
 from clippy_train.shards.sources import Corpus, open_corpus
 
@@ -57,6 +57,24 @@ def open_sources(data: DataConfig, split: str, with_meta: bool = False) -> list[
             zip(source_names(data), data.corpora.values(), corpora, strict=True)
         )
     ]
+
+
+def sources_found(data: DataConfig) -> list[Source]:
+    """The training data that `open_sources` finds; empty without a corpus."""
+    try:
+        return open_sources(data, "train")
+    except DataError:
+        return []
+
+
+def shards_read(source: Source) -> tuple[int, int]:
+    """The number of a source's training shards, and how many of them its streams read in an epoch.
+
+    Each stream has the same number of shards to itself; those that remain are read by all, each for its part of the lines.
+    """
+    shards, streams = len(source.corpus.shards), len(source.streams)
+    shared = shards % streams
+    return shards, shards - shared + shared * streams
 
 
 def deal_streams(data: DataConfig, corpora: Sequence[Corpus]) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from clippy_train.config import TrainConfig, save
-from clippy_train.data.mixture import Source, data_ended, open_sources
+from clippy_train.data.mixture import data_ended, open_sources, shards_read, sources_found
 from clippy_train.errors import CheckpointError, ConfigError, DataError
 from clippy_train.files import atomic_write, looks_local
 from clippy_train.launch import slurm, torchrun
@@ -183,27 +183,9 @@ def _corpus_problems(config: TrainConfig) -> Iterator[ConfigError | DataError]:
         yield error
 
 
-def sources_found(config: TrainConfig) -> list[Source]:
-    """What the run would train on; empty without a corpus."""
-    try:
-        return open_sources(config.data, "train")
-    except DataError:
-        return []
-
-
-def shards_read(source: Source) -> tuple[int, int]:
-    """The number of a source's training shards, and how many of them its streams read in an epoch.
-
-    Stream `i` of `n` has every `n`-th shard. What remains is read by every stream, each for its part of the lines.
-    """
-    shards, streams = len(source.corpus.shards), len(source.streams)
-    shared = shards % streams
-    return shards, shards - shared + shared * streams
-
-
 def corpus_warnings(config: TrainConfig) -> Iterator[str]:
     """What makes a corpus slow to read, if it can be read at all."""
-    for source in sources_found(config):
+    for source in sources_found(config.data):
         streams = len(source.streams)
         shards, read = shards_read(source)
         if read > shards:
