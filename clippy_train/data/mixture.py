@@ -70,7 +70,8 @@ def sources_found(data: DataConfig) -> list[Source]:
 def shards_read(source: Source) -> tuple[int, int]:
     """The number of a source's training shards, and how many of them its streams read in an epoch.
 
-    Each stream has the same number of shards to itself; those that remain are read by all, each for its part of the lines.
+    Each stream has the same number of shards to itself; the remaining ones are read by all, each for its part of the
+    lines.
     """
     shards, streams = len(source.corpus.shards), len(source.streams)
     shared = shards % streams
