@@ -20,7 +20,7 @@ from clippy_train.errors import CheckpointError, ClippyError, ConfigError
 from clippy_train.files import atomic_write, require_writable
 from clippy_train.help import completions, key_lines
 from clippy_train.report import escape_unprintable, print_columns, print_error, print_table, quiet_transformers
-from clippy_train.sweep.sweep import sweep
+from clippy_train.sweep.sweep import require_run, sweep
 from clippy_train.sweep.trials import follow_sweep
 
 if TYPE_CHECKING:
@@ -363,7 +363,10 @@ def _call(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         return sweep(overrides, show_plan if plan else None)
     if plan:
         verb = VERBS["plan"]
-    return verb.run(compose.compose(verb.schema, overrides))
+    settings: Any = compose.compose(verb.schema, overrides)
+    if isinstance(settings, config.TrainConfig):
+        require_run(overrides)
+    return verb.run(settings)
 
 
 def _config_dir(typed: str | None) -> list[Path]:

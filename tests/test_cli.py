@@ -839,6 +839,12 @@ def test_a_sweep_that_cannot_be_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("given", ["sweep.trials=3", "launcher.parallel=2", "launcher.sbatch=--nodes=2"])
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_a_run_is_given_no_key_that_only_sweeps_read(verb: str, given: str, capsys: Capture) -> None:
+    assert f"{given}: only a sweep reads it; add -m" in fails(capsys, 2, verb, "experiment=demo", given)
+
+
 def test_wrong_types_are_config_errors() -> None:
     with pytest.raises(ConfigError, match="max_new_tokens"):
         compose(config.GenerateConfig, ["model=m", "prompt=p", "max_new_tokens=many"])

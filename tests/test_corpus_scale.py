@@ -270,3 +270,4 @@ def test_jobs_that_slurm_refuses_name_the_key(sources: Path, tmp_path: Path, mon
     settings.slurm.partition = "none"
     with pytest.raises(ConfigError, match=r"slurm\.partition=none: sbatch refuses the stage list"):
         submit_corpus(settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["sbatch"]

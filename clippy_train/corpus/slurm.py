@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clippy_train.config import CorpusConfig
-from clippy_train.corpus.build import begin_build, publish
+from clippy_train.corpus.build import SETTINGS, begin_build, publish
 from clippy_train.corpus.stages import SIZES, STAGES, Build, Sizes, one
 from clippy_train.corpus.tasks import perform, unfinished
 from clippy_train.errors import ConfigError
@@ -41,9 +41,22 @@ def submit_corpus(config: CorpusConfig, sizes: Sizes = SIZES) -> list[tuple[str,
         try:
             last.run()
         except subprocess.CalledProcessError as error:  # sbatch has said why
+            if not submitted:
+                _remove_if_empty(build)
             raise ConfigError(f"slurm.partition={config.slurm.partition}: sbatch refuses the stage {name}") from error
         submitted.append((name, str(last.job_id)))
     return submitted
+
+
+def _remove_if_empty(build: Build) -> None:
+    """Leave nothing of a build that has neither results nor jobs."""
+    if [path.name for path in build.folder.iterdir()] == [SETTINGS]:
+        shutil.rmtree(build.folder)
+        shutil.rmtree(_jobs_folder(build))
+
+
+def _jobs_folder(build: Build) -> Path:
+    return Path(f"{Path(build.config.out).resolve()}{JOBS}")
 
 
 def _arrays(build: Build) -> Iterator[tuple[str, int, Callable[..., None]]]:
@@ -67,7 +80,7 @@ def _datatrove() -> Any:
 def _executor(
     executor_class: Any, build: Build, name: str, jobs: int, function: Callable[..., None], depends: Any
 ) -> Any:
-    settings, folder = build.config.slurm, Path(f"{Path(build.config.out).resolve()}{JOBS}", name)
+    settings, folder = build.config.slurm, _jobs_folder(build) / name
     executor = executor_class(
         [function],
         tasks=jobs,

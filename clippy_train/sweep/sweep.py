@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +48,8 @@ from clippy_train.signals import handling_signals
 from clippy_train.sweep import table
 from clippy_train.sweep.trials import DONE, PRUNED, Local, Slurm, Trial, matters, settings_that_matter
 
+FOLDER_KEYS = {"run.name", "run.root"}  # of a sweep; each trial has its own
+OF_SWEEPS = re.compile(r"\+*(sweep\.|launcher\.(parallel|sbatch)=)")  # overrides that a run does not read
 LONGEST_NAME = 120  # characters of a trial's folder name, before the hash
 
 Prune = Callable[[int, int, float], bool]  # number of a job in its batch, step, validation -> whether to end it
@@ -87,6 +89,13 @@ def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None
     return code
 
 
+def require_run(overrides: Sequence[str]) -> None:
+    """Raise ConfigError if one run, not a sweep, is given a key that only sweeps read."""
+    for each in overrides:
+        if OF_SWEEPS.match(each):
+            raise ConfigError(f"{each}: only a sweep reads it; add -m, or leave it out")
+
+
 def _runner(settings: DictConfig) -> "Local | Slurm":
     """Jobs with launcher=slurm; inside an allocation only if `launcher.sbatch` asks for them."""
     if settings.name == "slurm" and (settings.sbatch or JOB not in os.environ):
@@ -97,7 +106,7 @@ def _runner(settings: DictConfig) -> "Local | Slurm":
 def _require_one_folder(parsed: list[Override]) -> None:
     """Raises ConfigError if the trials would not share one folder."""
     varied = {override.key_or_group: override for override in parsed if override.is_sweep_override()}
-    for name in {"run.name", "run.root"} & varied.keys():
+    for name in FOLDER_KEYS & varied.keys():
         raise ConfigError(f"{varied[name].input_line}: a sweep has one folder; give one value")
     if "experiment" in varied and "run.name" not in (override.key_or_group for override in parsed):
         raise ConfigError("a sweep over experiment needs run.name=NAME: the folder of its trials")
@@ -227,7 +236,7 @@ class Sweep:
         folder, name = Path(job.run.root) / job.run.name, trial_name(varied)
         compared = ",".join(quoted(f"{key}={value}") for key, value in varied.items())
         arguments = [f"--config-dir={each}" for each in ADDED]
-        arguments += [item for item in task if item.split("=")[0] not in ("run.root", "run.name")]
+        arguments += [item for item in task if not OF_SWEEPS.match(item) and item.split("=")[0] not in FOLDER_KEYS]
         arguments += [f"run.root={quoted(str(folder))}", f"run.name={quoted(name)}", f"logger.hparams=[{compared}]"]
         with open_dict(job):
             del job["hydra"]
