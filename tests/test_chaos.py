@@ -1,4 +1,4 @@
-"""The short form of `make chaos`: one random kill and one random signal, with another seed than the full form."""
+"""The short forms of `make chaos`, one random kill and one random signal with another seed, and of its self-test."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from support.runs import Runs
 from tools.chaos import Chaos, Fault, kill, send_signal
-
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
+from tools.chaos_selftest import MUTATIONS, PACKAGE, Mutation
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +14,15 @@ def chaos(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_toke
     return Chaos(Runs(tmp_path_factory.mktemp("chaos"), tiny_corpus, tiny_tokenizer), seed=0)
 
 
+@pytest.mark.processes
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", [kill, send_signal])
 def test_a_run_with_random_faults_equals_the_uninterrupted_run(chaos: Chaos, fault: Fault) -> None:
     chaos.counts = Counter()
     counts = chaos.campaign(fault, trials=1)
     assert counts["trials"] == counts["runs compared"] == 1
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.module)
+def test_the_protections_that_the_self_test_removes_are_where_it_looks(mutation: Mutation) -> None:
+    assert (PACKAGE / mutation.module).read_text().count(mutation.text) == 1

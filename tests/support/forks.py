@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -140,6 +141,7 @@ class _Process(ForkServerProcess):
     def run(self) -> None:
         (_, module, *arguments), cwd, environment, new_session = self._job
         processes.die_with_parent()
+        forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # it would start another
         if module != COMMAND:
             from clippy_train.signals import SIGNALS
 

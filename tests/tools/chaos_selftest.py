@@ -76,8 +76,8 @@ MUTATIONS = [
     Mutation(
         "signals are blocked until a rank can handle them",
         "launch/agent.py",
-        "    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)\n",
-        "",
+        "until they can handle it.\n    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)\n",
+        "\n",
         [*SIGNALS, "--moment", "start-up"],
     ),
     Mutation(
@@ -123,11 +123,9 @@ def is_detected(mutation: Mutation) -> bool:
     """Whether the check passes on a copy of the package and fails once the protection is removed."""
     with tempfile.TemporaryDirectory() as folder:
         module = copy_of_package(Path(folder)) / mutation.module
-        source = module.read_text()
-        assert source.count(mutation.text) == 1, f"{mutation.module} has changed: {mutation.protection}"
         if not passes(mutation.check, Path(folder)):
             return False
-        module.write_text(source.replace(mutation.text, mutation.replacement))
+        module.write_text(module.read_text().replace(mutation.text, mutation.replacement))
         return not passes(mutation.check, Path(folder))
 
 
