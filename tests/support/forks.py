@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+from clippy_train.signals import SIGNALS
 from support import processes
 
 COMMAND = "clippy_train.cli"
@@ -119,10 +120,13 @@ def _fork(
     context.set_forkserver_preload(PRELOADED)
     process = _Process(command, str(cwd), dict(environment), files, new_session)
     before = {name: os.environ.get(name) for name in AT_IMPORT}
-    os.environ.update(AT_IMPORT)  # for the server, which the first process starts
+    resource_tracker.ensure_running()  # it would unblock signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    os.environ.update(AT_IMPORT)
     try:
-        process.start()
+        process.start()  # the first one starts the server, whose children have what is blocked here, as ranks must
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     return process
@@ -142,10 +146,9 @@ class _Process(ForkServerProcess):
         (_, module, *arguments), cwd, environment, new_session = self._job
         processes.die_with_parent()
         forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # it would start another
-        if module != COMMAND:
-            from clippy_train.signals import SIGNALS
-
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the agent does for its ranks
+        if module == COMMAND:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        else:
             Path("/proc/self/comm").write_text(rank_name(environment["RANK"], Path(arguments[0]).name))
         if new_session:
             os.setsid()
