@@ -1,4 +1,4 @@
-"""Disk errors, non-finite numbers, hangs and memory errors: two real ranks with faults injected by `faulty/`."""
+"""Disk errors, non-finite numbers, hangs and memory errors: two real ranks with faults of `support.faults`."""
 
 import os
 import re
@@ -61,9 +61,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_token
 def faults(runs: Runs, faults: str) -> Iterator[Path]:
     """Inject faults into ranks that start now; yields the file in which they record what happened."""
     record = runs.root / "faults.jsonl"
-    path = os.pathsep.join([str(Path(__file__).parent / "support" / "faulty"), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PYTHONPATH": path, "CLIPPY_FAULT": faults, "CLIPPY_FAULT_LOG": str(record)}.items():
+        for name, value in {"CLIPPY_FAULT": faults, "CLIPPY_FAULT_LOG": str(record)}.items():
             patch.setenv(name, value)
         yield record
 

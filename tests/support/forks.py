@@ -1,8 +1,7 @@
 """The `clippy` command and its ranks, forked from a process that imports everything once per test session.
 
 Two new Python processes spend some eight seconds on imports. Python's fork server imports once; a forked launcher forks
-its ranks from the same server. Processes, files, signals and exit codes are real. Tests that depend on the imports
-themselves (PYTHONPATH, a broken module) need a real command.
+its ranks from the same server. Processes, files, signals and exit codes are real.
 """
 
 import multiprocessing
@@ -185,6 +184,9 @@ def _main(module: str, arguments: list[str]) -> int:
             return int(end.code or 0)
     if module == "clippy_train.train":
         from clippy_train.train.__main__ import main
+        from support import faults
+
+        faults.inject()
     elif module == "clippy_train.launch.preflight":
         from clippy_train.launch.preflight import main
     else:

@@ -60,13 +60,7 @@ class Runs:
         return self.clippy("train", *self.settings, f"run.name={name}", *overrides, code=code)
 
     def clippy(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        variables = environment(self.root)
-        if "CLIPPY_FAULT" in variables:  # acts on imports, which forked ranks have already done
-            result = subprocess.run(
-                command(*arguments), cwd=self.root, env=variables, capture_output=True, text=True, timeout=150
-            )
-        else:
-            result = forks.run(arguments, self.root, variables, timeout=150)
+        result = forks.run(arguments, self.root, environment(self.root), timeout=150)
         assert result.returncode == code, f"exit code {result.returncode}:\n{result.stdout}\n{result.stderr}"
         return result
 

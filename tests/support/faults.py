@@ -1,6 +1,6 @@
-"""Inject faults into ranks: Python runs this module at start-up when its folder is on PYTHONPATH.
+"""Faults in ranks: `forks` calls `inject` in each, whose variable CLIPPY_FAULT names faults: NAME:NUMBER:NUMBER,...
 
-CLIPPY_FAULT holds faults as NAME:NUMBER:NUMBER, separated by commas. Only processes with a RANK are affected.
+What they did is in the file CLIPPY_FAULT_LOG, a JSON object in each line.
 """
 
 import errno
@@ -13,6 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from clippy_train.run.checkpoint import find_checkpoint
+from clippy_train.train.callbacks import checkpointer as saving
+from clippy_train.train.callbacks.health import require_equal_replicas
+from clippy_train.train.module import CodeLM
+
 ERRORS = (errno.ENOSPC, errno.EROFS, errno.EIO)
 SMALL_FILE = 512  # bytes: the kernel refuses writes beyond them
 OPERATIONS_OF_RANK_ONE = 4  # in a save: write and flush its optimizer state, write and flush its random state
@@ -20,15 +27,13 @@ OPERATIONS_OF_RANK_ONE = 4  # in a save: write and flush its optimizer state, wr
 
 def nan(rank: int, micro_step: int) -> None:
     """Make the loss of one micro-batch (counted from 1 in this attempt) NaN."""
-    from clippy_train.train.module import CodeLM
-
     calls, original = 0, CodeLM.training_step
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
         nonlocal calls
         calls += 1
         loss = original(self, batch, batch_idx)
-        if calls != micro_step or rank != RANK:
+        if calls != micro_step or rank != own_rank():
             return loss
         record({"spans": batch["spans"].tolist(), "step": self.trainer.global_step + 1})
         self.step.losses[-1] = self.step.losses[-1] * float("nan")
@@ -39,16 +44,12 @@ def nan(rank: int, micro_step: int) -> None:
 
 def oom(rank: int, micro_step: int) -> None:
     """Run out of memory on one micro-batch (counted from 1 in this attempt) of one rank."""
-    import torch
-
-    from clippy_train.train.module import CodeLM
-
     calls, original = 0, CodeLM.training_step
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
         nonlocal calls
         calls += 1
-        if calls == micro_step and rank == RANK:
+        if calls == micro_step and rank == own_rank():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore advice.")
         return original(self, batch, batch_idx)
 
@@ -57,16 +58,13 @@ def oom(rank: int, micro_step: int) -> None:
 
 def diverge(rank: int, at: int) -> None:
     """Change one weight of one rank after step `at`."""
-    from clippy_train.train.callbacks import checkpointer as saving
-    from clippy_train.train.callbacks.health import require_equal_replicas as original
-    from clippy_train.train.module import CodeLM
 
-    def require_equal_replicas(module: CodeLM, step: int) -> None:
-        if step == at and rank == RANK:
+    def changed(module: CodeLM, step: int) -> None:
+        if step == at and rank == own_rank():
             next(module.model.parameters()).data.view(-1)[0] += 1
-        original(module, step)
+        require_equal_replicas(module, step)
 
-    saving.require_equal_replicas = require_equal_replicas  # type: ignore[attr-defined]  # replaces its import
+    saving.require_equal_replicas = changed  # type: ignore[attr-defined]  # replaces its import
 
 
 @dataclass
@@ -85,11 +83,6 @@ def disk(last_save: int) -> None:
 
     Each failing save fails one disk operation later than the one before: first those of rank 1, then those of rank 0.
     """
-    import torch
-
-    from clippy_train.run.checkpoint import find_checkpoint
-    from clippy_train.train.callbacks import checkpointer as saving
-
     save = Save()
 
     def broken(
@@ -118,8 +111,8 @@ def disk(last_save: int) -> None:
     def start(self: Any, trainer: Any, called: float, last: bool) -> None:
         save.number += 1
         turn = save.number // 2 if save.number % 2 == 0 else 0
-        turn = turn - OPERATIONS_OF_RANK_ONE if RANK == 0 else turn
-        save.fails_at = 1 if save.number > last_save and RANK == 0 else turn
+        turn = turn - OPERATIONS_OF_RANK_ONE if own_rank() == 0 else turn
+        save.fails_at = 1 if save.number > last_save and own_rank() == 0 else turn
         save.done, save.failed, save.before = 0, "", newest(self)
         original_start(self, trainer, called, last)
 
@@ -149,11 +142,17 @@ def limited(work: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
 
 def record(row: dict[str, Any]) -> None:
     with Path(os.environ["CLIPPY_FAULT_LOG"]).open("a") as file:
-        file.write(json.dumps({"rank": RANK, **row}) + "\n")
+        file.write(json.dumps({"rank": own_rank(), **row}) + "\n")
 
 
-RANK = int(os.environ.get("RANK", "-1"))
-if RANK >= 0:
-    for fault in os.environ["CLIPPY_FAULT"].split(","):
-        function, *numbers = fault.split(":")
-        globals()[function](*map(int, numbers))
+def own_rank() -> int:
+    return int(os.environ["RANK"])
+
+
+FAULTS: dict[str, Callable[..., None]] = {"nan": nan, "oom": oom, "diverge": diverge, "disk": disk}
+
+
+def inject() -> None:
+    for each in filter(None, os.environ.get("CLIPPY_FAULT", "").split(",")):
+        name, *numbers = each.split(":")
+        FAULTS[name](*map(int, numbers))
