@@ -3,7 +3,9 @@
 Ordinary programs: none fails because of the machine, or of the samples beside it.
 """
 
+import fcntl
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 
 from clippy_train.errors import SandboxFault
 from clippy_train.evaluate import inside, sandbox
+from clippy_train.evaluate.confine import NEW_CALLS, SET_FLAGS
 from clippy_train.evaluate.inside import PASSED, TIMED_OUT
 from clippy_train.evaluate.sandbox import Isolation, Limits, isolation, possible_isolations, run_checked, run_isolated
 
@@ -25,6 +28,7 @@ RIGHT = "def square(x):\n    return x * x\n"
 WRONG = "def square(x):\n    return x\n"
 LIMITS = Limits(seconds=10, memory_bytes=512 << 20)
 HURRIED = Limits(seconds=1, memory_bytes=512 << 20)
+FS_IOC_GETFLAGS = 0x80086601
 
 pytestmark = [
     pytest.mark.processes,
@@ -287,6 +291,69 @@ def test_processes_and_sockets_outside_are_out_of_reach(tmp_path: Path, level: I
         victim.kill()
 
 
+def test_a_pair_of_sockets_does_not_reach_a_socket_outside(tmp_path: Path, level: Isolation) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outside:
+        outside.bind(str(tmp_path / "socket"))
+        outside.setblocking(False)
+        sends = [f"socket.socketpair(type={kind})[0].sendto(b'x', {str(tmp_path / 'socket')!r})" for kind in (2, 3)]
+        assert outcome(f"import asyncio, socket\nsocket.socketpair()\n{guarded(*sends)}", level=level) == PASSED
+        with pytest.raises(BlockingIOError):
+            outside.recv(1)
+
+
+def test_sockets_to_the_host_of_a_virtual_machine_are_refused(level: Isolation) -> None:
+    attack = "import socket\ntry: socket.socket(socket.AF_VSOCK)\nexcept OSError: pass\nelse: raise ValueError\n"
+    assert outcome(attack + RIGHT, level=level) == PASSED
+
+
+def test_what_other_processes_are_given_stays_out_of_reach(level: Isolation) -> None:
+    with subprocess.Popen(["sleep", "60"]) as victim:
+        other = victim.pid
+        before = resource.prlimit(other, resource.RLIMIT_NOFILE), os.getpriority(os.PRIO_PROCESS, other)
+        assert os.sched_getscheduler(other) == os.SCHED_OTHER
+        attacks = [
+            f"resource.prlimit({other}, resource.RLIMIT_NOFILE, (9, 9))", f"os.setpriority(0, {other}, 19)",
+            f"os.sched_setscheduler({other}, os.SCHED_BATCH, os.sched_param(0))",
+        ]  # fmt: skip
+        assert outcome(f"import os, resource\n{guarded(*attacks)}", level=level) == PASSED
+        assert (resource.prlimit(other, resource.RLIMIT_NOFILE), os.getpriority(os.PRIO_PROCESS, other)) == before
+        assert os.sched_getscheduler(other) == os.SCHED_OTHER
+        victim.kill()
+
+
+def test_a_sample_leaves_no_shared_memory_of_its_user(level: Isolation) -> None:
+    before = Path("/proc/sysvipc/shm").read_text()
+    assert outcome(f"import ctypes\nctypes.CDLL(None).shmget(0, 4096, 0o1600)\n{RIGHT}", level=level) == PASSED
+    assert Path("/proc/sysvipc/shm").read_text() == before
+
+
+def test_attributes_outside_cannot_be_set_by_newer_calls(secret: Path, level: Isolation) -> None:
+    """Which a library may not know yet."""
+
+    def flags() -> bytes:
+        with secret.open() as file:
+            return fcntl.ioctl(file, FS_IOC_GETFLAGS, bytes(8))
+
+    before, victim = flags(), str(secret).encode()
+    program = f"""
+import ctypes
+call, text = ctypes.CDLL(None).syscall, ctypes.create_string_buffer(b"x")
+value, size = (ctypes.c_uint64 * 2)(ctypes.addressof(text), 1), ctypes.c_long(16)
+call({NEW_CALLS["setxattrat"]}, -100, {victim!r}, 0, b"user.x", value, size)
+call({NEW_CALLS["file_setattr"]}, -100, {victim!r}, (ctypes.c_uint64 * 3)(0x40), 24, 0)
+"""
+    assert outcome(program + RIGHT, level=level) == PASSED
+    assert (os.listxattr(secret), flags()) == ([], before)
+
+
+def test_flags_of_files_are_not_set() -> None:
+    change = (
+        f"with open('own', 'w') as file:\n    fcntl.ioctl(file, {SET_FLAGS[0]}, bytearray(b'{chr(64)}' + bytes(7)))\n"
+    )
+    look = f"    assert fcntl.ioctl(file, {FS_IOC_GETFLAGS}, bytes(8))[0] & 64 == 0\n"
+    assert outcome(f"import fcntl\n{change}{look}{RIGHT}", level=without_namespaces()) == PASSED
+
+
 def test_the_environment_and_other_processes_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     look = "import glob, os\nseen = str(dict(os.environ))\n"
@@ -307,7 +374,8 @@ def test_there_is_no_network() -> None:
 @pytest.mark.parametrize(
     ("level", "landlock", "seccomp", "expected"),
     [
-        (Isolation(True, True), 0, False, []),
+        (Isolation(True, True), 0, True, []),
+        (Isolation(True, True), 6, False, ["vsock"]),
         (Isolation(False, True), 6, True, ["no namespaces"]),
         (Isolation(False, True), 2, False, ["no namespaces", "no libseccomp", "version 3", "version 6"]),
         (Isolation(False, False), 0, True, ["as root", "no namespaces", "no Landlock", "version 6"]),
@@ -319,6 +387,7 @@ def test_what_remains_open_is_named(
     monkeypatch.setattr("os.getuid", lambda: 0)
     monkeypatch.setattr("clippy_train.evaluate.confine.landlock_version", lambda: landlock)
     monkeypatch.setattr("clippy_train.evaluate.confine.seccomp_available", lambda: seccomp)
+    monkeypatch.setattr("clippy_train.evaluate.confine.reaches_host", lambda: True)
     assert len(level.gaps) == len(expected)
     assert all(word in gap for word, gap in zip(expected, level.gaps, strict=True))
 

@@ -39,12 +39,50 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 SCRATCH = ("/tmp", "/dev/shm")  # folders of a private root that can be written
 
 SECCOMP_ALLOW, SECCOMP_ERRNO = 0x7FFF0000, 0x00050000
-# Landlock does not know these calls. A socket is refused. A change of metadata has no effect and reports success,
-# because programs also call it for their own files, after copying one for example.
-REFUSED_CALLS = ("socket", "io_uring_setup")
-IGNORED_CALLS = ("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat", "utime", "utimes",
-                 "futimesat", "utimensat", "setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr",
-                 "fremovexattr")  # fmt: skip
+
+
+class Condition(ctypes.Structure):
+    """What a rule requires of an argument of a call: libseccomp's `scmp_arg_cmp`."""
+
+    _fields_ = (("argument", ctypes.c_uint), ("operator", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64))
+
+
+def _differs(argument: int, value: int = 0) -> Condition:
+    return Condition(argument, 1, value)
+
+
+def _low_bits(argument: int, mask: int, value: int) -> Condition:
+    return Condition(argument, 7, mask, value)
+
+
+PACKET_SOCKETS, VSOCK, DATAGRAMS, RAW = 17, 40, 2, 3
+Rule = tuple[str, list[Condition]]  # a call, and what holds for the arguments that it concerns
+# No namespace has its own of the address families after these (vsock reaches the host of a virtual machine), and
+# io_uring makes sockets that no rule sees.
+REFUSED_IN_NAMESPACES: list[Rule] = [("socket", [Condition(0, 6, PACKET_SOCKETS)]), ("io_uring_setup", [])]
+# What reaches outside and Landlock does not know: sockets, also a pair that can send elsewhere; shared memory, queues
+# and keys of this user; limits and priorities of its other processes.
+REFUSED: list[Rule] = [
+    *((name, []) for name in ("socket", "io_uring_setup", "shmget", "msgget", "semget")),
+    *((name, []) for name in ("add_key", "request_key", "keyctl")),
+    *(("socketpair", [_low_bits(1, 0xF, kind)]) for kind in (DATAGRAMS, RAW)),
+    ("prlimit64", [_differs(0), _differs(2)]),
+    *((name, [_differs(0)]) for name in ("sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr")),
+    *(("setpriority", [_differs(argument)]) for argument in (0, 1)),
+    *(("ioprio_set", [condition]) for condition in (_differs(0, 1), _differs(1))),
+]
+# A change of metadata has no effect and reports success, because programs also call it for their own files, after
+# copying one for example.
+SET_FLAGS = (0x40086602, 0x40046602, 0x401C5820)  # ioctl: FS_IOC_SETFLAGS, FS_IOC32_SETFLAGS, FS_IOC_FSSETXATTR
+IGNORED: list[Rule] = [
+    *((name, []) for name in ("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat")),
+    *((name, []) for name in ("utime", "utimes", "futimesat", "utimensat", "setxattr", "lsetxattr", "fsetxattr")),
+    *((name, []) for name in ("setxattrat", "removexattr", "lremovexattr", "fremovexattr", "removexattrat")),
+    ("file_setattr", []),
+    *(("ioctl", [_low_bits(1, 0xFFFFFFFF, number)]) for number in SET_FLAGS),
+]
+# Calls that are newer than some releases of libseccomp; the same numbers everywhere
+NEW_CALLS = {"fchmodat2": 452, "setxattrat": 463, "removexattrat": 466, "file_setattr": 469}
 
 
 def call(name: str, *arguments: object) -> int:
@@ -202,22 +240,39 @@ def seccomp_available() -> bool:
     return True
 
 
-def deny_calls() -> None:
-    """Refuse `REFUSED_CALLS` and ignore `IGNORED_CALLS`, for this process and its future children.
+def reaches_host() -> bool:
+    """Whether this system has sockets to the host of a virtual machine (vsock)."""
+    found = libc.socket(VSOCK, 1, 0)
+    if found >= 0:
+        os.close(found)
+    return bool(found >= 0)
+
+
+def deny_calls(in_namespaces: bool) -> None:
+    """Refuse calls that reach outside, and without namespaces ignore `IGNORED`, for this process and its children.
 
     Requires `drop_capabilities`.
     """
     seccomp = ctypes.CDLL("libseccomp.so.2")
     seccomp.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(seccomp.seccomp_init(SECCOMP_ALLOW))
-    actions = {
-        **dict.fromkeys(REFUSED_CALLS, SECCOMP_ERRNO | errno.EACCES),
-        **dict.fromkeys(IGNORED_CALLS, SECCOMP_ERRNO),
-    }
-    for name, action in actions.items():
-        number = seccomp.seccomp_syscall_resolve_name(name.encode())
-        if number >= 0:  # otherwise this architecture does not have it
-            seccomp.seccomp_rule_add(context, action, number, 0)
-    failed = seccomp.seccomp_load(context)
-    if failed:
-        raise OSError(-failed, f"seccomp_load: {os.strerror(-failed)}")
+    for rule in REFUSED_IN_NAMESPACES if in_namespaces else REFUSED:
+        _add_rule(seccomp, context, SECCOMP_ERRNO | errno.EACCES, *rule)
+    for rule in [] if in_namespaces else IGNORED:
+        _add_rule(seccomp, context, SECCOMP_ERRNO, *rule)
+    _require(seccomp.seccomp_load(context), "seccomp_load")
+
+
+def _add_rule(
+    seccomp: ctypes.CDLL, context: ctypes.c_void_p, action: int, name: str, conditions: list[Condition]
+) -> None:
+    number = seccomp.seccomp_syscall_resolve_name(name.encode())
+    number = number if number >= 0 else NEW_CALLS.get(name, number)
+    if number >= 0:  # otherwise this architecture does not have it
+        array = (Condition * len(conditions))(*conditions)
+        _require(seccomp.seccomp_rule_add_array(context, action, number, len(conditions), array), name)
+
+
+def _require(status: int, what: str) -> None:
+    if status:
+        raise OSError(-status, f"{what}: {os.strerror(-status)}")

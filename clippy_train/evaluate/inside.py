@@ -331,8 +331,8 @@ def restrict_process(job: Job, uid: int, kept: set[int]) -> None:
     confine.drop_capabilities()
     if rules is not None:
         confine.enforce_landlock(rules)
-    if not job.namespaces and confine.seccomp_available():
-        confine.deny_calls()
+    if confine.seccomp_available():
+        confine.deny_calls(job.namespaces)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     cores = min(CORES, os.cpu_count() or 1)
     os.cpu_count = lambda: cores

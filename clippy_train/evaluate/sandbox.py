@@ -9,8 +9,9 @@ Always: limits on time, memory, processes, files and open files; a temporary fol
 variables; output discarded.
 With namespaces: no network, no other processes, and a file system of its own, in memory, which shows only the
 interpreter and the system, read-only. For root: a user for each sample that nobody else is.
-With Landlock: access to the same files only, no signals to other processes, no TCP. Without namespaces also, by
-libseccomp: no sockets, no changes of permissions. `Isolation.gaps` names what remains open.
+With Landlock: access to the same files only, no signals to other processes, no TCP. With libseccomp: no sockets to the
+host of a virtual machine; without namespaces, no sockets at all, no changes of permissions or of other processes'
+limits. `Isolation.gaps` names what remains open.
 
 Nothing here stops a sample that attacks its own checks in the interpreter that they share, for example with an `==`
 that is always true, or by reading the token from the frames below. It is a seat belt, not a prison: run programs of
@@ -75,6 +76,8 @@ def _gaps(isolation: Isolation, landlock: int, seccomp: bool) -> Iterator[str]:
     if os.getuid() == 0 and not isolation.drop_root:
         yield "samples run as root (as another user, the interpreter does not work)"
     if isolation.namespaces:
+        if not seccomp and confine.reaches_host():
+            yield "samples can reach the host of this virtual machine (vsock; no libseccomp)"
         return
     yield NO_NAMESPACES
     if not seccomp:
