@@ -123,6 +123,41 @@ def test_a_problem_of_no_format_is_named_with_what_it_lacks(lost: str, tmp_path:
         read(tmp_path, whole, {name: value for name, value in whole.items() if name != lost})
 
 
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ([HUMANEVAL], "it is not an object"),
+        (3, "it is not an object"),
+        ({**HUMANEVAL, "prompt": None}, "its prompt is not a string: None"),
+        ({**HUMANEVAL, "test": ["assert True"]}, "its test is not a string"),
+        ({**HUMANEVAL, "task_id": ["a"]}, r"its id \['a'\] is neither"),
+        ({**HUMANEVAL, "suffix": 3}, "its suffix is not a string"),
+        ({**MBPP, "test_list": "assert True"}, "its test_list is not a list"),
+        ({**MULTIPL_E, "stop_tokens": "\ndef"}, "its stop_tokens is not a list"),
+        ({**MULTIPL_E, "stop_tokens": [1]}, r"its stop\[0\] is not a string"),
+        ({**APPS, "solutions": "[1]"}, "its reference is not a string"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(row: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"problem 2 cannot be used: {why}"):
+        read(tmp_path, HUMANEVAL, row)
+
+
+def test_fields_that_may_be_missing_may_be_null(tmp_path: Path) -> None:
+    (problem,) = read(tmp_path, {**HUMANEVAL, "canonical_solution": None, "suffix": None})
+    assert (problem.reference, problem.suffix) == ("", None)
+
+
+def test_damaged_compression_is_named_and_a_byte_order_mark_is_not_content(tmp_path: Path) -> None:
+    marked, damaged = tmp_path / "marked.jsonl", tmp_path / "damaged.jsonl.gz"
+    marked.write_bytes(b"\xef\xbb\xbf" + json.dumps(HUMANEVAL).encode())
+    assert len(read_problems(str(marked))) == 1
+    whole = gzip.compress(json.dumps(HUMANEVAL).encode() * 9)
+    damaged.write_bytes(whole[:12] + b"\xff" * 8 + whole[20:])
+    with pytest.raises(ConfigError, match=r"damaged.jsonl.gz cannot be read: .*decompressing"):
+        read_problems(str(damaged))
+
+
 def test_files_without_problems_or_references_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         read_problems(str(tmp_path / "none.jsonl"))

@@ -7,6 +7,7 @@ is one, and a reference solution is such a continuation, so one problem can be s
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,14 @@ class Problem:
     stop: tuple[str, ...]
     suffix: str | None = None
 
+    def __post_init__(self) -> None:
+        texts = {name: getattr(self, name) for name in ("prompt", "test", "entry_point", "reference", "language")}
+        _require_texts(
+            {**texts, "suffix": self.suffix or "", **{f"stop[{n}]": each for n, each in enumerate(self.stop)}}
+        )
+        if not isinstance(self.task_id, str | int):
+            raise TypeError(f"its id {self.task_id!r} is neither a string nor a number")
+
 
 @dataclass(frozen=True)
 class Exercise:
@@ -61,6 +70,15 @@ class Exercise:
     prompt: str
     solutions: list[str]
     language: str
+
+    def __post_init__(self) -> None:
+        _require_texts({f"solution {number}": each for number, each in enumerate(self.solutions, 1)})
+
+
+def _require_texts(named: dict[str, Any]) -> None:
+    for name, value in named.items():
+        if not isinstance(value, str):
+            raise TypeError(f"its {name} is not a string: {value!r:.50}")
 
 
 def read_problems(name: str, key: str = "problems") -> list[Problem]:
@@ -104,9 +122,12 @@ def _read(name: str, key: str, split: str, convert: Callable[[Row], T]) -> list[
     found = []
     for number, row in enumerate(rows, 1):
         try:
+            if not isinstance(row, dict):
+                raise TypeError("it is not an object with fields")
             found.append(convert(row))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DataError(f"{key}={name}: problem {number} lacks {error} (formats: {FORMATS})") from error
+            why = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be used: {error}"
+            raise DataError(f"{key}={name}: problem {number} {why} (formats: {FORMATS})") from error
     return found
 
 
@@ -130,17 +151,18 @@ def read_lines(path: Path, key: str) -> list[Row]:
     try:
         with open_text(path, "r") as file:
             return [json.loads(line) for line in file if line.strip()]
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{key}={path} cannot be read: {error}") from error
     except ValueError as error:
         raise DataError(f"{key}={path} is not a JSON lines file: {error}") from error
 
 
 def open_text(path: Path, mode: str) -> TextIO:
-    """Open a file, compressed if its name ends in .gz, to read ("r") or to append ("a")."""
+    """Open a file, compressed if its name ends in .gz, to read ("r") or to append ("a"); UTF-8, whatever the locale."""
+    encoding = "utf-8-sig" if mode == "r" else "utf-8"  # some editors put a mark at its begin
     if path.suffix == ".gz":
-        return cast("TextIO", gzip.open(path, f"{mode}t"))
-    return cast("TextIO", path.open(mode))
+        return cast("TextIO", gzip.open(path, f"{mode}t", encoding=encoding))
+    return cast("TextIO", path.open(mode, encoding=encoding))
 
 
 # Formats
@@ -162,9 +184,9 @@ def _humaneval(row: Row) -> Problem:
     return Problem(
         task_id=row["task_id"],
         prompt=row["prompt"],
-        test=row.get("test", ""),
-        entry_point=row.get("entry_point", ""),
-        reference=row.get("canonical_solution", ""),
+        test=row.get("test") or "",
+        entry_point=row.get("entry_point") or "",
+        reference=row.get("canonical_solution") or "",
         language=_language(row),
         stop=HUMANEVAL_STOP if suffix is None else (),
         suffix=suffix,
@@ -213,7 +235,7 @@ def _mbpp(row: Row) -> Problem:
     """MBPP, and MBPP+ as a dataset: a description, which becomes a docstring with the asserts, and a whole program."""
     described = row["text"] if "text" in row else row["prompt"]
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
-    asserts = "\n".join(row["test_list"])
+    asserts = "\n".join(_strings(row, "test_list"))
     return Problem(
         task_id=row["task_id"],
         prompt=f'"""\n{described.strip()}\n{asserts}\n"""\n',
@@ -233,9 +255,9 @@ def _multipl_e(row: Row) -> Problem:
         prompt=row["prompt"],
         test=_script(row["tests"]) if language == PYTHON else row["tests"],
         entry_point="check",
-        reference=row.get("canonical_solution", ""),
+        reference=row.get("canonical_solution") or "",
         language=language,
-        stop=tuple(row["stop_tokens"]),
+        stop=tuple(_strings(row, "stop_tokens")),
     )
 
 
@@ -261,6 +283,14 @@ def _exercise(row: Row) -> Exercise:
     if "problem_id" not in row:
         return Exercise(str(problem.task_id), problem.prompt, [problem.reference], problem.language)
     return Exercise(f"APPS/{problem.task_id}", problem.prompt, json.loads(row["solutions"] or "[]"), problem.language)
+
+
+def _strings(row: Row, name: str) -> list[str]:
+    """A field that is a list of strings: of a single string, each character would be one."""
+    found: list[str] = row[name]
+    if not isinstance(found, list):
+        raise TypeError(f"its {name} is not a list: {found!r:.50}")
+    return found
 
 
 def _script(checks: str) -> str:
