@@ -770,9 +770,14 @@ class EvaluateConfig:
         "humaneval: run the samples even where the sandbox lacks protections; it names them first.", False
     )
     timeout: float = key(
-        "humaneval: seconds for one sample and its checks; waiting for a core does not count.", 5.0, minimum=0.1
+        "humaneval: seconds for one sample and its checks; waiting for a core does not count.",
+        5.0,
+        minimum=0.1,
+        maximum=3600,
     )
-    memory_mb: int = key("humaneval: memory of all processes of a sample together, in MB.", 1024, minimum=64)
+    memory_mb: int = key(
+        "humaneval: memory of all processes of a sample together, in MB.", 1024, minimum=64, maximum=1 << 24
+    )
     workers: int | None = key("humaneval: samples run at a time; null uses the number of cores.", None, minimum=1)
 
     @property

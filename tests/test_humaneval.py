@@ -1,5 +1,6 @@
 """HumanEval: samples are generated, resumed and scored, and canned solutions get their exact scores."""
 
+import errno
 import gzip
 import json
 import os
@@ -23,7 +24,7 @@ from clippy_train.cli import main
 from clippy_train.errors import DataError, SandboxFault
 from clippy_train.evaluate import humaneval
 from clippy_train.evaluate.humaneval import pass_at_k
-from clippy_train.evaluate.inside import PASSED
+from clippy_train.evaluate.inside import PASSED, interpreter
 from clippy_train.evaluate.results import read_results, weights_hash
 from clippy_train.evaluate.samples import settings_file
 from clippy_train.evaluate.sandbox import Isolation
@@ -258,6 +259,8 @@ def test_problems_of_other_formats_are_scored(row: dict[str, Any], tmp_path: Pat
         (["model=m", "temperature=[0.2,-1]"], "temperature=[0.2, -1.0]"),
         (["model=m", "temperature=[1,1]"], "each once"),
         (["model=m", "temperature=[]"], "temperature=[]"),
+        ([*SCORE, "timeout=1e8"], "timeout=100000000.0: must be at most 3600"),
+        ([*SCORE, "memory_mb=99999999999999"], "must be at most 16777216"),
     ],
 )
 def test_contradictory_settings_are_refused(
@@ -368,7 +371,41 @@ def test_a_killed_scoring_continues(problems: Path, tmp_path: Path, monkeypatch:
     assert not staged.exists()
 
 
-@pytest.mark.parametrize("change", ["timeout=9", "a sample", "a problem"])
+@pytest.mark.processes
+@pytest.mark.parametrize("damage", ["{}", "[]", "junk", '{"result": 3}'])
+def test_damaged_results_are_made_again(damage: str, problems: Path, tmp_path: Path) -> None:
+    samples = write(tmp_path / "samples.jsonl", canned([1, 1, 1], 1))
+    staged = tmp_path / "samples.jsonl_results.jsonl.unfinished"
+    found = humaneval.scorable_problems(str(problems))
+    limits = {"seconds": 5.0, "memory_bytes": 1 << 30, "interpreter": interpreter()}
+    staged.write_text(json.dumps({"problems": humaneval.problems_hash(found), **limits}) + f"\n{damage}\n")
+    evaluate(problems, samples, *SCORE)
+    assert [row["passed"] for row in lines(tmp_path / "samples.jsonl_results.jsonl")] == [True] * 3
+
+
+@pytest.mark.processes
+def test_results_that_cannot_be_written_end_the_scoring(
+    problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    judged: list[str] = []
+    monkeypatch.setattr(humaneval, "judge", lambda sample, *_: judged.append(sample["task_id"]) or PASSED)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(humaneval, "result_line", full)
+    samples = canned([0, 0, 0], 4000)
+    evaluate(problems, write(tmp_path / "samples.jsonl", samples), *SCORE, "workers=1", code=2)
+    assert "No space left on device" in capsys.readouterr().err
+    assert len(judged) < len(samples)
+
+
+def test_problems_with_the_same_id_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = write(tmp_path / "p.jsonl", [*PROBLEMS, PROBLEMS[1]])
+    evaluate(twice, tmp_path / "s.jsonl", *SCORE, code=3)
+    assert "2 problems have the id 'Test/1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["timeout=9", "a sample", "a problem", "the interpreter"])
 @pytest.mark.processes
 def test_results_of_other_limits_samples_or_problems_are_not_continued(
     change: str, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -384,6 +421,8 @@ def test_results_of_other_limits_samples_or_problems_are_not_continued(
     monkeypatch.setattr(humaneval, "judge", lambda *_: judged.append(PASSED) or PASSED)  # type: ignore[func-returns-value]
     if change == "a sample":
         write(samples, [{**row, "mine": 9} for row in canned([1, 1, 1], 1)])
+    if change == "the interpreter":
+        monkeypatch.setattr(humaneval, "interpreter", lambda: "another")
     if change == "a problem":
         write(tmp_path / "problems.jsonl", [{**each, "test": each["test"] + "\n"} for each in PROBLEMS])
         problems = tmp_path / "problems.jsonl"

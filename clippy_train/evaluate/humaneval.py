@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from clippy_train.config import EvaluateConfig
 from clippy_train.errors import ConfigError, DataError
-from clippy_train.evaluate.inside import PASSED
+from clippy_train.evaluate.inside import PASSED, interpreter
 from clippy_train.evaluate.interpreters import as_python, runnable_languages
 from clippy_train.evaluate.samples import at_temperature, complete_lines, generate_samples, read_settings
 from clippy_train.evaluate.sandbox import Limits, isolation, run_checked
@@ -103,7 +103,13 @@ def scorable_problems(name: str) -> dict[str | int, Problem]:
             languages = ", ".join(runnable)
             why = f"lacks {', '.join(lacking)}" if lacking else f"is {problem.language}; here {languages} can be run"
             raise DataError(f"problems={name}: problem {number} {why}")
-    return {problem.task_id: problem for problem in problems}
+    found = {problem.task_id: problem for problem in problems}
+    if len(found) < len(problems):
+        ((task, times),) = Counter(problem.task_id for problem in problems).most_common(1)
+        raise DataError(
+            f"problems={name}: {times} problems have the id {task!r}; samples could be of any: split the file"
+        )
+    return found
 
 
 def score_samples(config: EvaluateConfig, problems: dict[str | int, Problem], path: Path) -> Scores:
@@ -187,7 +193,7 @@ def run_samples(
     same problems and limits continues it.
     """
     limits = Limits(config.timeout, config.memory_mb << 20)
-    scored_with = {"problems": problems_hash(problems), **asdict(limits)}
+    scored_with = {"problems": problems_hash(problems), **asdict(limits), "interpreter": interpreter()}
     unfinished = results.with_name(results.name + UNFINISHED)
     outcomes = finished_outcomes(unfinished, scored_with, samples)
     workers = config.workers or len(os.sched_getaffinity(0))
@@ -195,10 +201,13 @@ def run_samples(
         judged = pool.map(lambda sample: judge(sample, problems, limits), samples[len(outcomes) :])
         rest = zip(samples[len(outcomes) :], judged, strict=True)
         bar = tqdm(rest, "scoring", len(samples), initial=len(outcomes), unit=" samples", leave=False, disable=None)
-        for sample, outcome in bar:
-            file.write(result_line(sample, outcome))
-            file.flush()
-            outcomes.append(outcome)
+        try:
+            for sample, outcome in bar:
+                file.write(result_line(sample, outcome))
+                file.flush()
+                outcomes.append(outcome)
+        finally:
+            pool.shutdown(cancel_futures=True)  # do not run the others if the disk is full
     with atomic_write(results) as file:
         file.writelines(map(result_line, samples, outcomes))
     unfinished.unlink()
@@ -225,7 +234,7 @@ def finished_outcomes(unfinished: Path, scored_with: dict[str, Any], samples: li
     outcomes: list[str] = []
     if head == json.dumps(scored_with) + "\n":
         for sample, line in zip(samples, lines, strict=False):
-            outcome = json.loads(line)["result"]
+            outcome = outcome_in(line)
             if line != result_line(sample, outcome):
                 break
             outcomes.append(outcome)
@@ -233,6 +242,14 @@ def finished_outcomes(unfinished: Path, scored_with: dict[str, Any], samples: li
         file.write(json.dumps(scored_with) + "\n")
         file.writelines(lines[: len(outcomes)])
     return outcomes
+
+
+def outcome_in(line: str) -> str:
+    """The outcome that a line of results says; empty if it is damaged."""
+    try:
+        return str(json.loads(line)["result"])
+    except (ValueError, TypeError, KeyError):
+        return ""
 
 
 def problems_hash(problems: dict[str | int, Problem]) -> str:

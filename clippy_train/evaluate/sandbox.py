@@ -81,7 +81,10 @@ def _gaps(isolation: Isolation, landlock: int, seccomp: bool) -> Iterator[str]:
         return
     yield NO_NAMESPACES
     if not seccomp:
-        yield "samples can use the network and Unix sockets, and change permissions and times of files (no libseccomp)"
+        yield (
+            "samples can use the network and Unix sockets, and change permissions and times of files and the limits of "
+            "this user's processes (no libseccomp)"
+        )
     if landlock < 1:
         yield "samples can read and write what this user can (no Landlock)"
     elif landlock < 3:
