@@ -20,7 +20,7 @@ from clippy_train.config import FilterConfig, TrainConfig, load
 from clippy_train.data.mixture import corpus_name
 from clippy_train.errors import ConfigError
 from clippy_train.evaluate.results import weights_hash
-from clippy_train.hf.card import hub_name, keep_edits, public_settings, settings_by_step
+from clippy_train.hf.card import BEGIN, END, hub_name, keep_edits, public_settings, settings_by_step
 from clippy_train.hf.sections import (
     corpus_section,
     evaluation_section,
@@ -303,6 +303,9 @@ def test_the_card_shows_solutions_and_next_lines_by_language() -> None:
     filled = evaluated("completion", "data.path=/d/corpus infill=span", lines)
     assert "| corpus, validation, spans filled in | exact match |" in evaluation_section([filled], "me/model")
     assert sampling_of(filled) == {"infill": "span"}
+    unread = evaluated("perplexity", "data.path=/d/corpus infill=line", bits)
+    assert "| corpus, validation | bits per byte |" in evaluation_section([unread], "me/model")
+    assert sampling_of(unread) == {}
     assert headline_metrics(evaluations[0]) == {"exact_match": 0.125, "edit_similarity": 0.5}
     assert measured_on(evaluations[0]) == ("corpus", "test")
 
@@ -417,6 +420,24 @@ def test_a_card_without_marks_gets_the_generated_part_at_its_end(exported: Path)
     assert keep_edits(ours, own, None) == own
     with pytest.raises(ConfigError, match="cannot be read"):
         keep_edits(ours, "---\na: [\n---\n", None)
+
+
+OURS = f"---\nlibrary_name: transformers\n---\n# M\n\n{BEGIN}\nfacts\n{END}\n\n## Use\n"
+
+
+def test_text_behind_a_mark_that_lost_its_end_is_kept() -> None:
+    broken = OURS.replace(END, "").replace("## Use", "Ask me first.\n\n## Use")
+    again = keep_edits(OURS, keep_edits(OURS, broken, None), None)
+    assert "Ask me first." in again
+    assert again.count(END) == 1
+
+
+def test_a_card_on_the_hub_may_begin_with_a_byte_order_mark_and_name_its_own_licence() -> None:
+    theirs = OURS.replace("---\n", "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n", 1)
+    kept = keep_edits(OURS, f"\ufeff{theirs}", None)
+    assert kept.count("library_name") == 1
+    assert "license_name: mine" in kept
+    assert "license_" not in keep_edits(OURS, theirs, "mit")
 
 
 def test_a_licence_that_the_hub_does_not_know_is_reported(

@@ -218,8 +218,8 @@ def test_each_k_counts_with_its_best_temperature(problems: Path, tmp_path: Path)
     assert found["pass@3"] == pytest.approx(0.7)
     assert found["about"]["samples"]["best_temperature"] == {"pass@1": 0.2, "pass@3": 0.8}
     table = evaluation_section([found], "model")
-    assert "| problems | pass@1 | 33.33 % | 5 | 0.2 |" in table
-    assert "| problems | pass@3 | 70.00 % | 5 | 0.8 |" in table
+    assert "| problems | pass@1 | 33.33 % | 5 | 0.2, the best of 0.2, 0.8 |" in table
+    assert "| problems | pass@3 | 70.00 % | 5 | 0.8, the best of 0.2, 0.8 |" in table
 
 
 def test_temperatures_of_different_weights_are_not_compared(problems: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ name. The part between two marks is generated; an export to a hub repository tha
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -302,21 +303,21 @@ def keep_edits(ours: str, theirs: str, license: str | None) -> str:
     """
     new = ModelCard(ours)
     try:
-        old = ModelCard(theirs)
+        old = ModelCard(theirs.removeprefix("\ufeff"))
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"push_to: the head of README.md on the hub cannot be read: {error}") from error
     fresh, kept = new.data.to_dict(), old.data.to_dict()
     kept.pop("model-index", None)
-    if license:
-        kept.pop("license", None)
+    for name in ("license", "license_name", "license_link") if license else ():
+        kept.pop(name, None)
     head = ModelCardData(**{**fresh, **kept})
     return f"---\n{head.to_yaml()}\n---\n{_with_new_part(old.text, new.text)}"
 
 
 def _with_new_part(old: str, new: str) -> str:
     part = BEGIN + new.partition(BEGIN)[2].partition(END)[0] + END
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        return before + part + after
+    begin, end = map(re.escape, (BEGIN, END))
+    found = re.search(f"{begin}(?:(?!{begin})[\\s\\S])*?{end}", old)  # an older mark may have lost its partner
+    if found:
+        return old[: found.start()] + part + old[found.end() :]
     return f"{old.rstrip()}\n\n{part}\n" if old.strip() else new

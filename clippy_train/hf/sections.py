@@ -1,5 +1,6 @@
 """Parts of the model card: data, results and validations as Markdown tables, settings in words, and the curves."""
 
+import re
 import shlex
 from itertools import groupby
 from pathlib import Path, PurePath
@@ -171,11 +172,17 @@ def headline_metrics(results: dict[str, Any]) -> dict[str, float]:
 
 def sampling_of(results: dict[str, Any]) -> dict[str, Any]:
     """What a pass@k is stated with, None where another tool made the samples; for other tasks, what was filled in."""
-    infill = _keyed_words(results["about"]["command"]).get("infill")
+    infill = _infill(results)
     if infill:
         return {"infill": infill}
     made = results["about"].get("samples")
     return {name: made.get(name) for name in ("n", "temperature", "top_p", "problems")} if made else {}
+
+
+def _infill(results: dict[str, Any]) -> str | None:
+    """What lines were completed from both sides; other tasks take the key and do not read it."""
+    about = results["about"]
+    return _keyed_words(about["command"]).get("infill") if about["task"] == "completion" else None
 
 
 def evaluation_section(evaluations: list[dict[str, Any]], place: str) -> str:
@@ -194,7 +201,9 @@ def _pass_table(evaluations: list[dict[str, Any]]) -> str:
     for each in evaluations:
         best = each["about"]["samples"].get("best_temperature", {})
         for name, value in headline_metrics(each).items():
-            made = {**sampling_of(each), **({"temperature": best[name]} if best else {})}
+            made = sampling_of(each)
+            if best:
+                made["temperature"] = f"{best[name]}, the best of {', '.join(map(str, made['temperature']))}"
             cells = ["unknown" if cell is None else str(cell) for cell in made.values()]
             rows.append([measured_on(each)[0], name, f"{100 * value:.2f} %", *cells])
     return markdown_table([["problems", "metric", "solved", "n", "temperature", "top_p", "with samples"], *rows])
@@ -206,9 +215,9 @@ def _language_table(results: dict[str, Any]) -> str:
     rows = [[name, *_cells(each)] for name, each in list(parts.items())[: 1 + MAX_ROWS]]
     header = completion.HEADER[1:] if "exact_match" in found["total"] else BITS_HEADER
     name, split = measured_on(results)
-    words = _keyed_words(results["about"]["command"])
-    what = "solutions" if "problems" in words else split
-    what = f"{what}, {words['infill']}s filled in" if "infill" in words else what
+    what = "solutions" if "problems" in _keyed_words(results["about"]["command"]) else split
+    infill = _infill(results)
+    what = f"{what}, {infill}s filled in" if infill else what
     return markdown_table([[f"{name}, {what}", *header], *rows])
 
 
