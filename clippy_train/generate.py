@@ -1,7 +1,7 @@
 """`clippy generate`: complete a prompt with any causal LM in a Hugging Face folder or on the hub."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -93,14 +93,16 @@ def generate_with(
 
 
 def require_room(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: Prompt, max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Iterable[Prompt], max_new_tokens: int
 ) -> None:
-    """Raise ConfigError as in `excess_tokens`, and for a prompt of which something would be cut."""
-    excess = excess_tokens(model, tokenizer, prompt, max_new_tokens)
+    """Raise ConfigError as in `excess_tokens`, and for prompts of which something would be cut."""
+    excess = max((excess_tokens(model, tokenizer, each, max_new_tokens) for each in prompts), default=0)
+    if excess >= max_new_tokens:
+        raise ConfigError("the longest prompt exceeds this model's positions: choose another model or other problems")
     if excess:
         raise ConfigError(
-            f"max_new_tokens={max_new_tokens}: with the prompt, this exceeds the model's positions; at most "
-            f"{max(0, max_new_tokens - excess)} fit"
+            f"max_new_tokens={max_new_tokens}: with the longest prompt, this exceeds the model's positions; at most "
+            f"{max_new_tokens - excess} fit"
         )
 
 

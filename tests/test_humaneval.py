@@ -326,6 +326,20 @@ def test_a_refused_generation_leaves_no_file(
     evaluate(problems, tmp_path / "new" / "samples.jsonl", f"model={model}", "max_new_tokens=9999", code=2)
     assert "this model has room for 63" in capsys.readouterr().err
     assert set(tmp_path.iterdir()) == before
+    evaluate(problems, tmp_path, f"model={model}", code=2)
+    assert f"samples={tmp_path} is a folder" in capsys.readouterr().err
+
+
+def test_the_advised_number_of_tokens_is_taken(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    growing = [{**each, "prompt": each["prompt"] + "    #\n" * 3 * turn} for turn, each in enumerate(PROBLEMS)]
+    problems, samples = write(tmp_path / "p.jsonl", growing), tmp_path / "samples.jsonl"
+    evaluate(problems, samples, f"model={model}", "max_new_tokens=55", code=2)
+    advised = re.search(r"at most (\d+) fit", capsys.readouterr().err)
+    assert advised
+    evaluate(problems, samples, f"model={model}", f"max_new_tokens={advised[1]}")
+    long = write(tmp_path / "long.jsonl", [{**PROBLEMS[0], "prompt": "x = 1\n" * 64}])
+    evaluate(long, tmp_path / "new.jsonl", f"model={model}", "max_new_tokens=2", code=2)
+    assert "the longest prompt exceeds this model's positions" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -68,8 +68,8 @@ def add_batches(config: EvaluateConfig, batches: list[list[Problem]], settings: 
         return
     (name,) = config.model
     model, tokenizer = load_model_and_tokenizer(name)
-    for problem in chain.from_iterable(batches):
-        require_room(model, tokenizer, prompt_of(problem), config.max_new_tokens)
+    prompts = map(prompt_of, dict.fromkeys(chain.from_iterable(batches)))
+    require_room(model, tokenizer, prompts, config.max_new_tokens)
     stop, (index, parts) = stop_at_sequences(settings["stop"]), config.part
     begin_samples(settings, path, found[: done * config.batch_size])
     bar = tqdm(batches[done:], "samples", len(batches), initial=done, unit=" batches", leave=False, disable=None)
@@ -130,6 +130,8 @@ def require_same_settings(wanted: dict[str, Any], path: Path) -> list[str]:
     Raises:
         ConfigError: the samples were generated with other settings, or by another tool.
     """
+    if path.is_dir():
+        raise ConfigError(f"samples={path} is a folder: name a file")
     if not path.exists():
         return []
     found = read_settings(path)
