@@ -306,6 +306,15 @@ def test_samples_of_other_weights_are_not_mixed(
     assert "weights was" in capsys.readouterr().err
 
 
+def test_weights_in_the_older_format_have_a_hash(tmp_path: Path) -> None:
+    assert weights_hash(tmp_path) is None
+    (tmp_path / "pytorch_model-00001-of-00001.bin").write_bytes(b"one")
+    (tmp_path / "training_args.bin").write_bytes(b"no weights")
+    first = weights_hash(tmp_path)
+    (tmp_path / "pytorch_model-00001-of-00001.bin").write_bytes(b"two")
+    assert len({None, first, weights_hash(tmp_path)}) == 3
+
+
 @pytest.mark.processes
 def test_scores_name_the_weights_and_the_sampling_also_in_two_steps(
     model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -49,9 +49,9 @@ def read_results(path: str) -> dict[str, Any]:
 
 
 def weights_hash(folder: Path) -> str | None:
-    """Hash the weights of a Hugging Face folder; None if it has no safetensors files, as with a name on the hub."""
+    """Hash the weights of a Hugging Face folder; None if it has none, as with a name on the hub."""
     digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
