@@ -1,11 +1,12 @@
 """Programs in other languages are run by their interpreters, confined like those in Python."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from clippy_train.evaluate.inside import PASSED
-from clippy_train.evaluate.interpreters import INTERPRETERS, as_python, runnable_languages
+from clippy_train.evaluate.interpreters import INTERPRETERS, as_python, installed, runnable_languages
 from clippy_train.evaluate.sandbox import Limits, run_checked
 from clippy_train.shards.problems import Problem
 
@@ -69,5 +70,20 @@ def test_limits_hold_for_the_interpreter() -> None:
 
 
 def test_a_language_without_its_interpreter_cannot_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name, path: None)
     assert runnable_languages() == ["Python"]
+
+
+def test_an_interpreter_that_samples_do_not_see_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one of a version manager in the user's folder, also behind a link in the system's."""
+    system, own = tmp_path / "system", tmp_path / "own"
+    for folder in (system, own):
+        folder.mkdir()
+    (own / "node").write_text("#!/bin/sh\n")
+    (own / "node").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{own}:/usr/bin:/bin")
+    assert installed("bash") in ("/usr/bin/bash", "/bin/bash")
+    assert installed("node") != str(own / "node")
+    (system / "node").symlink_to(own / "node")
+    monkeypatch.setattr("clippy_train.evaluate.interpreters.PLACES", str(system))
+    assert installed("node") is None

@@ -7,6 +7,7 @@ import fcntl
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -409,7 +410,7 @@ open("a", "w").close()
 shutil.copy("a", "b")
 for each in [threading.Thread(target=print) for _ in range(9)]:
     each.start()
-assert os.environ["OMP_NUM_THREADS"] == "1" and os.cpu_count() <= 4
+assert os.environ["OMP_NUM_THREADS"] == "1" and os.cpu_count() == len(os.sched_getaffinity(0)) <= 4
 """
     assert outcome(program + RIGHT, level=level) == PASSED
 
@@ -438,6 +439,49 @@ def test_waiting_for_a_core_does_not_count_as_time() -> None:
         assert time.monotonic() - started > 1.5 * HURRIED.seconds  # otherwise nobody waited
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def test_a_pause_of_the_machine_does_not_count_as_time() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(outcome, f"import time\ntime.sleep(0.5)\n{RIGHT}", Limits(1.5, 512 << 20))
+        deadline = time.monotonic() + 20
+        while len(own_samples()) < 2 + isolation().namespaces and time.monotonic() < deadline:
+            time.sleep(0.02)
+        paused = own_samples()
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in paused:
+                os.kill(pid, number)
+            time.sleep(3)
+        assert found.result() == PASSED
+
+
+def own_samples() -> list[int]:
+    """The processes of this one's samples: supervisors, with namespaces two for each, and what they supervise."""
+    return list(inside.descendants(os.getpid()))
+
+
+def test_each_sample_has_a_few_of_the_cores() -> None:
+    many = set(range(3, 67))
+    assert {len(inside.some_cores(many, number)) for number in range(99)} == {inside.CORES}
+    assert set.union(*(inside.some_cores(many, number) for number in range(99))) == many
+    assert inside.some_cores({5, 7}, 9) == {5, 7}
+
+
+def test_a_limit_of_the_shell_is_not_a_verdict() -> None:
+    script = f"""
+import resource
+from clippy_train.errors import SandboxFault
+from clippy_train.evaluate.sandbox import *
+run_checked({RIGHT!r}, {TEST!r}, "square", Limits(10, 512 << 20))
+resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+try:
+    print(run_isolated(isolation(), {RIGHT!r}, {TEST!r}, "square", Limits(10, 512 << 20)))
+except SandboxFault as error:
+    print(error)
+"""
+    drop = [] if os.getuid() else ["setpriv", "--bounding-set", "-sys_resource"]
+    found = subprocess.run([*drop, sys.executable, "-c", script], capture_output=True, text=True)
+    assert "need a limit of 64, and here it is at most 50" in found.stdout
 
 
 def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

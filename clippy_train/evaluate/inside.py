@@ -34,6 +34,7 @@ OPEN_FILES = 64
 CORES = 4  # that a sample sees at most: a pool of one process per core must not depend on the machine
 REPORT_BYTES = 4096  # of a sample's report that are read
 EXIT_SECONDS = 10.0  # for killed processes to exit
+LONGEST_LOOK = 1.0  # seconds that count between two looks: if there were more, all of this was paused, or starved
 PASSED = "passed"
 TIMED_OUT = "timed out"
 
@@ -142,6 +143,7 @@ class Watch:
     """Wait for a sample while adding up what it uses.
 
     Attributes:
+        elapsed: seconds since the start, without pauses (of a virtual machine, or a job that another one preempts).
         waited: the longest that one of its processes has waited for a core, in seconds.
         lowest_disk: the least free space seen in the sample's folder, in bytes.
         next_look: when to measure the files in it again.
@@ -149,10 +151,10 @@ class Watch:
 
     def __init__(self, job: Job, sample: int) -> None:
         self.job, self.sample = job, sample
-        self.started = time.monotonic()
+        self.last = time.monotonic()
         self.cores = len(os.sched_getaffinity(0))
-        self.waited = 0.0
-        self.lowest_disk, self.next_look = DISK_BYTES, self.started
+        self.elapsed = self.waited = 0.0
+        self.lowest_disk, self.next_look = DISK_BYTES, self.last
         self.kills = out_of_memory_kills()
 
     def verdict(self) -> str | None:
@@ -177,7 +179,9 @@ class Watch:
         self.waited = max([self.waited, *(each.waited for each in processes)])
         finished = os.times()
         used = finished.children_user + finished.children_system + sum(each.cpu for each in processes)
-        if max(time.monotonic() - self.started - self.waited, used / self.cores) > self.job.seconds:
+        last, self.last = self.last, time.monotonic()
+        self.elapsed += min(self.last - last, LONGEST_LOOK)
+        if max(self.elapsed - self.waited, used / self.cores) > self.job.seconds:
             return TIMED_OUT
         if sum(each.threads for each in processes) > PROCESSES:
             return f"failed: more than {PROCESSES} processes and threads"
@@ -323,6 +327,8 @@ def restrict_process(job: Job, uid: int, kept: set[int]) -> None:
     if job.folder:
         os.chdir(job.folder)
     limit_resources(job)
+    cores = some_cores(os.sched_getaffinity(0), uid)
+    os.sched_setaffinity(0, cores)
     if job.drop_root:
         if job.folder:
             os.chown(job.folder, uid, uid)
@@ -334,8 +340,13 @@ def restrict_process(job: Job, uid: int, kept: set[int]) -> None:
     if confine.seccomp_available():
         confine.deny_calls(job.namespaces)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-    cores = min(CORES, os.cpu_count() or 1)
-    os.cpu_count = lambda: cores
+    os.cpu_count = lambda: len(cores)
+
+
+def some_cores(allowed: set[int], number: int) -> set[int]:
+    """Those that a sample of this number may use; others have others."""
+    start = number * CORES % len(allowed)
+    return {*(2 * sorted(allowed))[start : start + CORES]}
 
 
 def accessible_paths(job: Job) -> tuple[list[str], list[str]]:
@@ -355,11 +366,15 @@ def limit_resources(job: Job) -> None:
         resource.RLIMIT_CORE: 0,
     }
     own_user = job.drop_root or (job.namespaces and os.getuid())
-    limits[resource.RLIMIT_NPROC] = PROCESSES if own_user else tasks_of_user() + SPARE_PROCESSES
+    processes = PROCESSES if own_user else tasks_of_user() + SPARE_PROCESSES
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    limits[resource.RLIMIT_NPROC] = processes if most == resource.RLIM_INFINITY else min(processes, most)
     for number, value in limits.items():
-        hard = resource.getrlimit(number)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(number, (value, value))
+        try:
+            resource.setrlimit(number, (value, value))
+        except ValueError as error:
+            most = resource.getrlimit(number)[1]
+            raise RuntimeError(f"samples need a limit of {value}, and here it is at most {most} (ulimit)") from error
 
 
 def tasks_of_user() -> int:

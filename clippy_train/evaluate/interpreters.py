@@ -5,10 +5,12 @@ the interpreter on it, so all protections and limits hold, and whatever ends the
 a failure. A program that reads its own file can print the secret: docs/evaluate.md.
 """
 
+import os
 import secrets
 import shutil
 from typing import NamedTuple
 
+from clippy_train.evaluate.confine import SYSTEM
 from clippy_train.shards.problems import PYTHON, Problem
 
 
@@ -26,6 +28,8 @@ INTERPRETERS = {
     "Shell": Interpreter("bash", "sample.sh", "printf '\\n%s\\n' {}"),
 }
 
+PLACES = "/usr/local/bin:/usr/bin:/bin"
+SEEN = tuple(f"{path}/" for path in SYSTEM)
 ENTRY_POINT = "run"
 CHECK = "def check(run):\n    run()\n"
 RUN = """\
@@ -43,7 +47,13 @@ def run():
 
 def runnable_languages() -> list[str]:
     """The languages that programs can be run in on this machine."""
-    return [PYTHON, *(name for name, each in INTERPRETERS.items() if shutil.which(each.program))]
+    return [PYTHON, *(name for name, each in INTERPRETERS.items() if installed(each.program))]
+
+
+def installed(program: str) -> str | None:
+    """The path of a system's interpreter; None if it, or what it links to, is in a folder that samples do not see."""
+    found = shutil.which(program, path=PLACES)
+    return found if found and os.path.realpath(found).startswith(SEEN) else None
 
 
 def as_python(problem: Problem, program: str) -> tuple[str, str, str]:
@@ -52,6 +62,6 @@ def as_python(problem: Problem, program: str) -> tuple[str, str, str]:
         return program, problem.test, problem.entry_point
     interpreter, secret = INTERPRETERS[problem.language], secrets.token_hex(16)
     source = f"{program}\n{problem.test}\n{interpreter.report.format(secret)}\n"
-    started = shutil.which(interpreter.program)
+    started = installed(interpreter.program)
     code = RUN.format(file=interpreter.file, source=source, program=started, secret=secret.encode())
     return code, CHECK, ENTRY_POINT

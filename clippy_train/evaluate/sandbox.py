@@ -131,7 +131,7 @@ def strongest(candidates: Iterable[Isolation]) -> Isolation:
     """
     if sys.platform != "linux":
         raise ConfigError("samples can only be scored on Linux")
-    trial = Limits(seconds=20, memory_bytes=1 << 30)
+    trial = Limits(seconds=20, memory_bytes=128 << 20)
     faults = []
     for each in candidates:
         try:

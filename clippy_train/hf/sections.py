@@ -1,6 +1,5 @@
 """Parts of the model card: data, results and validations as Markdown tables, settings in words, and the curves."""
 
-import re
 import shlex
 from itertools import groupby
 from pathlib import Path, PurePath
