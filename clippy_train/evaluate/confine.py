@@ -55,15 +55,17 @@ def _low_bits(argument: int, mask: int, value: int) -> Condition:
     return Condition(argument, 7, mask, value)
 
 
-PACKET_SOCKETS, VSOCK, DATAGRAMS, RAW = 17, 40, 2, 3
+PACKET_SOCKETS, DATAGRAMS, RAW = 17, 2, 3
 Rule = tuple[str, list[Condition]]  # a call, and what holds for the arguments that it concerns
 # No namespace has its own of the address families after these (vsock reaches the host of a virtual machine), and
 # io_uring makes sockets that no rule sees.
 REFUSED_IN_NAMESPACES: list[Rule] = [("socket", [Condition(0, 6, PACKET_SOCKETS)]), ("io_uring_setup", [])]
-# What reaches outside and Landlock does not know: sockets, also a pair that can send elsewhere; shared memory, queues
-# and keys of this user; limits and priorities of its other processes.
+# Memory that belongs to no process, so no limit counts it; libraries have other ways for systems without these.
+UNCOUNTED: list[Rule] = [(name, []) for name in ("memfd_create", "memfd_secret", "shmget")]
+# What reaches outside and Landlock does not know: sockets, also a pair that can send elsewhere; queues, semaphores and
+# keys of this user; limits and priorities of its other processes.
 REFUSED: list[Rule] = [
-    *((name, []) for name in ("socket", "io_uring_setup", "shmget", "msgget", "semget")),
+    *((name, []) for name in ("socket", "io_uring_setup", "msgget", "semget")),
     *((name, []) for name in ("add_key", "request_key", "keyctl")),
     *(("socketpair", [_low_bits(1, 0xF, kind)]) for kind in (DATAGRAMS, RAW)),
     ("prlimit64", [_differs(0), _differs(2)]),
@@ -240,16 +242,8 @@ def seccomp_available() -> bool:
     return True
 
 
-def reaches_host() -> bool:
-    """Whether this system has sockets to the host of a virtual machine (vsock)."""
-    found = libc.socket(VSOCK, 1, 0)
-    if found >= 0:
-        os.close(found)
-    return bool(found >= 0)
-
-
 def deny_calls(in_namespaces: bool) -> None:
-    """Refuse calls that reach outside, and without namespaces ignore `IGNORED`, for this process and its children.
+    """Refuse calls that reach outside or escape limits, and without namespaces ignore `IGNORED`; also in children.
 
     Requires `drop_capabilities`.
     """
@@ -258,6 +252,8 @@ def deny_calls(in_namespaces: bool) -> None:
     context = ctypes.c_void_p(seccomp.seccomp_init(SECCOMP_ALLOW))
     for rule in REFUSED_IN_NAMESPACES if in_namespaces else REFUSED:
         _add_rule(seccomp, context, SECCOMP_ERRNO | errno.EACCES, *rule)
+    for rule in UNCOUNTED:
+        _add_rule(seccomp, context, SECCOMP_ERRNO | errno.ENOSYS, *rule)
     for rule in [] if in_namespaces else IGNORED:
         _add_rule(seccomp, context, SECCOMP_ERRNO, *rule)
     _require(seccomp.seccomp_load(context), "seccomp_load")

@@ -9,9 +9,9 @@ Always: limits on time, memory, processes, files and open files; a temporary fol
 variables; output discarded.
 With namespaces: no network, no other processes, and a file system of its own, in memory, which shows only the
 interpreter and the system, read-only. For root: a user for each sample that nobody else is.
-With Landlock: access to the same files only, no signals to other processes, no TCP. With libseccomp: no sockets to the
-host of a virtual machine; without namespaces, no sockets at all, no changes of permissions or of other processes'
-limits. `Isolation.gaps` names what remains open.
+With Landlock: access to the same files only, no signals to other processes, no TCP. With libseccomp: no memory that no
+limit counts, no sockets to the host of a virtual machine; without namespaces, no sockets at all, no changes of
+permissions or of other processes' limits. `Isolation.gaps` names what remains open.
 
 Nothing here stops a sample that attacks its own checks in the interpreter that they share, for example with an `==`
 that is always true, or by reading the token from the frames below. It is a seat belt, not a prison: run programs of
@@ -48,7 +48,7 @@ ENVIRONMENT = {
 RETRY_SECONDS = 1.0
 PATIENCE = 100  # a sandbox that takes this many times the sample's limit does not work
 
-NO_NAMESPACES = "samples see the names of other processes, and can change files in /dev/shm (no namespaces)"
+NO_NAMESPACES = "samples see the names of other processes, and can change and leave files in /dev/shm (no namespaces)"
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ def _gaps(isolation: Isolation, landlock: int, seccomp: bool) -> Iterator[str]:
     if os.getuid() == 0 and not isolation.drop_root:
         yield "samples run as root (as another user, the interpreter does not work)"
     if isolation.namespaces:
-        if not seccomp and confine.reaches_host():
-            yield "samples can reach the host of this virtual machine (vsock; no libseccomp)"
+        if not seccomp:
+            yield "samples can exceed memory_mb, and reach the host of a virtual machine by vsock (no libseccomp)"
         return
     yield NO_NAMESPACES
     if not seccomp:
         yield (
-            "samples can use the network and Unix sockets, and change permissions and times of files and the limits of "
-            "this user's processes (no libseccomp)"
+            "samples can use the network and Unix sockets, exceed memory_mb, and change permissions and times of files "
+            "and the limits of this user's processes (no libseccomp)"
         )
     if landlock < 1:
         yield "samples can read and write what this user can (no Landlock)"
