@@ -87,10 +87,13 @@ def evaluate(problems: Path, samples: Path, *arguments: str, code: int = 0) -> N
 
 
 @pytest.mark.processes
-def test_canned_solutions_get_their_exact_scores(problems: Path, tmp_path: Path) -> None:
+def test_canned_solutions_get_their_exact_scores(
+    problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     n, right = 5, [5, 2, 0]
     samples = write(tmp_path / "samples.jsonl", canned(right, n))
     evaluate(problems, samples, *SCORE, "ks=[1,3,10]", f"out={tmp_path / 'out.json'}")
+    assert "fewer samples: pass@10\n" in capsys.readouterr().out
     found = json.loads((tmp_path / "out.json").read_text())
     about = found.pop("about")
     assert about["task"] == "humaneval"

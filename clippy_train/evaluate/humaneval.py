@@ -122,7 +122,11 @@ def score_samples(config: EvaluateConfig, problems: dict[str | int, Problem], pa
     outcomes = run_samples(config, problems, samples, results)
     print(f"{results}: {outcomes.count(PASSED)} of {len(outcomes)} samples passed")
     print(describe_samples(about["samples"]))
-    return Scores(dict(estimate_pass_at_k(samples, outcomes, config.ks)), about)
+    found = dict(estimate_pass_at_k(samples, outcomes, config.ks))
+    skipped = [f"pass@{k}" for k in config.ks if f"pass@{k}" not in found]
+    if skipped:
+        print(f"not estimated, since some problem has fewer samples: {', '.join(skipped)}")
+    return Scores(found, about)
 
 
 def check_samples(samples: list[dict[str, Any]], problems: dict[str | int, Problem], path: Path) -> None:
