@@ -28,6 +28,7 @@ WHITESPACE_TOKENS = ["\t\t", "  ", "    ", "        "]  # the model card's, in i
 FIM_TOKENS = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]  # StarCoder's
 PROMPT = "def greet(name):\n  '''A function to greet user. Given a user name it should say hello'''\n"  # the card's
 POSITIVE = 1e-9  # the minimum of a key whose value must be above 0
+COLDEST = 1e-3  # the lowest temperature that samples: logits are divided by it, in fp32
 MAX_SEED = 2**31 - 1  # numpy's limit is 2**32 - 1, and each rank adds its number
 SOURCE_NAME = r"[\w.+#-]+"  # a part of the names of metrics
 # Keys of `model` that must match the base model, as the Hugging Face configuration names them.
@@ -858,10 +859,8 @@ def to_schema(composed: DictConfig, schema: type[T]) -> T:
         found += evaluation_problems(config)
     if isinstance(config, ExtendConfig) and config.fim_tokens:
         found += _fim_token_problems("fim_tokens", config.fim_tokens)
-    if isinstance(config, GenerateConfig) and config.prompt == "" and not config.suffix:
-        found.append("prompt=: must not be empty without a suffix")
-    if isinstance(config, GenerateConfig) and config.num_samples > 1 and config.temperature == 0:
-        found.append(f"num_samples={config.num_samples}: greedy completions are all the same; set temperature=0.8, say")
+    if isinstance(config, GenerateConfig):
+        found += _generation_problems(config)
     if found:
         raise ConfigError("\n".join(found))
     return config
@@ -946,6 +945,15 @@ def _completion_problems(config: EvaluateConfig) -> Iterator[str]:
     yield from _data_problems(config.data)
 
 
+def _generation_problems(config: GenerateConfig) -> Iterator[str]:
+    if config.prompt == "" and not config.suffix:
+        yield "prompt=: must not be empty without a suffix"
+    if config.num_samples > 1 and config.temperature == 0:
+        yield f"num_samples={config.num_samples}: greedy completions are all the same; set temperature=0.8, say"
+    if 0 < config.temperature < COLDEST:
+        yield f"temperature={config.temperature}: must be 0 (greedy) or at least {COLDEST}"
+
+
 def _humaneval_problems(config: EvaluateConfig) -> Iterator[str]:
     if not config.problems:
         yield "task=humaneval needs problems=FILE"
@@ -953,8 +961,9 @@ def _humaneval_problems(config: EvaluateConfig) -> Iterator[str]:
         yield f"model=[{','.join(config.model)}]: task=humaneval takes one model"
     if not config.samples:
         yield "task=humaneval needs samples=FILE: samples to score, or a file to write them to"
-    if min(config.temperature, default=-1.0) < 0 or len({*config.temperature}) < len(config.temperature):
-        yield f"temperature={config.temperature}: needs numbers from 0 on, each once"
+    allowed = [each for each in config.temperature if each == 0 or each >= COLDEST]
+    if not allowed or len({*allowed}) < len(config.temperature):
+        yield f"temperature={config.temperature}: needs numbers, each once: 0 (greedy) or at least {COLDEST}"
     if config.share is not None:
         yield from _share_problems(config)
     if min(config.ks, default=1) < 1:

@@ -90,6 +90,7 @@ def test_a_problem_too_short_to_be_told_from_other_code_is_not_searched_for(tmp_
     assert held_problem(f"/* {question.upper()} */", [str(path)]) == "9"
 
 
+@pytest.mark.slow
 def test_the_identity_of_the_data_includes_the_problems_but_not_their_place(
     problems: str, tmp_path: Path, train_config: Callable[..., TrainConfig]
 ) -> None:

@@ -39,6 +39,7 @@ def test_every_key_has_one_class() -> None:
     assert sorted([*refused, *MOVED, *STARTED, *APPLIED]) == sorted(name for name, _ in keys(TrainConfig))
 
 
+@pytest.mark.slow
 def test_what_the_order_of_the_data_depends_on_is_refused(train_config: Callable[..., TrainConfig]) -> None:
     known = {name for name, why in REFUSED.items() if why == ORDER}
     assert data_identity(train_config(), []).keys() - {"corpus fingerprint"} == known
@@ -58,6 +59,7 @@ def test_a_change_is_reported_with_what_becomes_of_it(train_config: Callable[...
     ]
 
 
+@pytest.mark.slow
 def test_every_refused_change_is_named_at_once(train_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     save(train_config(), tmp_path / CONFIG)
     with pytest.raises(ConfigError) as refused:

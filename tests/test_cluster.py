@@ -267,6 +267,7 @@ def test_neighbouring_jobs_and_attempts_have_separate_ports(job: int, restarts: 
 LARGE = ["trainer.num_nodes=64", "trainer.devices=8", "trainer.accelerator=cuda", "trainer.micro_batch_size=2"]
 
 
+@pytest.mark.slow
 def test_512_ranks_get_consecutive_numbers_and_separate_streams(
     train_config: Callable[..., TrainConfig], tiny_tokenizer: Path
 ) -> None:
@@ -317,6 +318,7 @@ def test_torch_reads_the_variables_that_jobs_set() -> None:
         assert [each for each in set_ones if each.encode() not in headers and library.find(each.encode()) < 0] == []
 
 
+@pytest.mark.slow
 def test_a_plan_estimates_large_runs(train_config: Callable[..., TrainConfig]) -> None:
     card = ["experiment=code_clippy_125m", "trainer.devices=8", "trainer.accelerator=cuda"]
     sizes = {

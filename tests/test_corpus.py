@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 from support.formats import APPS
@@ -320,14 +320,14 @@ for src in sys.argv[1:]:
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """After a build that fills every part, one with ten times as much text as the memory that it may add."""
-    rng = random.Random(0)
-    words = [f"name_{number}" for number in range(1000)]
+    rng = np.random.default_rng(0)
+    words = np.array([f"name_{number}" for number in range(1000)])
     for name, files in (("small", 60), ("large", 400)):
         for package in range(4):
             folder = tmp_path / name / f"package_{package}"
             folder.mkdir(parents=True)
             for number in range(files):
-                (folder / f"{number}.py").write_text(" ".join(rng.choices(words, k=6000)))
+                (folder / f"{number}.py").write_text(" ".join(rng.choice(words, 6000)))
     # Not ru_maxrss: a process inherits it from the process that started it.
     command = [sys.executable, "-c", GROWTH, str(tmp_path / "small"), str(tmp_path / "large")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
@@ -379,6 +379,7 @@ def test_folders_and_a_dataset_make_one_corpus(packages: Path, tmp_path: Path) -
     assert manifest["licences"]["mit"] == {"documents": 1, "text_bytes": 100}
 
 
+@pytest.mark.slow
 def test_the_report_repeats_the_summary_of_the_build_without_reading_shards(
     packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

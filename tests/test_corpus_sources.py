@@ -356,6 +356,7 @@ def test_a_dataset_in_the_code_clippy_format_keeps_its_meta(tmp_path: Path) -> N
     assert read_meta(document) == meta
 
 
+@pytest.mark.slow
 def test_rows_without_a_repository_are_spread_over_a_bounded_number_of_them(tmp_path: Path) -> None:
     rows = [{"code": f"{number}"} for number in range(UNNAMED_REPOSITORIES + 3)]
     repositories = [document.repository for document in documents_of(dataset(tmp_path / "data", rows, "parquet"))]

@@ -430,6 +430,7 @@ def test_lines_are_filled_in_from_both_sides(
     assert "no tokens for fill-in-the-middle" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tokens_per_byte_are_reported_with_and_without_the_whitespace_tokens(
     models: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:

@@ -195,9 +195,10 @@ def pid_of(runs: Runs, name: str, rank: int) -> int:
 
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(runs: Runs) -> None:
     process = runs.start(
-        "hangs", *SETTINGS, "trainer.watchdog_seconds=3", "checkpoint.keep_last=2", "trainer.max_steps=100000"
-    )
-    runs.wait_for_step("hangs", 5, process, "checkpoint/seconds")
+        "hangs", *SETTINGS, "trainer.watchdog_seconds=3", "checkpoint.keep_last=2", "checkpoint.every_steps=50",
+        "trainer.max_steps=100000",
+    )  # fmt: skip
+    runs.wait_for_step("hangs", 50, process, "checkpoint/seconds")
     os.kill(pid_of(runs, "hangs", 1), signal.SIGSTOP)
     said = process.communicate(timeout=60)[0]  # in a save the limit is six times as long
     assert process.returncode == MachineFault.exit_code

@@ -108,6 +108,7 @@ def test_the_order_of_the_pieces_is_that_of_starcoder() -> None:
     assert suffix_first.tolist() == [P, S, *map(ord, suffix), M, *map(ord, prefix + middle), EOS]
 
 
+@pytest.mark.slow
 def test_the_shares_are_those_of_the_settings() -> None:
     letters = "abcdefghijklmnopqrstuvwxyz"
     orders = Counter[str]()

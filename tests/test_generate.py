@@ -138,6 +138,7 @@ def test_every_token_is_decoded_once(
     assert sum(decoded) <= 2 * 20  # the results; a stream has decoded the same tokens for the stop
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_cut_on_the_left(
     model: GPTNeoForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,8 +163,11 @@ def test_the_line_ends_of_a_file_are_kept(tmp_path: Path) -> None:
 def test_several_greedy_completions_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", f"model={folder}", "prompt=x", "num_samples=2"]) == 2
     assert "num_samples=2: greedy completions are all the same" in capsys.readouterr().err
+    assert main(["generate", f"model={folder}", "prompt=x", "temperature=1e-40"]) == 2
+    assert "temperature=1e-40: must be 0 (greedy) or at least 0.001" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_prompts_come_from_a_text_a_file_or_standard_input(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

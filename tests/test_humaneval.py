@@ -261,6 +261,7 @@ def test_problems_of_other_formats_are_scored(row: dict[str, Any], tmp_path: Pat
         (["model=m", "share=1/2", *SCORE], "only generates"),
         (["model=m", "temperature=[0.2,-1]"], "temperature=[0.2, -1.0]"),
         (["model=m", "temperature=[1,1]"], "each once"),
+        (["model=m", "temperature=[0.2,1e-40]"], "at least 0.001"),
         (["model=m", "temperature=[]"], "temperature=[]"),
         ([*SCORE, "timeout=1e8"], "timeout=100000000.0: must be at most 3600"),
         ([*SCORE, "memory_mb=99999999999999"], "must be at most 16777216"),
@@ -279,6 +280,7 @@ def test_only_python_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "problem 2 is Rust; here Python" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_samples_of_other_settings_are_not_mixed(
     model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +299,7 @@ def test_samples_of_other_settings_are_not_mixed(
     assert samples.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_samples_of_other_weights_are_not_mixed(
     problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,6 +345,7 @@ def test_a_refused_generation_leaves_no_file(
     assert f"samples={tmp_path} is a folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_advised_number_of_tokens_is_taken(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     growing = [{**each, "prompt": each["prompt"] + "    #\n" * 3 * turn} for turn, each in enumerate(PROBLEMS)]
     problems, samples = write(tmp_path / "p.jsonl", growing), tmp_path / "samples.jsonl"
@@ -487,6 +491,7 @@ def test_a_weak_sandbox_needs_a_second_word(
     assert "no namespaces" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_runs_unless_it_is_allowed(
     model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -501,6 +506,7 @@ def test_nothing_runs_unless_it_is_allowed(
     assert not witness.exists()
 
 
+@pytest.mark.slow
 def test_completions_end_at_the_stop_sequences(model: Path, problems: Path, tmp_path: Path) -> None:
     def completions(name: str, *settings: str) -> list[str]:
         evaluate(problems, tmp_path / name, f"model={model}", "max_new_tokens=30", "batch_size=3", *settings)

@@ -161,6 +161,7 @@ def committed(config: TrainConfig, trained: list[Step]) -> np.ndarray:
     return cursors
 
 
+@pytest.mark.slow
 def test_a_stream_reads_its_source_as_a_run_on_that_source_alone_would(
     config: Callable[..., TrainConfig], tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -221,6 +221,7 @@ def test_documents_without_a_prompt_are_refused(tmp_path: Path) -> None:
         require_text(corpus)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_a_setting_existed_has_its_default(train_config: Make) -> None:
     now = data_identity(train_config(), [])
     then = {name: value for name, value in now.items() if name != "data.packing"}

@@ -67,6 +67,7 @@ def flushed() -> Flushed:
     return wanted, ends, data + compressor.flush()
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1)), st.integers(1, 200))
 def test_what_is_written_is_read_back(

@@ -396,6 +396,7 @@ def delay(seconds: float, part: str = "") -> Callable[[str, int], str]:
     return answer
 
 
+@pytest.mark.slow
 def test_a_server_has_the_same_corpus_as_its_folder(root: Path, serve: Callable[..., Server], quick: None) -> None:
     server = serve(root)
     local, remote = opened(root), opened(server.url)
@@ -438,6 +439,7 @@ def test_a_slow_server_is_not_a_failure(root: Path, serve: Callable[..., Server]
     assert list(opened(server.url).texts()) == TEXTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["error", "reset"])
 def test_a_shard_that_cannot_be_opened_at_once_is_not_taken_for_a_missing_one(
     root: Path, serve: Callable[..., Server], quick: None, fault: str
@@ -456,6 +458,7 @@ def test_a_shard_that_cannot_be_opened_at_once_is_not_taken_for_a_missing_one(
         list(opened(server.url).texts())
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_an_error(
     root: Path, serve: Callable[..., Server], quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def test_peaks_are_looked_up_by_device_name(name: str, tflops: float) -> None:
     assert all(peak_flops(unknown) is None for unknown in ("GeForce 256", "NVIDIA L40", "NVIDIA A10G"))
 
 
+@pytest.mark.slow
 def test_there_is_no_mfu_without_a_known_peak(train_config: Callable[..., TrainConfig]) -> None:
     cpu = torch.device("cpu")
     assert device_peak(train_config(), cpu) is None

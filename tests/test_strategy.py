@@ -96,6 +96,7 @@ def test_time_on_a_gpu_is_that_between_events_on_its_stream(monkeypatch: pytest.
     assert seconds(clock.take()) == 0.5
 
 
+@pytest.mark.slow
 def test_batches_are_copied_as_moved_copies_them(
     train_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,7 @@ def test_the_parts_of_all_streams_cover_every_line_once(num_shards: int, streams
     assert read == Counter((shard, line) for shard in range(num_shards) for line in range(lines))
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(0, 2**40))
 def test_streams_are_balanced_for_any_number_of_shards(num_shards: int, streams: int, seed: int) -> None:
@@ -187,6 +188,7 @@ def test_an_epoch_holds_every_document_once_and_in_full(case: Case) -> None:
         assert sorted(seen) == sorted(text for text, length in case.flat() if length != BAD)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cases(shortest=1), st.integers(0, 2))
 def test_documents_are_permuted_within_their_window(case: Case, epoch: int) -> None:
