@@ -147,7 +147,7 @@ def test_weights_and_biases_gets_the_settings_and_the_steps_of_the_run(
     given: dict[str, Any] = {}
     WandbRun(tmp_path, {"optim.lr": "0.001"}).log_metrics({"train/loss": 2.0}, 110)
     assert given["config"] == {"optim.lr": "0.001"}
-    assert logged == [({"train/loss": 2.0}, 110)]
+    assert logged == [({"train/loss": 2.0, "trainer/global_step": 110}, 110)]
 
 
 def test_an_upload_that_fails_after_the_end_does_not_fail_the_run(

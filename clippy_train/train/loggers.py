@@ -226,7 +226,8 @@ class WandbRun(WandbLogger):
         )
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self.experiment.log(dict(metrics), step=step)  # Lightning would let it count the calls
+        row = {**metrics, "trainer/global_step": step}  # the x axis of its charts, as Lightning defines it
+        self.experiment.log(row, step=step)  # Lightning would let it count the calls
 
     def finalize(self, status: str) -> None:
         try:
