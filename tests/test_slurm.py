@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.processes, pytest.mark.timeout(600)
 
 CLUSTER = shlex.split(os.environ.get("CLIPPY_SLURM_CLUSTER", ""))
 STATE_SECONDS = 240.0  # for a job to reach its next state
-STOP_SECONDS = 3.0  # from a suspension on: Slurm sends SIGTSTP, which does not stop ranks, and two seconds later SIGSTOP
+STOP_SECONDS = 3.0  # from a suspension on: SIGTSTP does not stop ranks, and Slurm sends SIGSTOP two seconds later
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 STEPS = 300  # more than the run makes before the last interruption
 SETTINGS = [
