@@ -247,6 +247,24 @@ def test_rows_of_other_trials_stay_in_the_table(tmp_path: Path) -> None:
         assert [row["seed"] for row in csv.DictReader(file)] == ["2", "1", "1"]
 
 
+def test_trials_that_vary_other_keys_are_not_mixed_into_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def swept(key: str, value: str, result: float) -> list[table.Row]:
+        return [
+            {key: value, "seed": seed, **dict.fromkeys(table.COLUMNS), OF: "", RESULT: result, FOLDER: value + seed}
+            for seed in "12"
+        ]
+
+    update(tmp_path, ["optim.lr", "seed"], [*swept("optim.lr", "0.1", 1.5), *swept("optim.lr", "0.2", 2.5)])
+    for _ in range(2):  # the second time its columns are in the file
+        rows = update(tmp_path, ["data.window", "seed"], swept("data.window", "8", 3.5))
+        table.show(tmp_path, ["data.window", "seed"], rows, "")
+        shown = capsys.readouterr().out
+        assert "3.5000" in shown
+        assert not any(mixed in shown for mixed in ("1.5000", "2.5000", "2.0000"))
+
+
 def test_means_over_seeds_have_a_spread() -> None:
     points = [("a", "1", 1.0), ("b", "1", 0.5), ("a", "2", 3.0), ("c", "1", 0.1), ("b", "2", None), ("b", "3", 0.7)]
     rows = [{"optim": optim, "seed": seed, RESULT: result} for optim, seed, result in points]
@@ -330,6 +348,12 @@ def test_a_sweep_that_is_a_job_is_requeued_and_its_trials_go_on(slurm: Path, mon
 def test_a_sweep_uses_the_allocation_that_it_runs_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert isinstance(_runner(OmegaConf.create({"name": "slurm", "sbatch": "", "parallel": None})), Local)
+
+
+def test_trials_do_not_share_the_nodes_of_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(ConfigError, match=r"launcher\.parallel=2: in an allocation"):
+        _runner(OmegaConf.create({"name": "slurm", "sbatch": "", "parallel": 2}))
 
 
 @pytest.mark.processes

@@ -100,7 +100,13 @@ def _runner(settings: DictConfig) -> "Local | Slurm":
     """Jobs with launcher=slurm; inside an allocation only if `launcher.sbatch` asks for them."""
     if settings.name == "slurm" and (settings.sbatch or JOB not in os.environ):
         return Slurm(settings.parallel, settings.sbatch)
-    return Local(settings.parallel or 1)
+    parallel = settings.parallel or 1
+    if settings.name == "slurm" and parallel > 1:
+        raise ConfigError(
+            f"launcher.parallel={parallel}: in an allocation each trial uses all nodes; leave it out, or set "
+            "launcher.sbatch, so that trials become jobs"
+        )
+    return Local(parallel)
 
 
 def _require_one_folder(parsed: list[Override]) -> None:

@@ -55,8 +55,8 @@ def _read(path: Path) -> list[Row]:
 
 
 def show(folder: Path, varied: list[str], rows: list[Row], settings: str) -> None:
-    """Print the rows of these settings; if they vary the seed, also means over it."""
-    shown = [each for each in rows if each.get(SETTINGS) == settings and each.keys() >= set(varied)]
+    """Print the rows that vary these keys, and no other, of these settings; if they vary the seed, also means over it."""
+    shown = [each for each in rows if each[SETTINGS] == settings and _varied(each) == set(varied)]
     columns = [*varied, *COLUMNS[:-2]]
     title = f"{folder}, by the lowest {OBJECTIVE}\nsettings: {settings or 'the defaults'}"
     print_columns(title, columns, [[_text(each[name]) for name in columns] for each in shown])
@@ -64,6 +64,11 @@ def show(folder: Path, varied: list[str], rows: list[Row], settings: str) -> Non
     if means:
         header = [*(name for name in varied if name != SEED), "seeds", f"mean of {RESULT}", "standard deviation"]
         print_columns(f"{folder}, over seeds", header, [[_text(cell) for cell in each] for each in means])
+
+
+def _varied(each: Row) -> set[str]:
+    """The keys that a row's trial varied: a table has columns for those of other trials too, which are empty there."""
+    return {name for name, value in each.items() if name not in COLUMNS and value not in (None, "")}
 
 
 def seed_means(varied: list[str], rows: list[Row]) -> list[list[Any]]:
