@@ -31,6 +31,7 @@ from clippy_train.cli import main
 from clippy_train.compose import composition, parse_overrides, shortened, sweep_values
 from clippy_train.config import TrainConfig
 from clippy_train.errors import ConfigError, Interrupted
+from clippy_train.launch.lock import lock_folder
 from clippy_train.run.folder import (
     CONFIG,
     JOB_FILE,
@@ -354,6 +355,27 @@ def test_trials_do_not_share_the_nodes_of_an_allocation(monkeypatch: pytest.Monk
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(ConfigError, match=r"launcher\.parallel=2: in an allocation"):
         _runner(OmegaConf.create({"name": "slurm", "sbatch": "", "parallel": 2}))
+
+
+@pytest.mark.processes
+def test_a_sweep_that_was_killed_is_refused_until_its_trials_have_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "saves"
+    script.write_text("#!/bin/sh\nread wait\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    runner = Local(1)
+    runner.lock = lock_folder(tmp_path, "run.name=x")
+    trial = Trial({}, [], tmp_path / "trial", 1)
+    runner.start(trial)
+    os.close(runner.lock)  # as if the sweep had ended
+    with pytest.raises(ConfigError, match="wait for it"):
+        lock_folder(tmp_path, "run.name=x")
+    runner.end(trial)
+    while runner.poll([trial]):
+        time.sleep(0.01)
+    os.close(lock_folder(tmp_path, "run.name=x"))
 
 
 @pytest.mark.processes

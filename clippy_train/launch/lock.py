@@ -15,12 +15,15 @@ from clippy_train.launch import slurm
 from clippy_train.run.folder import LOCK
 
 
-def lock_folder(folder: Path, setting: str, attempt: str = "") -> None:
+def lock_folder(folder: Path, setting: str, attempt: str = "") -> int:
     """Create a folder and keep other commands out of it until this process has ended.
 
     Args:
         setting: the key and value that lead to this folder.
         attempt: `slurm.attempt_name` in a Slurm job.
+
+    Returns:
+        The lock's descriptor: a process that inherits it keeps the lock, too.
 
     Raises:
         ConfigError: another command runs there, or the folder cannot be written.
@@ -37,6 +40,7 @@ def lock_folder(folder: Path, setting: str, attempt: str = "") -> None:
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, (attempt or f"process {os.getpid()} on {socket.gethostname()}").encode(), 0)
     os.set_inheritable(descriptor, True)
+    return descriptor
 
 
 def _locked(descriptor: int) -> bool:

@@ -76,7 +76,7 @@ def sweep(overrides: list[str], plan: Callable[[TrainConfig], int] | None = None
     for first in firsts:
         run.check(first)
     if isinstance(run.runner, Local) and not plan:
-        lock_folder(Path(settings.run.root) / settings.run.name, f"run.name={settings.run.name}")
+        run.runner.lock = lock_folder(Path(settings.run.root) / settings.run.name, f"run.name={settings.run.name}")
     arguments = [*search_path(), *_plugins(settings, run.runner.parallel), *map(input_line, parsed)]
     with suppress(Interrupted), TemporaryDirectory() as scratch:
         if plan:  # Hydra writes multirun.yaml

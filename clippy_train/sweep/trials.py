@@ -123,9 +123,13 @@ class Trial:
 
 
 class Local:
-    """Trials as child processes: one at a time on this terminal, or `parallel` at a time, each with an output file."""
+    """Trials as child processes: one at a time on this terminal, or `parallel` at a time, each with an output file.
+
+    Each holds the sweep's `lock`, so that the same sweep does not meet trials that still save after it was killed.
+    """
 
     poll_seconds = 0.1
+    lock: int | None = None
 
     def __init__(self, parallel: int) -> None:
         self.parallel = parallel
@@ -144,6 +148,7 @@ class Local:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
+                pass_fds=() if self.lock is None else (self.lock,),
                 start_new_session=True,  # so that a terminal's Ctrl-C reaches it once, through `stop`
             )
 
