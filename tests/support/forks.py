@@ -40,13 +40,14 @@ class Popen:
         stdout: IO[Any] | None = None,
         stderr: IO[Any] | None = None,
         start_new_session: bool = True,
+        pass_fds: Sequence[int] = (),
         cwd: Path | None = None,
     ) -> None:
         assert (command[0], stdin) == (sys.executable, subprocess.PIPE)
         self._command = list(command)
         read, write = os.pipe()
         self.stdin: IO[bytes] = os.fdopen(write, "wb")
-        files = [read, stdout.fileno() if stdout else 1, stderr.fileno() if stderr else 2]
+        files = [read, stdout.fileno() if stdout else 1, stderr.fileno() if stderr else 2, *pass_fds]
         self._process = _fork(command[1:], cwd or Path.cwd(), env, files, start_new_session)
         os.close(read)
         self.pid = self._process.pid or 0
@@ -151,7 +152,8 @@ class _Process(ForkServerProcess):
             Path("/proc/self/comm").write_text(rank_name(environment["RANK"], Path(arguments[0]).name))
         if new_session:
             os.setsid()
-        for number, file in enumerate([each.detach() for each in self._files]):  # type: ignore[attr-defined]  # DupFd
+        inherited = [each.detach() for each in self._files]  # type: ignore[attr-defined]  # DupFd
+        for number, file in enumerate(inherited[:3]):
             os.dup2(file, number)
         os.chdir(cwd)
         os.environ.clear()
