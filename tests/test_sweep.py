@@ -45,7 +45,7 @@ from clippy_train.sweep.table import FOLDER, RESULT, TABLE, seed_means, update
 from clippy_train.sweep.table import SETTINGS as OF
 from clippy_train.sweep.trials import FOLLOWS, OBJECTIVE, Local, Slurm, Trial
 from clippy_train.train.loggers import BEST, CHARTS
-from hydra_plugins.clippy_sweep import STUDY, distribution
+from hydra_plugins.clippy_sweep import STUDY, distribution, short_value
 
 STEPS = 80
 Outcome = tuple[int, str, list[dict[str, str]]]  # exit code, output, table
@@ -399,6 +399,12 @@ def test_trials_have_folders_of_their_own_that_any_file_system_takes(points: lis
     names = [trial_name(point) for point in points]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[\w.=,+-]{1,200}", name) for name in names)
+
+
+def test_a_chosen_value_is_short_and_in_its_interval() -> None:
+    assert short_value(0.000123456, FloatDistribution(1e-5, 1e-2)) == "0.0001235"
+    assert short_value(0.9999912345, FloatDistribution(0.99991, 0.999995)) == 0.9999912345
+    assert short_value(0.000123456, CategoricalDistribution([0.000123456])) == 0.000123456
 
 
 class Search:

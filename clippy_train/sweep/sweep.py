@@ -98,7 +98,7 @@ def require_run(overrides: Sequence[str]) -> None:
 
 def _runner(settings: DictConfig) -> "Local | Slurm":
     """Jobs with launcher=slurm; inside an allocation only if `launcher.sbatch` asks for them."""
-    if settings.name == "slurm" and (settings.sbatch or JOB not in os.environ):
+    if _submits(settings):
         return Slurm(settings.parallel, settings.sbatch)
     parallel = settings.parallel or 1
     if settings.name == "slurm" and parallel > 1:
@@ -107,6 +107,11 @@ def _runner(settings: DictConfig) -> "Local | Slurm":
             "launcher.sbatch, so that trials become jobs"
         )
     return Local(parallel)
+
+
+def _submits(launcher: DictConfig) -> bool:
+    """Whether each trial becomes a job."""
+    return bool(launcher.name == "slurm" and (launcher.sbatch or JOB not in os.environ))
 
 
 def _require_one_folder(parsed: list[Override]) -> None:
@@ -128,7 +133,7 @@ def _require_sweepable(parsed: list[Override], settings: DictConfig) -> None:
         raise ConfigError(f"sweep.pruner={settings.sweep.pruner} needs sweep.trials=N: Optuna prunes trials")
     if trials is not None and not varied:
         raise ConfigError(f"sweep.trials={trials}: no key has several values, as in 'optim.lr=interval(1e-5,1e-3)'")
-    if trials is not None and launcher.name == "slurm" and launcher.parallel is None:
+    if trials is not None and _submits(launcher) and launcher.parallel is None:
         raise ConfigError(
             f"sweep.trials={trials} on Slurm: set launcher.parallel, the number of trials chosen at a time"
         )

@@ -130,9 +130,18 @@ class OptunaSweeper(Sweeper):
         return study
 
     def _job(self, trial: "optuna.Trial") -> list[str]:
-        """The overrides of a trial. Floats are cut to four digits, which keeps folder names readable."""
-        chosen = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in trial.params.items()}
+        chosen = {key: short_value(value, trial.distributions[key]) for key, value in trial.params.items()}
         return [*self.fixed, *(f"{key}={value}" for key, value in chosen.items())]
+
+
+def short_value(value: Any, chosen_from: "BaseDistribution") -> Any:
+    """A float of an interval with four digits, which keep folder names readable, unless that leaves the interval."""
+    from optuna.distributions import FloatDistribution
+
+    if not isinstance(chosen_from, FloatDistribution):
+        return value
+    short = f"{value:.4g}"
+    return short if chosen_from.low <= float(short) <= chosen_from.high else value
 
 
 def require_same_space(study: "optuna.Study", space: "dict[str, BaseDistribution]") -> None:
