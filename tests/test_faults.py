@@ -266,7 +266,8 @@ def test_a_killed_rank_is_named_and_nobody_else_complains(runs: Runs) -> None:
     os.kill(pid_of(runs, "killed", 1), signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == MachineFault.exit_code
-    assert f"rank 1 on {socket.gethostname()}: killed by signal 9 (out of memory?)\n" in said
+    # The other rank may be seen to have lost it at the same time; it is named after the cause.
+    assert f" rank 1 on {socket.gethostname()}: killed by signal 9 (out of memory?)" in said
     assert "Traceback" not in said
 
 
