@@ -5,6 +5,7 @@ import mmap
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from support.runs import Runs, environment, trained, weights_hash
 from clippy_train.compose import LAUNCH, compose
 from clippy_train.config import TrainConfig, save
 from clippy_train.errors import CheckpointError, ConfigError, Interrupted, MachineFault
-from clippy_train.launch import ending, resources, slurm, start
+from clippy_train.launch import ending, preflight, resources, slurm, start
 from clippy_train.launch.agent import (
     PREFLIGHT,
     Place,
@@ -346,6 +347,26 @@ def test_a_preflight_of_two_ranks_reports_the_bandwidth(
     save(config, config.run_dir / CONFIG)
     assert run_ranks(config, here(), PREFLIGHT) == 0
     assert "preflight: 1 nodes x 2 cpu, gloo: all-reduce of 64 MB in " in capfd.readouterr().out
+
+
+def test_a_preflight_that_loses_the_others_says_so_in_one_line(
+    train_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def lose(config: TrainConfig) -> str:
+        raise RuntimeError("gloo/x: connection closed\nmore")
+
+    config = train_config(f"run.root={tmp_path}")
+    config.run_dir.mkdir()
+    save(config, config.run_dir / CONFIG)
+    monkeypatch.setattr(preflight, "check", lose)
+    monkeypatch.setattr(signal, "signal", lambda *ignored: None)
+    monkeypatch.setenv("RANK", "1")
+    assert preflight.main(str(config.run_dir)) == MachineFault.exit_code
+    said = f"preflight: rank 1 on {socket.gethostname()}: lost the others or its device: gloo/x: connection closed\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,10 @@ def main(run_dir: str) -> int:
         if leads or not dist.is_initialized():
             print(error, file=sys.stderr, flush=True)
         return error.exit_code
+    except RuntimeError as error:  # torch's and its backends'
+        lost = f"rank {os.environ['RANK']} on {socket.gethostname()}: lost the others or its device"
+        print(f"preflight: {lost}: {first_line(error)}", file=sys.stderr, flush=True)
+        return MachineFault.exit_code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

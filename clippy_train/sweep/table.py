@@ -56,7 +56,7 @@ def _read(path: Path) -> list[Row]:
 
 def show(folder: Path, varied: list[str], rows: list[Row], settings: str) -> None:
     """Print the rows of these settings that vary just these keys; if they vary the seed, also means over it."""
-    shown = [each for each in rows if each[SETTINGS] == settings and _varied(each) == set(varied)]
+    shown = [each for each in rows if each.get(SETTINGS) == settings and _varied(each) == set(varied)]
     columns = [*varied, *COLUMNS[:-2]]
     title = f"{folder}, by the lowest {OBJECTIVE}\nsettings: {settings or 'the defaults'}"
     print_columns(title, columns, [[_text(each[name]) for name in columns] for each in shown])
