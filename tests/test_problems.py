@@ -99,6 +99,13 @@ def test_mbpp_is_prompted_with_its_description_and_asserts(tmp_path: Path) -> No
     assert "\r" not in problem.reference
 
 
+@pytest.mark.parametrize("text", ['Say """hi""" twice', r"Find \N and \x", "ends with \\", 'ends with "'])
+def test_any_description_makes_a_prompt_that_compiles(text: str, tmp_path: Path) -> None:
+    (problem,) = read(tmp_path, {**MBPP, "text": text})
+    compile(problem.prompt + problem.reference, "<sample>", "exec")
+    assert text.replace('"""', "'''") in problem.prompt
+
+
 def test_apps_is_prompted_with_its_description_and_has_no_checks(tmp_path: Path) -> None:
     problem, unsolved = read(tmp_path, APPS, {**APPS, "solutions": ""})
     asked = "Read a number and print its double."

@@ -7,6 +7,7 @@ is one, and a reference solution is such a continuation, so one problem can be s
 
 import gzip
 import json
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -238,13 +239,24 @@ def _mbpp(row: Row) -> Problem:
     asserts = "\n".join(_strings(row, "test_list"))
     return Problem(
         task_id=row["task_id"],
-        prompt=f'"""\n{described.strip()}\n{asserts}\n"""\n',
+        prompt=_docstring(f"{described.strip()}\n{asserts}"),
         test=_script(f"{setup}\n{row.get('test') or asserts}"),
         entry_point="check",
         reference=row["code"].replace("\r\n", "\n"),
         language=PYTHON,
         stop=MBPP_STOP,
     )
+
+
+def _docstring(text: str) -> str:
+    """A docstring that shows a text; it must compile, because a program begins with it."""
+    literal = '"""\n{}\n"""\n'.format(text.replace('"""', "'''"))
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            compile(literal, "<prompt>", "exec")
+    except SyntaxError:  # a backslash in the text begins an escape that cannot be read
+        return f"r{literal}"
+    return literal
 
 
 def _multipl_e(row: Row) -> Problem:
