@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from clippy_train.config import EvaluateConfig
 from clippy_train.errors import ConfigError, DataError
+from clippy_train.evaluate.cgroups import divisible_group
 from clippy_train.evaluate.inside import PASSED, interpreter
 from clippy_train.evaluate.interpreters import as_python, runnable_languages
 from clippy_train.evaluate.samples import at_temperature, complete_lines, generate_samples, read_settings
@@ -164,7 +165,9 @@ def require_isolation(config: EvaluateConfig) -> None:
             f"the sandbox is weak here: {gaps}. Allow user namespaces, or use a container (docs/evaluate.md); if you "
             "accept this, add allow_weak_sandbox=true"
         )
-    print(f"sandbox: {gaps or 'no network, no other processes, a file system of its own'}")
+    sums = "sampled (no cgroup of its own)" if divisible_group() is None else "limited by the kernel"
+    print(f"sandbox: {gaps or 'no network, no other processes, a file system of its own'}; "
+          f"memory of several processes: {sums}")  # fmt: skip
 
 
 def provenance(samples: list[dict[str, Any]], problems: dict[str | int, Problem], path: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ checks. Standard input is a `Job` as JSON. Standard output is a JSON object: `ou
 `fault`, the reason why there is none.
 
 Time is what the sample would have taken on a machine of its own: the waits for a core do not count. Time, memory and
-number of processes are sampled every `POLL` seconds; the kernel itself limits the memory of each process and, in
-namespaces, the number of processes and the size of all files.
+number of processes are sampled every `POLL` seconds. The kernel itself limits the memory of each process; in
+namespaces, the number of processes and the size of all files; in a control group, the memory and number of all.
 """
 
 import json
@@ -37,6 +37,7 @@ EXIT_SECONDS = 10.0  # for killed processes to exit
 LONGEST_LOOK = 1.0  # seconds that count between two looks: if there were more, all of this was paused, or starved
 PASSED = "passed"
 TIMED_OUT = "timed out"
+NO_MEMORY = "the kernel ran out of memory: use fewer workers"
 
 
 class Job(NamedTuple):  # a dataclass costs 20 ms of imports, in every sample
@@ -46,6 +47,7 @@ class Job(NamedTuple):  # a dataclass costs 20 ms of imports, in every sample
         token: printed if the checks pass.
         interpreter: what `interpreter` must return here.
         folder: for the sample's files, if it has no private file system.
+        group: the control group of its processes, if there is one.
     """
 
     program: str
@@ -58,6 +60,7 @@ class Job(NamedTuple):  # a dataclass costs 20 ms of imports, in every sample
     drop_root: bool
     interpreter: str
     folder: str | None
+    group: str | None
 
 
 def interpreter() -> str:
@@ -91,6 +94,7 @@ def supervised(job: Job) -> str:
     if job.interpreter != interpreter():
         raise RuntimeError(f"started another interpreter ({interpreter()}) than {job.interpreter}")
     uid = confine.FIRST_FREE_UID + os.getpid()  # of nobody else: no other shares its processes, files or limits
+    group = Group(job.group) if job.group else None
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     if job.namespaces:
         confine.enter_namespaces()
@@ -101,13 +105,13 @@ def supervised(job: Job) -> str:
     ready, starting = os.pipe()
     sample = os.fork()
     if not sample:
-        sample_process(job, uid, channel, starting)
+        sample_process(job, uid, group, channel, starting)
     os.close(starting)
     fault = os.read(ready, REPORT_BYTES)
     if fault:
         raise RuntimeError(fault.decode())
     try:
-        verdict = Watch(job, sample).verdict()
+        verdict = Watch(job, sample, group).verdict()
     finally:
         end_descendants()
     report = os.pread(channel, REPORT_BYTES, 0)
@@ -139,6 +143,24 @@ def reason(report: bytes, token: str) -> str:
     return text if text.startswith("failed: ") else "failed: ended before its checks were through"
 
 
+class Group:
+    """A control group, also for a process that no longer sees its folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.processes = os.open(f"{folder}/cgroup.procs", os.O_WRONLY)
+        self.memory_events = os.open(f"{folder}/memory.events", os.O_RDONLY)
+
+    def enter(self) -> None:
+        """Move this process into the group."""
+        os.write(self.processes, b"0")
+
+    def kills(self) -> tuple[int, bool]:
+        """How many of its processes the kernel has killed for want of memory, and whether the limit was its own."""
+        lines = os.pread(self.memory_events, REPORT_BYTES, 0).decode().splitlines()
+        events = {name: int(count) for name, count in map(str.split, lines)}
+        return events["oom_kill"], bool(events["oom"])
+
+
 class Watch:
     """Wait for a sample while adding up what it uses.
 
@@ -149,8 +171,8 @@ class Watch:
         next_look: when to measure the files in it again.
     """
 
-    def __init__(self, job: Job, sample: int) -> None:
-        self.job, self.sample = job, sample
+    def __init__(self, job: Job, sample: int, group: Group | None) -> None:
+        self.job, self.sample, self.group = job, sample, group
         self.last = time.monotonic()
         self.cores = len(os.sched_getaffinity(0))
         self.elapsed = self.waited = 0.0
@@ -167,8 +189,10 @@ class Watch:
             if exceeded := self.exceeded():
                 return exceeded
             signal.sigtimedwait([signal.SIGCHLD], POLL)
-        if os.WIFSIGNALED(status) and out_of_memory_kills() > self.kills:
-            raise RuntimeError("the kernel ran out of memory: use fewer workers")
+        if self.exceeds_group():
+            return self.too_much_memory
+        if not self.group and os.WIFSIGNALED(status) and out_of_memory_kills() > self.kills:
+            raise RuntimeError(NO_MEMORY)
         if status and self.lowest_disk < LOW_DISK_BYTES:
             raise RuntimeError(f"no space left in {self.job.folder}: set TMPDIR to a folder with more")
         return None
@@ -185,11 +209,27 @@ class Watch:
             return TIMED_OUT
         if sum(each.threads for each in processes) > PROCESSES:
             return f"failed: more than {PROCESSES} processes and threads"
-        if len(processes) > 1 and sum(each.memory() for each in processes) > self.job.memory_bytes:
-            return f"failed: MemoryError: its processes together use more than {self.job.memory_bytes >> 20} MB"
+        together = sum(each.memory() for each in processes) if len(processes) > 1 else 0
+        if self.exceeds_group() or together > self.job.memory_bytes:
+            return self.too_much_memory
         if self.job.folder and self.exceeds_disk(self.job.folder):
             return f"failed: more than {DISK_BYTES >> 20} MB of files"
         return None
+
+    @property
+    def too_much_memory(self) -> str:
+        return f"failed: MemoryError: its processes together use more than {self.job.memory_bytes >> 20} MB"
+
+    def exceeds_group(self) -> bool:
+        """Whether the kernel has killed processes of the sample because it exceeded its control group's memory.
+
+        Raises:
+            RuntimeError: it has killed some because the machine has no more.
+        """
+        killed, by_own_limit = self.group.kills() if self.group else (0, False)
+        if killed and not by_own_limit:
+            raise RuntimeError(NO_MEMORY)
+        return killed > 0
 
     def exceeds_disk(self, folder: str) -> bool:
         """Whether the files in a folder are too large; looks less often the longer it takes."""
@@ -300,11 +340,13 @@ def disk_usage(folder: str) -> int:
 # The sample's process
 
 
-def sample_process(job: Job, uid: int, channel: int, starting: int) -> NoReturn:
+def sample_process(job: Job, uid: int, group: Group | None, channel: int, starting: int) -> NoReturn:
     """Restrict this process and run the sample. Failures up to the program's start are written to `starting`."""
     leave = os._exit
     try:
         try:
+            if group:
+                group.enter()
             restrict_process(job, uid, {channel, starting})
         except Exception as error:
             os.write(starting, f"{type(error).__name__}: {error}"[:REPORT_BYTES].encode())

@@ -34,6 +34,7 @@ from pathlib import Path
 import clippy_train
 from clippy_train.errors import ConfigError, SandboxFault
 from clippy_train.evaluate import confine, inside
+from clippy_train.evaluate.cgroups import sample_group
 from clippy_train.evaluate.inside import PASSED, Job
 
 # -I leaves out the user's site-packages and PYTHONPATH, so the package is named; the sample does not see its folder.
@@ -146,7 +147,7 @@ def strongest(candidates: Iterable[Isolation]) -> Isolation:
 
 def run_isolated(isolation: Isolation, program: str, test: str, entry_point: str, limits: Limits) -> str:
     """`run_checked`, once, under given protections."""
-    with _sample_folder(isolation) as folder:
+    with _sample_folder(isolation) as folder, sample_group(limits.memory_bytes) as group:
         job = Job(
             program,
             test,
@@ -156,6 +157,7 @@ def run_isolated(isolation: Isolation, program: str, test: str, entry_point: str
             **asdict(isolation),
             interpreter=inside.interpreter(),
             folder=folder,
+            group=group,
         )
         return _verdict(job)
 
