@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent: written under another name beside their place, then renamed."""
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -36,6 +37,31 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[TextIO]:
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Keep other processes out of a block, by a file that exists only while one is in it.
+
+    File systems without locks keep nobody out.
+
+    Args:
+        busy: what to tell a second one.
+
+    Raises:
+        ConfigError: another process is in the block.
+    """
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(busy) from None
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def require_writable(out: str | None) -> None:

@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,9 +26,10 @@ from clippy_train.errors import DataError, SandboxFault
 from clippy_train.evaluate import humaneval
 from clippy_train.evaluate.humaneval import pass_at_k
 from clippy_train.evaluate.inside import PASSED, interpreter
-from clippy_train.evaluate.results import read_results, weights_hash
+from clippy_train.evaluate.results import read_results, weights_hash, weights_version
 from clippy_train.evaluate.samples import settings_file
 from clippy_train.evaluate.sandbox import Isolation
+from clippy_train.files import locked
 from clippy_train.hf.sections import evaluation_section
 from clippy_train.model.load import load_model_and_tokenizer
 from clippy_train.model.sample import Gap, Sampling, complete_prompts
@@ -372,6 +374,39 @@ def test_compressed_samples_are_written_resumed_and_equal_to_plain_ones(
         packed.write_bytes(whole[:length])
         evaluate(problems, packed, *settings)
         assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
+
+
+def test_a_model_on_the_hub_is_identified_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    commit, cached = "0f" * 20, tmp_path / "models--me--tiny"
+    for path, content in (("refs/main", commit), (f"snapshots/{commit}/config.json", "{}")):
+        (cached / path).parent.mkdir(parents=True, exist_ok=True)
+        (cached / path).write_text(content)
+    assert weights_version("me/tiny") == commit
+    assert weights_version("me/other") is None
+    assert weights_version("not a name") is None
+
+
+def test_a_file_of_samples_has_one_command_at_a_time(
+    model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = tmp_path / "new" / "samples.jsonl"
+    lock, part = samples.with_name("samples.jsonl.lock"), samples.with_name("2-of-2-samples.jsonl")
+    generation = [f"model={model}", "max_new_tokens=1"]
+    samples.parent.mkdir()
+    with locked(lock, "held"):
+        evaluate(problems, samples, *generation, code=2)
+        assert f"samples={samples}: another command writes them; wait for it" in capsys.readouterr().err
+        evaluate(problems, samples, *generation, "share=2/2")  # a file of its own
+        assert list(samples.parent.glob("*.lock")) == [lock]
+        assert part.exists()
+    evaluate(problems, samples, *generation)
+    with locked(lock, "held"):
+        evaluate(problems, samples, *SCORE, code=2)
+        assert f"samples={samples}: another command scores them; wait for it" in capsys.readouterr().err
+    assert not lock.exists()
+    assert not samples.with_name("samples.jsonl_results.jsonl").exists()
 
 
 @pytest.mark.processes

@@ -7,7 +7,6 @@ splits; rejected documents are counted by rule. What is finished of an interrupt
 """
 
 import dataclasses
-import fcntl
 import json
 import logging
 import shutil
@@ -23,7 +22,7 @@ from clippy_train.corpus.manifest import VERSION, Tally, write_manifest
 from clippy_train.corpus.stages import SIZES, STAGES, Build, Sizes
 from clippy_train.corpus.tasks import Workers, perform_stage
 from clippy_train.errors import ConfigError, DataError
-from clippy_train.files import atomic_write
+from clippy_train.files import atomic_write, locked
 from clippy_train.shards.filters import recorded_rules, require_rules
 from clippy_train.shards.format import SPLITS, shard_name
 from clippy_train.shards.sources import MANIFEST
@@ -82,11 +81,7 @@ def begin_build(config: CorpusConfig, sizes: Sizes = SIZES) -> Build:
 def _alone(build: Build) -> Iterator[None]:
     """Keep other commands out of a build. Its results are removed when the block ends, and on an error that a
     repetition cannot mend."""
-    with (build.folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"out={build.config.out}: another command builds it; wait for it") from None
+    with locked(build.folder / LOCK, f"out={build.config.out}: another command builds it; wait for it"):
         try:
             yield
         except (ConfigError, DataError):

@@ -1,8 +1,8 @@
 """The results file that `clippy evaluate out=FILE` writes and the model card is filled from.
 
 It is a JSON object with the task's results and `about`: the task, the command that reproduces them, and the SHA-256 of
-each model's weights, so that results cannot end up on another model's card. Scores of samples also say how those were
-made (`samples`: n, temperature, top_p, ...).
+each model's weights (of a name on the hub, the commit), so that results cannot end up on another model's card. Scores
+of samples also say how those were made (`samples`: n, temperature, top_p, ...).
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ import json
 import shlex
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import hf_hub_download
 
 from clippy_train.config import EvaluateConfig, keys, values
 from clippy_train.errors import ConfigError
@@ -26,7 +28,7 @@ def write_results(config: EvaluateConfig, results: dict[str, Any], about: dict[s
     """
     if config.out is None:
         return
-    models = {} if about else {name: weights_hash(Path(name)) for name in config.model}
+    models = {} if about else {name: weights_version(name) for name in config.model}
     about = {"task": config.task, "command": command_line(config), "models": models, **(about or {})}
     with atomic_write(Path(config.out)) as file:
         file.write(json.dumps({**results, "about": about}, indent=1) + "\n")
@@ -48,8 +50,18 @@ def read_results(path: str) -> dict[str, Any]:
     return content
 
 
+def weights_version(name: str) -> str | None:
+    """What identifies a model's weights: `weights_hash` of a folder, the commit of a name on the hub, else None."""
+    if Path(name).is_dir():
+        return weights_hash(Path(name))
+    try:
+        return Path(hf_hub_download(name, "config.json")).parent.name  # in the hub's cache: snapshots/COMMIT
+    except (OSError, ValueError):  # loading the model says it better
+        return None
+
+
 def weights_hash(folder: Path) -> str | None:
-    """Hash the weights of a Hugging Face folder; None if it has none, as with a name on the hub."""
+    """Hash the weights of a Hugging Face folder; None if it has none."""
     digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     for path in files:

@@ -18,13 +18,15 @@ from tqdm import tqdm
 
 from clippy_train.config import EvaluateConfig
 from clippy_train.errors import ConfigError, first_line
-from clippy_train.evaluate.results import weights_hash
+from clippy_train.evaluate.results import weights_version
+from clippy_train.files import locked
 from clippy_train.generate import require_room
 from clippy_train.model.load import load_model_and_tokenizer
 from clippy_train.model.sample import Gap, Prompt, Sampling, complete_prompts, stop_at_sequences
 from clippy_train.shards.problems import Problem, open_text
 
 SETTINGS = "_settings.json"  # appended to the name of the samples file
+LOCK = ".lock"  # appended to it while a process writes or scores it
 GENERATION = ("model", "problems", "batch_size", "temperature", "top_p", "max_new_tokens", "stop", "seed")
 
 
@@ -47,8 +49,10 @@ def generate_samples(config: EvaluateConfig, problems: dict[str | int, Problem],
     batches = [work[start : start + config.batch_size] for start in range(0, len(work), config.batch_size)]
     settings, (index, parts) = settings_of(config, problems), config.part
     if len(require_same_settings(settings, path)) < len(work):
-        add_batches(config, batches[index::parts], settings, part_file(path, index, parts))
         own = part_file(path, index, parts)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        with locked(own.with_name(own.name + LOCK), f"samples={own}: another command writes them; wait for it"):
+            add_batches(config, batches[index::parts], settings, own)
         if parts > 1 and not join_parts(path, settings, [sum(map(len, batches[n::parts])) for n in range(parts)], own):
             print(f"{own}: complete; {path} follows from the last part")
             return
@@ -71,7 +75,7 @@ def add_batches(config: EvaluateConfig, batches: list[list[Problem]], settings: 
     prompts = map(prompt_of, dict.fromkeys(chain.from_iterable(batches)))
     require_room(model, tokenizer, prompts, config.max_new_tokens)
     stop, (index, parts) = stop_at_sequences(settings["stop"]), config.part
-    begin_samples(settings, path, found[: done * config.batch_size])
+    replace_samples(settings, path, found[: done * config.batch_size], path)
     bar = tqdm(batches[done:], "samples", len(batches), initial=done, unit=" batches", leave=False, disable=None)
     for number, some in enumerate(bar, done):
         seed = config.seed + index + number * parts  # that of the batch in all of the samples
@@ -113,7 +117,7 @@ def join_parts(path: Path, settings: dict[str, Any], lengths: list[int], own: Pa
 def settings_of(config: EvaluateConfig, problems: dict[str | int, Problem]) -> dict[str, Any]:
     """What the samples depend on, with the hash of the model's weights."""
     usual = dict.fromkeys(chain.from_iterable(problem.stop for problem in problems.values()))
-    weights = {name: weights_hash(Path(name)) for name in config.model}
+    weights = {name: weights_version(name) for name in config.model}
     settings = {name: asdict(config)[name] for name in GENERATION}
     (temperature,) = config.temperature
     stop = list(usual) if config.stop is None else config.stop
@@ -158,12 +162,6 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{file} is damaged ({first_line(error)}): remove it, and generate the samples again"
         ) from error
     return found if isinstance(found, dict) else {}
-
-
-def begin_samples(settings: dict[str, Any], path: Path, kept: list[str]) -> None:
-    """Write the settings, and the samples that are kept from an interrupted generation."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_samples(settings, path, kept, path)
 
 
 def replace_samples(settings: dict[str, Any], path: Path, lines: Iterable[str], own: Path) -> None:
