@@ -1,5 +1,6 @@
 """A corpus built by real job arrays: `make test-slurm`. Needs a Slurm of two nodes that share this file system."""
 
+import json
 import os
 import shutil
 import signal
@@ -30,10 +31,10 @@ def _cluster() -> None:
         pytest.skip("no sbatch on the PATH")
 
 
-def submit(sources: Path, out: Path) -> str:
-    """Submit a build; returns the number of its last job."""
+def submit(sources: Path, out: Path) -> dict[str, str]:
+    """Submit a build; returns its stages and their jobs' numbers."""
     partition = run("sinfo", "-h", "-o", "%R").split()[0]
-    return run(sys.executable, corpus_build.__file__, sources, out, "slurm", partition)
+    return dict(json.loads(run(sys.executable, corpus_build.__file__, sources, out, "slurm", partition)))
 
 
 def has_ended(job: str) -> bool:
@@ -48,13 +49,15 @@ def test_arrays_of_jobs_that_are_killed_end_with_the_bytes_of_one_process(tmp_pa
     """In three stages, the first job is killed as the kernel kills for want of memory, and the command repeated."""
     sources, out = write_sources(tmp_path / "code"), tmp_path / "out"
     build_corpus(corpus_build.settings(sources, tmp_path / "expected"), SMALL)
-    pending = {"read", "bands", "write"}
+    killed = ["read", "bands", "write"]
+    pending, begun = set(killed), []
     while not out.exists():
-        job = submit(sources, out)
-        while not has_ended(job):
+        jobs = submit(sources, out)
+        begun.append(next(iter(jobs)))
+        while not has_ended(jobs["publish"]):
             kill_one(tmp_path, pending)
             time.sleep(0.1)
-    assert not pending
+    assert begun == ["list", *killed]  # what is complete is not submitted again
     assert content(out) == content(tmp_path / "expected")
     assert not (tmp_path / ".out.unfinished").exists()
 
@@ -68,10 +71,11 @@ def kill_one(folder: Path, pending: set[str]) -> None:
 
 
 def stage_of(process: Path, folder: Path) -> str | None:
-    """The stage that a process works on, if it is a job of a build in a folder."""
+    """The stage that a process works on, if it is the first job of an array of a build in a folder."""
     try:
         words = (process / "cmdline").read_bytes().decode().split("\0")
+        variables = (process / "environ").read_bytes().split(b"\0")
     except (OSError, UnicodeDecodeError):
         return None
-    is_job = any("launch_pickled_pipeline" in word for word in words[:2])
+    is_job = any("launch_pickled_pipeline" in word for word in words[:2]) and b"SLURM_ARRAY_TASK_ID=0" in variables
     return next((Path(word).parent.name for word in words if is_job and word.startswith(f"{folder}/out.jobs")), None)

@@ -3,8 +3,8 @@
 Job `rank` of the `world_size` jobs of an array performs every `world_size`-th task of the stage from `rank` on, so the
 arrays can be submitted before the number of tasks is known. datatrove submits: it writes the scripts, chains the arrays
 and has Slurm requeue what a dead node interrupts. Its own record of finished ranks is not used, since the results are
-the record: when the jobs have ended, the same command submits what is missing. All nodes must share the sources, `out`
-and the environment. Scripts and logs stay in a folder beside `out`.
+the record: when the jobs have ended, the same command submits the stages that are left. All nodes must share the
+sources, `out` and the environment. Scripts and logs stay in a folder beside `out`.
 """
 
 import shutil
@@ -12,12 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 from clippy_train.config import CorpusConfig
 from clippy_train.corpus.build import SETTINGS, begin_build, publish
-from clippy_train.corpus.stages import SIZES, STAGES, Build, Sizes, one
+from clippy_train.corpus.stages import SIZES, STAGES, Build, Sizes, Stage, one
 from clippy_train.corpus.tasks import perform, unfinished
 from clippy_train.errors import ConfigError
 
@@ -60,11 +61,16 @@ def _jobs_folder(build: Build) -> Path:
 
 
 def _arrays(build: Build) -> Iterator[tuple[str, int, Callable[..., None]]]:
-    """The name, the number of jobs and the work of each array."""
-    for stage in STAGES:
-        if stage.is_wanted(build.config):
-            yield stage.name, 1 if stage.count is one else build.config.slurm.tasks, partial(_share, build, stage.name)
+    """The name, the number of jobs and the work of each array, from the first stage on that lacks results."""
+    wanted = [stage for stage in STAGES if stage.is_wanted(build.config)]
+    for stage in dropwhile(partial(_is_complete, build), wanted):
+        yield stage.name, 1 if stage.count is one else build.config.slurm.tasks, partial(_share, build, stage.name)
     yield "publish", 1, partial(_finish, build)
+
+
+def _is_complete(build: Build, stage: Stage) -> bool:
+    """Whether a stage has all its results, if all before it have theirs."""
+    return not any(True for _ in unfinished(build, stage))
 
 
 def _datatrove() -> Any:

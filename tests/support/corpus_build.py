@@ -7,6 +7,7 @@ MOMENT is a stage, whose first task is killed when its files are written but not
 shards on their way to OUT; or `clean`, when OUT is complete but the results are not yet removed.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -49,7 +50,7 @@ if __name__ == "__main__":
     if workers == "slurm":
         submitted = settings(Path(src), Path(out))
         submitted.slurm = CorpusSlurmConfig(moments[0], tasks=3, hours=1, memory_gb=1)
-        print(dict(submit_corpus(submitted, SMALL))["publish"])
+        print(json.dumps(submit_corpus(submitted, SMALL)))
     else:
         for moment in moments:
             arm(moment)
