@@ -392,14 +392,14 @@ def test_a_file_of_samples_has_one_command_at_a_time(
     model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = tmp_path / "new" / "samples.jsonl"
-    lock, part = samples.with_name("samples.jsonl.lock"), samples.with_name("2-of-2-samples.jsonl")
-    generation = [f"model={model}", "max_new_tokens=1"]
+    lock, part = samples.with_name("samples.jsonl_lock"), samples.with_name("2-of-2-samples.jsonl")
+    generation = [f"model={model}", "max_new_tokens=1", "batch_size=1"]
     samples.parent.mkdir()
     with locked(lock, "held"):
         evaluate(problems, samples, *generation, code=2)
         assert f"samples={samples}: another command writes them; wait for it" in capsys.readouterr().err
         evaluate(problems, samples, *generation, "share=2/2")  # a file of its own
-        assert list(samples.parent.glob("*.lock")) == [lock]
+        assert list(samples.parent.glob("*_lock")) == [lock]
         assert part.exists()
     evaluate(problems, samples, *generation)
     with locked(lock, "held"):

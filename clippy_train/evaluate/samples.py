@@ -26,7 +26,7 @@ from clippy_train.model.sample import Gap, Prompt, Sampling, complete_prompts, s
 from clippy_train.shards.problems import Problem, open_text
 
 SETTINGS = "_settings.json"  # appended to the name of the samples file
-LOCK = ".lock"  # appended to it while a process writes or scores it
+LOCK = "_lock"  # appended to it while a process writes or scores it
 GENERATION = ("model", "problems", "batch_size", "temperature", "top_p", "max_new_tokens", "stop", "seed")
 
 
@@ -50,9 +50,7 @@ def generate_samples(config: EvaluateConfig, problems: dict[str | int, Problem],
     settings, (index, parts) = settings_of(config, problems), config.part
     if len(require_same_settings(settings, path)) < len(work):
         own = part_file(path, index, parts)
-        own.parent.mkdir(parents=True, exist_ok=True)
-        with locked(own.with_name(own.name + LOCK), f"samples={own}: another command writes them; wait for it"):
-            add_batches(config, batches[index::parts], settings, own)
+        add_batches(config, batches[index::parts], settings, own)
         if parts > 1 and not join_parts(path, settings, [sum(map(len, batches[n::parts])) for n in range(parts)], own):
             print(f"{own}: complete; {path} follows from the last part")
             return
@@ -75,15 +73,17 @@ def add_batches(config: EvaluateConfig, batches: list[list[Problem]], settings: 
     prompts = map(prompt_of, dict.fromkeys(chain.from_iterable(batches)))
     require_room(model, tokenizer, prompts, config.max_new_tokens)
     stop, (index, parts) = stop_at_sequences(settings["stop"]), config.part
-    replace_samples(settings, path, found[: done * config.batch_size], path)
-    bar = tqdm(batches[done:], "samples", len(batches), initial=done, unit=" batches", leave=False, disable=None)
-    for number, some in enumerate(bar, done):
-        seed = config.seed + index + number * parts  # that of the batch in all of the samples
-        sampling = Sampling(config.max_new_tokens, settings["temperature"], config.top_p, seed)
-        texts = complete_prompts(model, tokenizer, [prompt_of(problem) for problem in some], sampling, stop)
-        lines = [{"task_id": p.task_id, "completion": text} for p, text in zip(some, texts, strict=True)]
-        with open_text(path, "a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(path.name + LOCK), f"samples={path}: another command writes them; wait for it"):
+        replace_samples(settings, path, found[: done * config.batch_size], path)
+        bar = tqdm(batches[done:], "samples", len(batches), initial=done, unit=" batches", leave=False, disable=None)
+        for number, some in enumerate(bar, done):
+            seed = config.seed + index + number * parts  # that of the batch in all of the samples
+            sampling = Sampling(config.max_new_tokens, settings["temperature"], config.top_p, seed)
+            texts = complete_prompts(model, tokenizer, [prompt_of(problem) for problem in some], sampling, stop)
+            lines = [{"task_id": p.task_id, "completion": text} for p, text in zip(some, texts, strict=True)]
+            with open_text(path, "a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def prompt_of(problem: Problem) -> Prompt:
