@@ -44,7 +44,7 @@ def fork():
                 signal.pause()
             children.append(child)
     except BlockingIOError:
-        assert len(children) == {PROCESSES - 1}
+        assert {PROCESSES - 4} < len(children) < {PROCESSES}  # in a user namespace, its own limit counts others too
         return
     raise AssertionError("nothing stopped it")
 """
