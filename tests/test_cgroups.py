@@ -25,11 +25,11 @@ import os
 def fill():
     path = "/dev/shm/test-cgroups-"
     try:
-        for number in range(40):
+        for number in range(16):
             with open(path + str(number), "wb") as file:
                 file.write(bytes(15 << 20))
     finally:
-        for number in range(40):
+        for number in range(16):
             if os.path.exists(path + str(number)):
                 os.unlink(path + str(number))
 """
@@ -105,8 +105,8 @@ def test_samples_have_the_limits_of_their_group(level: Isolation) -> None:
 @pytest.mark.parametrize("level", [each for each in possible_isolations() if not each.namespaces], ids=str)
 def test_files_in_memory_count(level: Isolation) -> None:
     try:
-        found = run_isolated(level, FILES, CHECK, "fill", Limits(seconds=20, memory_bytes=256 << 20))
-        assert found == "failed: MemoryError: its processes together use more than 256 MB"
+        found = run_isolated(level, FILES, CHECK, "fill", Limits(seconds=20, memory_bytes=128 << 20))
+        assert found == "failed: MemoryError: its processes together use more than 128 MB"
     finally:
         for path in Path("/dev/shm").glob("test-cgroups-*"):
             path.unlink()
