@@ -1179,9 +1179,15 @@ def _checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[str]:
         yield f"checkpoint.keep_every={kept} is not a multiple of checkpoint.every_steps={every}: some are never saved"
 
 
+NEXT_LINE = "\x85"
+
+
 def as_document(config: TrainConfig) -> str:
     """A configuration in YAML."""
-    document: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    content = dataclasses.asdict(config)
+    document: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    if NEXT_LINE in document:  # PyYAML writes it as it is, and reads it as the end of a line
+        document = yaml.safe_dump(content, sort_keys=False, allow_unicode=False)
     return document
 
 

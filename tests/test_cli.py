@@ -92,6 +92,7 @@ def test_a_terminal_that_knows_ascii_only_gets_escapes(monkeypatch: Patch) -> No
 @given(text=st.text(min_size=1))
 @example(text="echo ${HOME}")
 @example(text="a\\${x} \\\\${y}${")
+@example(text="next\x85line")
 def test_ranks_read_the_text_that_was_typed(
     train_config: Callable[..., config.TrainConfig], tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
