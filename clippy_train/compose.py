@@ -78,11 +78,13 @@ def composition(schema: type, overrides: list[str]) -> DictConfig:
         raise ConfigError(_wrong_type(schema, parsed, error) or explanation(error)) from error
 
 
-def _search_path(schema: type) -> hydra.initialize | hydra.initialize_config_dir:
-    """conf/ for `train` and `plan`; none for the others, whose keys (`model`) may have the names of its groups."""
-    if issubclass(schema, TrainConfig):
-        return hydra.initialize_config_dir(str(CONF), version_base="1.3")
-    return hydra.initialize(None, version_base="1.3")
+def _search_path(schema: type) -> hydra.initialize_config_dir:
+    """conf/ for `train` and `plan`; for the others, whose keys (`model`) may have names of its groups, one without any.
+
+    `hydra.initialize(None)` would be that too, but looks at every frame of the caller for the place of its source.
+    """
+    folder = CONF if issubclass(schema, TrainConfig) else CONF / "hardware"
+    return hydra.initialize_config_dir(str(folder), version_base="1.3")
 
 
 def config_dirs() -> list[Path]:

@@ -1,5 +1,6 @@
 """Run collective code in tests: one function on several ranks, which are forked from this process."""
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -53,6 +54,7 @@ def _result(receiver: Connection, rank: int, timeout: float) -> Any:
 def _run(function: Callable[[], Any], rank: int, world_size: int, port: int, sender: Connection) -> None:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
+    gc.freeze()  # as ranks do
     collective._group.cache_clear()
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may start loaders
     try:
