@@ -3,6 +3,7 @@
 Skipped where it does not. `.ci/run` runs this file in a kernel that does.
 """
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from clippy_train.evaluate import cgroups
-from clippy_train.evaluate.cgroups import divisible_group, sample_group
+from clippy_train.errors import SandboxFault
+from clippy_train.evaluate import cgroups, confine
+from clippy_train.evaluate.cgroups import divisible_group, sample_group, set_limits
 from clippy_train.evaluate.inside import DISK_BYTES, PASSED, PROCESSES, Group
 from clippy_train.evaluate.sandbox import Isolation, Limits, possible_isolations, run_isolated
 
 MEMORY = 64 << 20
+CGROUP_NAMESPACE = 0x02000000  # CLONE_NEWCGROUP
 CHECK = "def check(candidate):\n    candidate()\n"
 # Files in memory, which belong to no process
 FILES = """
@@ -136,6 +139,49 @@ def test_a_group_ends_with_the_processes_that_are_left_in_it(start_in: Start) ->
         assert Path(folder, "cgroup.procs").read_text().split() == [str(child)]
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert not groups()
+
+
+def test_a_sample_of_an_ordinary_user_does_not_mount_its_group(start_in: Start, tmp_path: Path) -> None:
+    """It could change its own limits, and make groups below that keep its own from being removed."""
+    said = tmp_path / "said"
+    said.touch()
+    said.chmod(0o666)
+    tries = os.open(said, os.O_WRONLY)
+
+    def unshare() -> None:
+        if not os.getuid():
+            confine.become(confine.FIRST_FREE_UID)
+        confine.enter_namespaces()
+        confine.deny_cgroup_namespaces()
+        try:
+            confine.call("unshare", confine.NEWUSER | CGROUP_NAMESPACE)
+            os.write(tries, b"unshared")
+        except OSError as error:
+            os.write(tries, os.strerror(error.errno or 0).encode())
+
+    with sample_group(MEMORY) as folder:
+        assert folder
+        start_in(folder, unshare)
+        while not said.read_text():
+            pass
+    assert said.read_text() == os.strerror(errno.ENOSPC)
+
+
+def test_a_kernel_without_swap_has_no_limit_for_it(tmp_path: Path) -> None:
+    set_limits(tmp_path, MEMORY)
+    assert {path.name for path in tmp_path.iterdir()} == {"memory.max", "pids.max"}
+
+
+def test_a_group_that_cannot_be_removed_is_a_fault() -> None:
+    entered = sample_group(MEMORY)
+    folder = entered.__enter__()
+    assert folder
+    below = Path(folder, "below")
+    below.mkdir()
+    with pytest.raises(SandboxFault, match="cannot be removed"):
+        entered.__exit__(None, None, None)
+    below.rmdir()
+    Path(folder).rmdir()
 
 
 DIVIDED = """

@@ -73,7 +73,7 @@ def sample_group(memory_bytes: int) -> Iterator[str | None]:
         memory_bytes: for its processes. Its files may be in memory, and come on top.
 
     Raises:
-        SandboxFault: the kernel refuses the group, or its processes do not end.
+        SandboxFault: the kernel refuses the group, or it cannot be removed.
     """
     above = divisible_group()
     if above is None:
@@ -81,26 +81,41 @@ def sample_group(memory_bytes: int) -> Iterator[str | None]:
         return
     try:
         group = Path(tempfile.mkdtemp(prefix="sample-", dir=above))
-        (group / "memory.max").write_text(str(memory_bytes + DISK_BYTES))
-        (group / "pids.max").write_text(str(PROCESSES))
-        with suppress(FileNotFoundError):  # a kernel without swap
-            (group / "memory.swap.max").write_text("0")
     except OSError as error:
         raise SandboxFault(f"no cgroup for a sample: {error}") from error
     try:
+        set_limits(group, memory_bytes)
         yield str(group)
     finally:
         _remove(group)
 
 
+def set_limits(group: Path, memory_bytes: int) -> None:
+    """Limit a group to what one sample may use.
+
+    Raises:
+        SandboxFault: the kernel refuses.
+    """
+    try:
+        (group / "memory.max").write_text(str(memory_bytes + DISK_BYTES))
+        (group / "pids.max").write_text(str(PROCESSES))
+        if (swap := group / "memory.swap.max").exists():  # not in a kernel without swap
+            swap.write_text("0")
+    except OSError as error:
+        raise SandboxFault(f"a cgroup for a sample takes no limits: {error}") from error
+
+
 def _remove(group: Path) -> None:
     """End what a supervisor that was killed has left in a group, and remove it."""
     deadline = time.monotonic() + EXIT_SECONDS
-    while "populated 1" in (group / "cgroup.events").read_text():
-        if time.monotonic() > deadline:
-            raise SandboxFault(f"the processes in {group} do not end")
-        for pid in (group / "cgroup.procs").read_text().split():
-            with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        time.sleep(POLL)
-    group.rmdir()
+    try:
+        while "populated 1" in (group / "cgroup.events").read_text():
+            if time.monotonic() > deadline:
+                raise SandboxFault(f"the processes in {group} do not end")
+            for pid in (group / "cgroup.procs").read_text().split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            time.sleep(POLL)
+        group.rmdir()
+    except OSError as error:
+        raise SandboxFault(f"a cgroup of a sample cannot be removed: {error}") from error

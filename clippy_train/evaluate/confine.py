@@ -161,6 +161,14 @@ def _show(path: str, source: int, target: str) -> None:
         call("syscall", MOUNT_SETATTR, AT_FDCWD, target.encode(), AT_RECURSIVE, READ_ONLY, len(READ_ONLY))
 
 
+def deny_cgroup_namespaces() -> None:
+    """Let nobody in this user namespace mount the control group that it is in, and change its limits.
+
+    Requires `enter_namespaces` as a user other than root: for root, it would hold for the whole system.
+    """
+    Path("/proc/sys/user/max_cgroup_namespaces").write_text("0")
+
+
 # Users and processes
 
 

@@ -100,6 +100,8 @@ def supervised(job: Job) -> str:
         confine.enter_namespaces()
         become_first_process()
         confine.enter_private_root(readable_paths(), DISK_BYTES)
+        if group and os.getuid():
+            confine.deny_cgroup_namespaces()
     confine.guard_processes()
     channel = os.memfd_create("report")
     ready, starting = os.pipe()
