@@ -58,6 +58,8 @@ def locked(path: Path, busy: str) -> Iterator[None]:
             raise ConfigError(busy) from None
         except OSError:
             pass
+        if not os.fstat(lock.fileno()).st_nlink:  # one that was in the block has removed it
+            raise ConfigError(busy)
         try:
             yield
         finally:

@@ -1,6 +1,7 @@
 """HumanEval: samples are generated, resumed and scored, and canned solutions get their exact scores."""
 
 import errno
+import fcntl
 import gzip
 import json
 import os
@@ -22,8 +23,9 @@ from support.models import base_folder, small_bpe
 from support.runs import command, environment
 
 from clippy_train.cli import main
-from clippy_train.errors import DataError, SandboxFault
+from clippy_train.errors import ConfigError, DataError, SandboxFault
 from clippy_train.evaluate import humaneval
+from clippy_train.evaluate import samples as evaluated
 from clippy_train.evaluate.humaneval import pass_at_k
 from clippy_train.evaluate.inside import PASSED, interpreter
 from clippy_train.evaluate.results import read_results, weights_hash, weights_version
@@ -397,16 +399,44 @@ def test_a_file_of_samples_has_one_command_at_a_time(
     samples.parent.mkdir()
     with locked(lock, "held"):
         evaluate(problems, samples, *generation, code=2)
-        assert f"samples={samples}: another command writes them; wait for it" in capsys.readouterr().err
+        assert f"samples={samples}: another command uses them; wait for it" in capsys.readouterr().err
         evaluate(problems, samples, *generation, "share=2/2")  # a file of its own
         assert list(samples.parent.glob("*_lock")) == [lock]
         assert part.exists()
     evaluate(problems, samples, *generation)
     with locked(lock, "held"):
         evaluate(problems, samples, *SCORE, code=2)
-        assert f"samples={samples}: another command scores them; wait for it" in capsys.readouterr().err
+        assert f"samples={samples}: another command uses them; wait for it" in capsys.readouterr().err
     assert not lock.exists()
     assert not samples.with_name("samples.jsonl_results.jsonl").exists()
+
+
+def test_a_lock_that_its_holder_removes_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening it and locking it; a third command would make another."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (tmp_path / "lock").unlink())
+    with pytest.raises(ConfigError, match="busy"), locked(tmp_path / "lock", "busy"):
+        pass
+
+
+def test_samples_that_another_command_wrote_in_the_meantime_are_kept(
+    model: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, generation = tmp_path / "samples.jsonl", [f"model={model}", "max_new_tokens=1"]
+    load = load_model_and_tokenizer
+
+    def write_others(name: str) -> object:
+        monkeypatch.setattr(evaluated, "load_model_and_tokenizer", load)
+        evaluate(problems, samples, *generation, "n=2")
+        return load(name)
+
+    monkeypatch.setattr(evaluated, "load_model_and_tokenizer", write_others)
+    evaluate(problems, samples, *generation, "seed=7", code=2)
+    assert "seed was 42, is 7" in capsys.readouterr().err
+    assert len(lines(samples)) == 2 * len(PROBLEMS)
+    samples.unlink()
+    monkeypatch.setattr(evaluated, "load_model_and_tokenizer", write_others)
+    evaluate(problems, samples, *generation)
+    assert len(lines(samples)) == 2 * len(PROBLEMS)
 
 
 @pytest.mark.processes

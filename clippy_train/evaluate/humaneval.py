@@ -25,9 +25,9 @@ from clippy_train.errors import ConfigError, DataError
 from clippy_train.evaluate.cgroups import divisible_group
 from clippy_train.evaluate.inside import PASSED, interpreter
 from clippy_train.evaluate.interpreters import as_python, runnable_languages
-from clippy_train.evaluate.samples import LOCK, at_temperature, complete_lines, generate_samples, read_settings
+from clippy_train.evaluate.samples import alone, at_temperature, complete_lines, generate_samples, read_settings
 from clippy_train.evaluate.sandbox import Limits, isolation, run_checked
-from clippy_train.files import atomic_write, locked
+from clippy_train.files import atomic_write
 from clippy_train.shards.problems import Problem, read_lines, read_problems
 
 RESULTS = "_results.jsonl"  # appended to the name of the samples file, as in OpenAI's harness
@@ -115,12 +115,14 @@ def scorable_problems(name: str) -> dict[str | int, Problem]:
 
 def score_samples(config: EvaluateConfig, problems: dict[str | int, Problem], path: Path) -> Scores:
     """Run every sample, write the results next to the samples file, and estimate pass@k."""
-    samples = read_lines(path, "samples")
-    check_samples(samples, problems, path)
-    require_isolation(config)
-    about = provenance(samples, problems, path)
+    if not path.exists():
+        raise ConfigError(f"samples={path}: no such file")
     results = path.with_name(path.name + RESULTS)
-    with locked(path.with_name(path.name + LOCK), f"samples={path}: another command scores them; wait for it"):
+    with alone(path):
+        samples = read_lines(path, "samples")
+        check_samples(samples, problems, path)
+        require_isolation(config)
+        about = provenance(samples, problems, path)
         outcomes = run_samples(config, problems, samples, results)
     print(f"{results}: {outcomes.count(PASSED)} of {len(outcomes)} samples passed")
     print(describe_samples(about["samples"]))

@@ -9,6 +9,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from itertools import chain, product, zip_longest
 from pathlib import Path
@@ -26,7 +27,7 @@ from clippy_train.model.sample import Gap, Prompt, Sampling, complete_prompts, s
 from clippy_train.shards.problems import Problem, open_text
 
 SETTINGS = "_settings.json"  # appended to the name of the samples file
-LOCK = "_lock"  # appended to it while a process writes or scores it
+LOCK = "_lock"  # appended to it while a command writes or scores it
 GENERATION = ("model", "problems", "batch_size", "temperature", "top_p", "max_new_tokens", "stop", "seed")
 
 
@@ -63,10 +64,7 @@ def part_file(path: Path, index: int, parts: int) -> Path:
 
 def add_batches(config: EvaluateConfig, batches: list[list[Problem]], settings: dict[str, Any], path: Path) -> None:
     """Generate the batches that a file of samples lacks."""
-    found = require_same_settings(settings, path)
-    complete = len(found) >= sum(map(len, batches))
-    done = len(batches) if complete else len(found) // config.batch_size
-    if done == len(batches):
+    if not missing_batches(config, batches, require_same_settings(settings, path)):
         return
     (name,) = config.model
     model, tokenizer = load_model_and_tokenizer(name)
@@ -74,9 +72,14 @@ def add_batches(config: EvaluateConfig, batches: list[list[Problem]], settings: 
     require_room(model, tokenizer, prompts, config.max_new_tokens)
     stop, (index, parts) = stop_at_sequences(settings["stop"]), config.part
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_name(path.name + LOCK), f"samples={path}: another command writes them; wait for it"):
+    with alone(path):
+        found = require_same_settings(settings, path)  # again: another command may have written some meanwhile
+        missing = missing_batches(config, batches, found)
+        if not missing:
+            return
+        done = len(batches) - len(missing)
         replace_samples(settings, path, found[: done * config.batch_size], path)
-        bar = tqdm(batches[done:], "samples", len(batches), initial=done, unit=" batches", leave=False, disable=None)
+        bar = tqdm(missing, "samples", len(batches), initial=done, unit=" batches", leave=False, disable=None)
         for number, some in enumerate(bar, done):
             seed = config.seed + index + number * parts  # that of the batch in all of the samples
             sampling = Sampling(config.max_new_tokens, settings["temperature"], config.top_p, seed)
@@ -84,6 +87,20 @@ def add_batches(config: EvaluateConfig, batches: list[list[Problem]], settings: 
             lines = [{"task_id": p.task_id, "completion": text} for p, text in zip(some, texts, strict=True)]
             with open_text(path, "a") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def missing_batches(config: EvaluateConfig, batches: list[list[Problem]], found: list[str]) -> list[list[Problem]]:
+    """The batches that are not among the lines found; an incomplete one is missing."""
+    return [] if len(found) >= sum(map(len, batches)) else batches[len(found) // config.batch_size :]
+
+
+def alone(path: Path) -> AbstractContextManager[None]:
+    """Keep other commands from writing or scoring a file of samples.
+
+    Raises:
+        ConfigError: one does.
+    """
+    return locked(path.with_name(path.name + LOCK), f"samples={path}: another command uses them; wait for it")
 
 
 def prompt_of(problem: Problem) -> Prompt:
