@@ -167,6 +167,22 @@ def test_a_sample_of_an_ordinary_user_does_not_mount_its_group(start_in: Start, 
     assert said.read_text() == os.strerror(errno.ENOSPC)
 
 
+def test_groups_of_a_scorer_that_was_killed_are_removed() -> None:
+    above = divisible_group()
+    assert above
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left, used = (above / f"sample-{pid}-x" for pid in (ended.pid, os.getpid()))
+    left.mkdir()
+    used.mkdir()
+    try:
+        divisible_group.cache_clear()
+        assert divisible_group() == above
+        assert [left.exists(), used.exists()] == [False, True]
+    finally:
+        used.rmdir()
+
+
 def test_a_kernel_without_swap_has_no_limit_for_it(tmp_path: Path) -> None:
     set_limits(tmp_path, MEMORY)
     assert {path.name for path in tmp_path.iterdir()} == {"memory.max", "pids.max"}

@@ -27,10 +27,16 @@ def divisible_group() -> Path | None:
     own = own_group()
     if own is None or not os.access(own, os.W_OK) or not os.access(own / "cgroup.procs", os.W_OK):
         return None
-    with suppress(OSError):
+    try:
         _enable(own)  # works at once in the root of all groups, or if it was done before
-        return own
-    return own if _divided(own) else None
+    except OSError:
+        if not _divided(own):
+            return None
+    for group in own.glob("sample-*"):
+        if not Path("/proc", group.name.split("-")[1]).exists():  # a scorer that was killed has left it
+            with suppress(OSError):
+                group.rmdir()
+    return own
 
 
 def own_group() -> Path | None:
@@ -80,7 +86,7 @@ def sample_group(memory_bytes: int) -> Iterator[str | None]:
         yield None
         return
     try:
-        group = Path(tempfile.mkdtemp(prefix="sample-", dir=above))
+        group = Path(tempfile.mkdtemp(prefix=f"sample-{os.getpid()}-", dir=above))
     except OSError as error:
         raise SandboxFault(f"no cgroup for a sample: {error}") from error
     try:
