@@ -411,6 +411,12 @@ def test_a_file_of_samples_has_one_command_at_a_time(
     assert not samples.with_name("samples.jsonl_results.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", [".", "missing/samples.jsonl"])
+def test_samples_that_are_not_there_are_no_file(name: str, problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(problems, Path(name), *SCORE, code=2)
+    assert f"samples={name}: no such file" in capsys.readouterr().err
+
+
 def test_a_lock_that_its_holder_removes_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between opening it and locking it; a third command would make another."""
     monkeypatch.setattr(fcntl, "flock", lambda *_: (tmp_path / "lock").unlink())

@@ -115,7 +115,7 @@ def scorable_problems(name: str) -> dict[str | int, Problem]:
 
 def score_samples(config: EvaluateConfig, problems: dict[str | int, Problem], path: Path) -> Scores:
     """Run every sample, write the results next to the samples file, and estimate pass@k."""
-    if not path.exists():
+    if not path.is_file():
         raise ConfigError(f"samples={path}: no such file")
     results = path.with_name(path.name + RESULTS)
     with alone(path):
