@@ -14,8 +14,9 @@ setup: $(READY) ## create .venv and install the project with the versions that t
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "clippy_train needs Python 3.11 or newer; set PYTHON="'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib # which pip does on one core
 	@touch $@
 
 demo: $(READY) ## corpus, tokenizer, training, export and generation on this Python's own source code, in minutes
