@@ -386,8 +386,9 @@ def test_a_model_on_the_hub_is_identified_by_its_commit(tmp_path: Path, monkeypa
         (cached / path).parent.mkdir(parents=True, exist_ok=True)
         (cached / path).write_text(content)
     assert weights_version("me/tiny") == commit
-    assert weights_version("me/other") is None
-    assert weights_version("not a name") is None
+    for name in ("me/other", "not a name"):
+        with pytest.raises(ConfigError, match=f"model={name} is neither a folder nor a model on the hub: "):
+            weights_version(name)
 
 
 def test_a_file_of_samples_has_one_command_at_a_time(

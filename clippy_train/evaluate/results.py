@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from clippy_train.config import EvaluateConfig, keys, values
-from clippy_train.errors import ConfigError
+from clippy_train.errors import ConfigError, first_line
 from clippy_train.files import atomic_write
 
 
@@ -51,13 +51,17 @@ def read_results(path: str) -> dict[str, Any]:
 
 
 def weights_version(name: str) -> str | None:
-    """What identifies a model's weights: `weights_hash` of a folder, the commit of a name on the hub, else None."""
+    """What identifies a model's weights: the hash of a folder's, and of a name on the hub the commit.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if Path(name).is_dir():
         return weights_hash(Path(name))
     try:
         return Path(hf_hub_download(name, "config.json")).parent.name  # in the hub's cache: snapshots/COMMIT
-    except (OSError, ValueError):  # loading the model says it better
-        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model={name} is neither a folder nor a model on the hub: {first_line(error)}") from error
 
 
 def weights_hash(folder: Path) -> str | None:
