@@ -23,10 +23,10 @@ demo: $(READY) ## corpus, tokenizer, training, export and generation on this Pyt
 	$(BIN)/clippy demo
 
 check: lint ## lint, types and the quick tests, in a minute: run it before every commit
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slurm and not processes and not slow'
+	$(BIN)/pytest -n 2 -m 'not slurm and not processes and not slow'
 
 test: $(READY) ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 chaos: $(READY) ## interrupt runs at random moments, 200 times with kill -9 and 200 times with signals; two hours on two cores
 	cd tests && ../$(BIN)/python -m tools.chaos kill
