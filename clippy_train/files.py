@@ -43,8 +43,6 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[TextIO]:
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Keep other processes out of a block, by a file that exists only while one is in it.
 
-    File systems without locks keep nobody out.
-
     Args:
         busy: what to tell a second one.
 
@@ -52,18 +50,23 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         ConfigError: another process is in the block.
     """
     with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(busy) from None
-        except OSError:
-            pass
-        if not os.fstat(lock.fileno()).st_nlink:  # one that was in the block has removed it
+        if not take_lock(lock.fileno()) or not os.fstat(lock.fileno()).st_nlink:  # its holder has just removed it
             raise ConfigError(busy)
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def take_lock(descriptor: int) -> bool:
+    """Whether this process now holds the lock on a file. True as well where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def require_writable(out: str | None) -> None:

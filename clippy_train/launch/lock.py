@@ -5,12 +5,12 @@ it when it becomes rank 0. Slurm knows whether a job is still running, so a lock
 system blocks nobody.
 """
 
-import fcntl
 import os
 import socket
 from pathlib import Path
 
 from clippy_train.errors import ConfigError
+from clippy_train.files import take_lock
 from clippy_train.launch import slurm
 from clippy_train.run.folder import LOCK
 
@@ -34,21 +34,10 @@ def lock_folder(folder: Path, setting: str, attempt: str = "") -> int:
     except OSError as error:
         raise ConfigError(f"run.root: cannot write the run's folder: {error}") from error
     holder = os.read(descriptor, 1000).decode() or "another command"
-    if not _locked(descriptor) and not slurm.has_ended(holder):
+    if not take_lock(descriptor) and not slurm.has_ended(holder):
         os.close(descriptor)
         raise ConfigError(f"{setting}: {holder} trains in {folder}; wait for it, or choose another run.name")
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, (attempt or f"process {os.getpid()} on {socket.gethostname()}").encode(), 0)
     os.set_inheritable(descriptor, True)
     return descriptor
-
-
-def _locked(descriptor: int) -> bool:
-    """Whether this process now holds the lock. True as well where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
