@@ -1,8 +1,7 @@
 """A control group for each sample, where this user may make one: the kernel limits all of its processes together.
 
 That needs cgroup v2 and a group of this process's own, as in a container that may write /sys/fs/cgroup, or from
-`systemd-run --user --scope -p Delegate=yes COMMAND`. Elsewhere, sums are only sampled (`evaluate.inside`). Costs half a
-millisecond per sample.
+`systemd-run --user --scope -p Delegate=yes COMMAND`. Elsewhere, sums are only sampled (`evaluate.inside`).
 """
 
 import os

@@ -58,7 +58,7 @@ def train_rank(config: TrainConfig, start: Start, flag: SignalFlag) -> None:
     Raises:
         Interrupted: a signal arrived; a checkpoint of the last step is complete.
     """
-    gc.freeze()  # what is imported stays: DeepSpeed's full collections would take a third of a second each
+    gc.freeze()  # what is imported stays: DeepSpeed's full collections would take 0.3 s each
     rank = int(os.environ["RANK"])
     watchdog = Watchdog(config.run_dir, rank, config.trainer.watchdog_seconds)
     pl.seed_everything(config.seed + rank, verbose=False)
