@@ -2,8 +2,8 @@
 
 The logits of a batch never exist at once. The head computes `CHUNK` tokens at a time in the model's precision, reduces
 them in fp32, and in training turns them into gradients at once, which backward only scales. Besides the gradient of its
-weight it holds one chunk of logits in the model's precision and one in fp32 (1024 x 50304: 0.1 and 0.2 GB); Hugging
-Face holds all logits several times over.
+weight it holds one chunk of logits in fp32 and, if it is another, one in the model's precision (1024 x 50304: 0.2 and
+0.1 GB); Hugging Face holds all logits several times over.
 
 All of this runs inside the head's own forward pass: under ZeRO-3 its weight is gathered only there.
 """
@@ -114,7 +114,7 @@ class _MeanLoss(torch.autograd.Function):
         chunk = min(tokens, CHUNK[hidden.device.type])
         inputs, head = hidden.to(dtype), F.pad(weight.to(dtype), (0, 0, 0, -vocab_size % VOCAB_MULTIPLE))
         logits = head.new_empty(chunk, len(head))  # reused buffers: on CPU, new memory costs more than the arithmetic
-        scores = head.new_empty(chunk, len(head), dtype=torch.float32)
+        scores = logits if dtype is torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         grad_inputs, grad_head = torch.empty_like(inputs), torch.zeros_like(head, dtype=torch.float32)
         losses = scores.new_empty(tokens)
         parts = (each.split(chunk) for each in (inputs, targets, grad_inputs, losses))

@@ -72,6 +72,11 @@ class _Shape:
     autocast: bool
 
     @property
+    def logit(self) -> int:
+        """Of a logit in the precision of the model and, if it is another, in fp32."""
+        return self.value if self.value == BYTES["fp32"] else self.value + BYTES["fp32"]
+
+    @property
     def copies(self) -> int:
         """Autocast's copies of the matrices of all layers, which the backward pass needs."""
         return self.value * 12 * self.width**2 * self.layers if self.autocast else 0
@@ -175,7 +180,7 @@ def _loss(config: TrainConfig, shape: _Shape) -> int:
     tokens = config.trainer.micro_batch_size * (config.data.seq_len - 1)
     if config.model.loss_dtype == "bf16":  # all logits: twice in the loss itself, twice as gradients
         return 4 * BYTES["bf16"] * tokens * shape.vocab
-    logits = min(tokens, CHUNK["cuda"]) * shape.vocab * (shape.value + 4)
+    logits = min(tokens, CHUNK["cuda"]) * shape.vocab * shape.logit
     head = shape.vocab * shape.width * (2 * shape.value + 4)
     return logits + head + tokens * shape.width * (3 * shape.weight + shape.value * (2 if shape.autocast else 1))
 
@@ -197,7 +202,7 @@ def _validation(config: TrainConfig, shape: _Shape) -> int:
     size = batch * config.data.seq_len * shape.width
     head = shape.copies + (shape.value * shape.vocab * shape.width if shape.autocast else 0)
     tokens = min(batch * (config.data.seq_len - 1), CHUNK["cuda"])
-    logits = tokens * shape.vocab * (shape.value + 4) + 2 * shape.weight * size
+    logits = tokens * shape.vocab * shape.logit + 2 * shape.weight * size
     if config.model.loss_dtype == "bf16":
         logits = 3 * BYTES["bf16"] * batch * config.data.seq_len * shape.vocab
     layer = size * (2 * shape.weight + 10 * shape.value)
