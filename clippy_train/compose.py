@@ -104,7 +104,10 @@ def register_schema(schema: type) -> str:
     """Make a schema known to Hydra; return the name of the configuration to compose."""
     training = issubclass(schema, TrainConfig)
     name = "train" if training else schema.__name__.removesuffix("Config").lower()
-    ConfigStore.instance().store(name="train_schema" if training else name, node=schema)
+    stored, store = "train_schema" if training else name, ConfigStore.instance()
+    known = store.repo.get(f"{stored}.yaml")
+    if known is None or OmegaConf.get_type(known.node) is not schema:  # storing costs a tenth of composing
+        store.store(name=stored, node=schema)
     return name
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support import processes
+from support import converter, processes
 from support.small_corpus import make_corpus, make_tokenizer, write_sources
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
+from clippy_train.run import consolidate
 
 SLOWEST = ("test_parity.py", "test_train.py", "test_import_flax.py")  # minutes each: started first, one on each worker
 
@@ -24,6 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if {"runs", "replay"} & set(getattr(item, "fixturenames", ())):  # real training
             item.add_marker("processes")
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _conversions_in_this_process() -> None:
+    consolidate.subprocess = converter.SUBPROCESS  # type: ignore[attr-defined, assignment]  # what it imports
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The short forms of `make chaos`, one random kill and one random signal with another seed, and of its self-test."""
+"""The short forms of `make chaos`, one random kill and one random signal on forked processes, and of its self-test."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,7 +11,8 @@ from tools.chaos_selftest import MUTATIONS, PACKAGE, Mutation
 
 @pytest.fixture(scope="module")
 def chaos(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path) -> Chaos:
-    return Chaos(Runs(tmp_path_factory.mktemp("chaos"), tiny_corpus, tiny_tokenizer), seed=0)
+    runs = Runs(tmp_path_factory.mktemp("chaos"), tiny_corpus, tiny_tokenizer)
+    return Chaos(runs, seed=0, start=Runs.start_clippy)
 
 
 @pytest.mark.processes

@@ -3,15 +3,11 @@
 import json
 import os
 import pickle
-import runpy
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -135,11 +131,7 @@ def test_a_name_in_a_checkpoint_is_not_a_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of runpy
-def test_an_export_or_resharding_runs_nothing_that_stands_in_a_checkpoint(
-    trained: TrainConfig, trap: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(consolidate, "subprocess", SimpleNamespace(run=run_here))
+def test_an_export_or_resharding_runs_nothing_that_stands_in_a_checkpoint(trained: TrainConfig, trap: Path) -> None:
     wanted = trained.run_dir / HF_FOLDER, (consolidate.WEIGHTS, *MOMENTS)
     for kind, (checkpoint, files) in hostile_copies(trained, trap).items():
         if kind == RANDOM_STATE:  # never opened
@@ -147,30 +139,32 @@ def test_an_export_or_resharding_runs_nothing_that_stands_in_a_checkpoint(
             continue
         with pytest.raises(CheckpointError) as raised:
             consolidate.consolidated_tensors(open_checkpoint(checkpoint), *wanted)
-        assert str(raised.value).endswith(tuple(refusal(file) for file in files))
+        assert str(raised.value).endswith(tuple(map(refusal, files)))
 
 
-def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run` does with a Python command, but in this process, which has imported everything."""
-    assert command[:2] == [sys.executable, "-m"]
-    code: str | int | None = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command[2:])
-        try:
-            runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            code = end.code
-    return subprocess.CompletedProcess(command, bool(code), "", str(code))
+@pytest.mark.processes
+@pytest.mark.parametrize("trained", ["zero3"], indirect=True)
+def test_a_process_of_its_own_converts_and_refuses_as_the_tests_do_in_theirs(
+    trained: TrainConfig, trap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = trained.run_dir / HF_FOLDER, (consolidate.WEIGHTS, *MOMENTS)
+    checkpoint = open_checkpoint(checkpoint_folder(trained.run_dir, 1))
+    expected = consolidate.consolidated_tensors(checkpoint, *wanted)
+    monkeypatch.setattr(consolidate, "subprocess", subprocess)
+    torch.testing.assert_close(consolidate.consolidated_tensors(checkpoint, *wanted), expected, rtol=0, atol=0)
+    hostile, files = hostile_copies(trained, trap)["*optim_states.pt"]
+    with pytest.raises(CheckpointError) as raised:
+        consolidate.consolidated_tensors(open_checkpoint(hostile), *wanted)
+    assert str(raised.value).endswith(tuple(map(refusal, files)))
 
 
 def refusal(file: Path) -> str:
     return f"{file} is refused, nothing of it has been run: posix.mkdir is neither a tensor nor a plain value"
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("trained", ["zero1"], indirect=True)
 def test_commands_refuse_a_hostile_checkpoint_with_the_exit_code_for_checkpoints(
-    runs: Runs, trained: TrainConfig, trap: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: Runs, trained: TrainConfig, trap: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only rank 1 reads the file. Rank 0 fails with it, with the code for a bug."""
     theirs = checkpoint_folder(trained.run_dir, 1)
@@ -178,7 +172,6 @@ def test_commands_refuse_a_hostile_checkpoint_with_the_exit_code_for_checkpoints
     make_hostile(theirs, [file], trap)
     said = runs.train("mine", "strategy=zero1", f"resume={theirs}", "trainer.max_steps=2", code=4).stderr
     assert f"rank 1: {refusal(file)}" in said
-    monkeypatch.setattr(consolidate, "subprocess", SimpleNamespace(run=run_here))
     assert main(["export", f"run={trained.run_dir}", f"out={runs.root / 'out'}"]) == 4
     assert refusal(file) in capsys.readouterr().err
     assert not (runs.root / "out").exists()

@@ -174,6 +174,10 @@ def rank_name(rank: str, run: str) -> str:
 
 
 def _main(module: str, arguments: list[str]) -> int:
+    from clippy_train.run import consolidate
+    from support import converter
+
+    consolidate.subprocess = converter.SUBPROCESS  # type: ignore[attr-defined, assignment]  # what it imports
     if module == COMMAND:
         from clippy_train import cli
         from clippy_train.launch import agent

@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -24,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from support.models import gpt_neo
-from support.runs import Runs, rank_pids, trained, weights_hash
+from support.runs import Process, Runs, rank_pids, trained, weights_hash
 from support.small_corpus import make_corpus, make_tokenizer
 
 from clippy_train.files import STAGING
@@ -55,17 +55,20 @@ class Run:
     """One attempt of a run."""
 
     folder: Path
-    process: subprocess.Popen[str]
+    process: Process
 
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
 
     def ranks(self) -> list[int]:
-        return [pid for pid in rank_pids(self.folder) if parent(pid) == self.process.pid]
+        found = rank_pids(self.folder)
+        return [pid for pid in found if parent(pid) not in found]
 
     def loaders(self) -> list[int]:
-        return sorted(set(rank_pids(self.folder)) - set(self.ranks()))
+        with suppress(psutil.NoSuchProcess):  # a rank has just ended
+            return [child.pid for rank in self.ranks() for child in psutil.Process(rank).children()]
+        return []
 
 
 Fault = Callable[[Run, random.Random], str]  # injects a fault; returns its name
@@ -109,12 +112,22 @@ def send(pid: int, number: int) -> None:
 class Chaos:
     """A reference run, and runs with faults that must equal it.
 
+    Args:
+        start: starts a command of `runs` in the background.
+
     Attributes:
         counts: trials, faults and observations, by name.
     """
 
-    def __init__(self, runs: Runs, seed: int, moments: Sequence[str] = MOMENTS) -> None:
+    def __init__(
+        self,
+        runs: Runs,
+        seed: int,
+        moments: Sequence[str] = MOMENTS,
+        start: Callable[..., Process] = Runs.start_command,
+    ) -> None:
         self.runs, self.rng, self.moments, self.counts = runs, random.Random(seed), moments, Counter[str]()
+        self._start = start
         base = runs.root / "base"  # with dropout, so that a lost random state changes the loss
         vocab_size = len(load_tokenizer(str(runs.tokenizer)))
         gpt_neo(window=8, hidden=32, heads=2, vocab_size=vocab_size, dropout=0.1).save_pretrained(base)
@@ -126,8 +139,8 @@ class Chaos:
         assert process.wait(TIMEOUT) == 0
         self.reference = self.outcome("reference")
 
-    def start(self, name: str) -> subprocess.Popen[str]:
-        return self.runs.start_command("train", *self.runs.settings, f"run.name={name}", *self.settings)
+    def start(self, name: str) -> Process:
+        return self._start(self.runs, "train", *self.runs.settings, f"run.name={name}", *self.settings)
 
     def outcome(self, name: str) -> dict[str, Any]:
         """Everything that must not depend on the faults."""
