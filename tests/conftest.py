@@ -1,5 +1,7 @@
 """What tests of several rooms share: a small corpus, a small tokenizer and a valid configuration of the two."""
 
+import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,4 +84,9 @@ def tiny_tokenizer(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 def train_config(tiny_corpus: Path, tiny_tokenizer: Path) -> Callable[..., TrainConfig]:
     """`train_config("data.streams=4", ...)`: the demo's configuration on the tiny corpus, with overrides."""
     paths = [f"data.path={tiny_corpus}", f"tokenizer.base={tiny_tokenizer}"]
-    return lambda *overrides: compose(TrainConfig, ["experiment=demo", *paths, *overrides])
+
+    @functools.cache  # Hydra takes a tenth of a second, and properties ask for the same again and again
+    def composed(*overrides: str) -> TrainConfig:
+        return compose(TrainConfig, ["experiment=demo", *paths, *overrides])
+
+    return lambda *overrides: copy.deepcopy(composed(*overrides))

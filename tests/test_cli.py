@@ -96,7 +96,7 @@ def test_a_terminal_that_knows_ascii_only_gets_escapes(monkeypatch: Patch) -> No
 def test_ranks_read_the_text_that_was_typed(
     train_config: Callable[..., config.TrainConfig], tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
-    written, path = train_config(), tmp_path_factory.getbasetemp() / "config.yaml"
+    written, path = train_config(), tmp_path_factory.mktemp("written") / "config.yaml"
     written.data.text_column, written.logger.sample_prompts = text, [text]
     config.save(written, path)
     assert config.load(path) == written
