@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -36,10 +37,10 @@ class Replay:
 
 
 class Recorder(pl.Callback):
-    """Collects a `Replay` during training."""
+    """Collects a `Replay` during training, and ends it after a step at which `enough`."""
 
-    def __init__(self) -> None:
-        self.seen = Replay()
+    def __init__(self, enough: Callable[[Replay], bool]) -> None:
+        self.seen, self._enough = Replay(), enough
         self._sums = new_sums(1)
 
     def on_train_batch_end(
@@ -50,6 +51,7 @@ class Recorder(pl.Callback):
             self.seen.losses += [loss.item() for loss in step.losses]
             self.seen.learning_rates.append(step.lr)
             self.seen.grad_norms.append(float(step.grad_norm))
+            trainer.should_stop = self._enough(self.seen)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._sums = new_sums(1)
@@ -110,9 +112,11 @@ def configuration(trace: FlaxTrace, *overrides: str) -> TrainConfig:
 FROM_TRACE = {"lr", "betas", "eps", "weight_decay", "warmup_steps", "decay_steps", "min_lr_ratio", "grad_clip"}
 
 
-def train(trace: FlaxTrace, config: TrainConfig, rank: int = 0) -> Replay:
-    """Train on this rank's share of the recorded micro-batches."""
-    model, recorder = trace.initial_model(), Recorder()
+def train(
+    trace: FlaxTrace, config: TrainConfig, rank: int = 0, enough: Callable[[Replay], bool] = lambda seen: False
+) -> Replay:
+    """Train on this rank's share of the recorded micro-batches: all, or until `enough`."""
+    model, recorder = trace.initial_model(), Recorder(enough)
     trainer = build_trainer(config, callbacks=[recorder], logger=False, num_sanity_val_steps=0)
     module = CodeLM(config, model, np.ones(model.config.vocab_size, dtype=np.int32))
     trainer.fit(module, RecordedData(trace, rank, config.world_size))
