@@ -1,7 +1,11 @@
-"""What tests of several rooms share: a small corpus, a small tokenizer and a valid configuration of the two."""
+"""What tests of several rooms share: a small corpus, a small tokenizer and a valid configuration of the two.
+
+A fixture imports what it needs of torch and transformers: pytest-xdist's controller imports this, and runs no test.
+"""
 
 import copy
 import functools
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +13,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from support import converter, processes
-from support.small_corpus import make_corpus, make_tokenizer, write_sources
 
 from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
@@ -20,6 +23,16 @@ SLOWEST = ("test_parity.py", "test_train.py", "test_import_flax.py")  # minutes 
 # How fast a machine is, and whether it has Hypothesis' tables of characters yet, says nothing about the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def pytest_collection() -> None:
+    gc.disable()  # imports make no garbage
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(50_000)  # a full collection in a process that has imported everything takes half a second
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,18 +78,24 @@ sys.addaudithook(_note)
 @pytest.fixture(scope="session")
 def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 packages of a few Python files each; do not write to it."""
+    from support.small_corpus import write_sources
+
     return write_sources(tmp_path_factory.mktemp("sources") / "code")
 
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus folder with several training shards, made from such packages; do not write to it."""
+    from support.small_corpus import make_corpus
+
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a byte-level BPE with 512 tokens and the four white-space tokens."""
+    from support.small_corpus import make_tokenizer
+
     return make_tokenizer(tiny_corpus, tmp_path_factory.mktemp("tokenizer"))
 
 

@@ -117,20 +117,19 @@ class _MeanLoss(torch.autograd.Function):
         scores = logits if dtype is torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         grad_inputs, grad_head = torch.empty_like(inputs), torch.zeros_like(head, dtype=torch.float32)
         losses = scores.new_empty(tokens)
-        parts = (each.split(chunk) for each in (inputs, targets, grad_inputs, losses))
-        factor_parts = [None] * -(-tokens // chunk) if factors is None else factors.split(chunk)
-        for x, ids, grad_x, loss, factor in zip(*parts, factor_parts, strict=True):
+        factors = torch.ones_like(losses) if factors is None else factors
+        parts = (each.split(chunk) for each in (inputs, targets, grad_inputs, losses, factors))
+        for x, ids, grad_x, loss, factor in zip(*parts, strict=True):
             low = torch.mm(x, head.T, out=logits[: len(x)])
             high = scores[: len(x)].copy_(low)
             high[:, vocab_size:] = -torch.inf
             values, sums = _exponentials_(high, ids)
             loss.copy_(values)
-            gradient = _softmax_gradient_(high, sums, ids).div_(tokens)
-            low.copy_(gradient if factor is None else gradient.mul_(factor[:, None]))
+            low.copy_(_softmax_gradient_(high, sums, ids, factor[:, None] / tokens))
             torch.mm(low, head, out=grad_x)
             grad_head += low.T @ x
         ctx.save_for_backward(grad_inputs.to(hidden.dtype), grad_head[:vocab_size].to(weight.dtype))
-        return losses.mean() if factors is None else (losses * factors).mean()
+        return (losses * factors).mean()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -152,10 +151,10 @@ def _exponentials_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return (sums.log() - target)[:, 0], sums
 
 
-def _softmax_gradient_(exponentials: Tensor, sums: Tensor, targets: Tensor) -> Tensor:
-    """Overwrite the exponentials of logits with the gradient of the summed losses with respect to the logits."""
-    probabilities, index = exponentials.div_(sums), targets[:, None]
-    return probabilities.scatter_(1, index, probabilities.gather(1, index) - 1)
+def _softmax_gradient_(exponentials: Tensor, sums: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """Overwrite the exponentials of logits with the gradient of the losses times `scale` (`[tokens, 1]`)."""
+    scaled, index = exponentials.mul_(scale / sums), targets[:, None]
+    return scaled.scatter_(1, index, scaled.gather(1, index) - scale)
 
 
 def _bf16_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Two new Python processes spend some eight seconds on imports. Python's fork serv
 its ranks from the same server. Processes, files, signals and exit codes are real.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -143,6 +144,7 @@ class _Process(ForkServerProcess):
         return {**self.__dict__, "_files": [DupFd(each) for each in self._files]}
 
     def run(self) -> None:
+        gc.freeze()  # collecting what the server imported would take half a second, and copy all of it
         (_, module, *arguments), cwd, environment, new_session = self._job
         processes.die_with_parent()
         forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # it would start another
