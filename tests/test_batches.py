@@ -2,10 +2,8 @@
 epoch is lost or repeated by kills and resumes."""
 
 import json
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +23,7 @@ from support import oracle, processes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clippy_train.config import TrainConfig, save
+from clippy_train.config import TrainConfig
 from clippy_train.data.batches import split_scored
 from clippy_train.data.mixture import open_sources
 from clippy_train.data.objectives import LeftToRight
@@ -391,32 +389,29 @@ def test_unreadable_shards_stop_the_run_with_their_documents(
         progress.all_counts()
 
 
-RANK = """
-import multiprocessing, sys, time
-from pathlib import Path
-from clippy_train.config import load
-from clippy_train.train.data import DataModule
-from clippy_train.tokenizer import load_tokenizer
-from clippy_train.train.callbacks.progress import fresh_cursors
-config = load(Path(sys.argv[1]))
-batches = iter(DataModule(config, load_tokenizer(config.tokenizer.base), 0, fresh_cursors(4)).train_dataloader())
-next(batches)
-time.sleep(2)  # until the loaders have read ahead
-print(*(each.pid for each in multiprocessing.active_children()), flush=True)
-time.sleep(100)
-"""
-
-
 @pytest.mark.processes
-def test_no_loader_process_outlives_a_rank_that_was_killed(config: ConfigBuilder, tmp_path: Path) -> None:
+def test_no_loader_process_outlives_a_rank_that_was_killed(
+    config: ConfigBuilder, tokenizer: PreTrainedTokenizerFast
+) -> None:
     """The blocks exceed the pipe's capacity: a process that checks on its rank only between blocks would hang."""
     settings = config(1, 2, 2, "data.seq_len=16384", "model.max_position_embeddings=16384")
-    save(settings, tmp_path / "config.yaml")
-    command = [sys.executable, "-c", RANK, str(tmp_path / "config.yaml")]
-    rank = processes.start(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
-    assert rank.stdout is not None
-    loaders = rank.stdout.readline().split()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def be_a_rank() -> None:
+        processes.die_with_parent()
+        batches = iter(DataModule(settings, tokenizer, 0, START).train_dataloader())
+        next(batches)
+        time.sleep(2)  # until the loaders have read ahead
+        sender.send([each.pid for each in multiprocessing.active_children()])
+        time.sleep(100)
+
+    rank = context.Process(target=be_a_rank)
+    rank.start()
+    assert receiver.poll(60)
+    loaders = receiver.recv()
     rank.kill()
+    rank.join()
     assert len(loaders) == 2
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}/exe").exists() for pid in loaders):  # a zombie has none

@@ -17,6 +17,8 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import MISSING
+from support import forks
+from support.runs import environment
 from tools import make_configuration_docs, make_plan_docs
 
 from clippy_train import config
@@ -548,8 +550,9 @@ def test_a_flag_of_another_verb_is_refused(arguments: list[str], owner: str, tmp
 @pytest.mark.processes
 def test_a_plan_of_many_trials_trains_none(tmp_path: Path) -> None:
     arguments = ["plan", "-m", "experiment=code_clippy_125m", f"run.root={tmp_path}/runs", "seed=1,2"]
-    command = [sys.executable, "-m", "clippy_train.cli", *arguments]  # Hydra would set up this process's logging again
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Not in this process, whose logging Hydra would set up again
+    done = forks.run(arguments, tmp_path, environment(tmp_path), timeout=100)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("2,097,152 tokens") == 2
     assert not list(tmp_path.rglob("config.yaml"))
 

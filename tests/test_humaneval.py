@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import processes
+from support import forks
 from support.formats import INFILLING, MBPP, MBPP_PLUS, MULTIPL_E, RIGHT, WRONG
 from support.models import base_folder, small_bpe
-from support.runs import command, environment
+from support.runs import environment
 
 from clippy_train.cli import main
 from clippy_train.errors import ConfigError, DataError, SandboxFault
@@ -207,7 +207,7 @@ def test_a_share_is_generated_beside_others(model: Path, problems: Path, tmp_pat
     evaluate(problems, tmp_path / "one.jsonl", *settings)
     shared = tmp_path / "s.jsonl"
     arguments = ["evaluate", "task=humaneval", f"problems={problems}", f"samples={shared}", *settings]
-    started = [processes.start(command(*arguments, f"share={part}/2"), env=environment(tmp_path)) for part in (1, 2)]
+    started = [forks.Command([*arguments, f"share={part}/2"], tmp_path, environment(tmp_path)) for part in (1, 2)]
     assert [process.wait(120) for process in started] == [0, 0]
     assert shared.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
