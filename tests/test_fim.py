@@ -447,6 +447,7 @@ SETTINGS = [
     "data.seq_len=64",
     "data.streams=8",
     "trainer.global_batch_size=32",
+    "trainer.micro_batch_size=8",
     "trainer.max_steps=48",
     "trainer.val_every_steps=48",
     "checkpoint.every_steps=7",

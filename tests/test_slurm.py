@@ -283,7 +283,7 @@ def test_a_sweep_submits_a_job_of_two_nodes_per_trial_and_resumes_after_an_inter
     arguments = [
         "train", "-m", *runs.settings, *SETTINGS, "run.name=sweep", "trainer.max_steps=2", "launcher=slurm",
         "launcher.preflight=false", "launcher.parallel=2", "launcher.sbatch=--nodes=2 --ntasks-per-node=1 --time=20",
-        "optim.lr=1e-3,1e-4", "seed=1,2",
+        "seed=1,2,3",
     ]  # fmt: skip
     left = runs.start_command(*arguments)
     ids = runs.root / "runs/sweep"
@@ -301,12 +301,10 @@ def test_a_sweep_submits_a_job_of_two_nodes_per_trial_and_resumes_after_an_inter
     assert again.returncode == 0, shown
     with (ids / TABLE).open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["state"] for row in rows] == ["done"] * 4, shown
-    grid = {(lr, seed) for lr in ("0.001", "0.0001") for seed in ("1", "2")}
-    assert {(row["optim.lr"], row["seed"]) for row in rows} == grid
+    assert sorted((row["seed"], row["state"]) for row in rows) == [(seed, "done") for seed in ("1", "2", "3")], shown
     jobs = jobs_of(ids)
     assert submitted.items() <= jobs.items()  # nothing was submitted twice
-    assert len(set(jobs.values())) == len(grid)
+    assert len(set(jobs.values())) == len(rows)
     for row in rows:
         config = load(Path(runs.root / row["folder"]) / "config.yaml")
         assert (config.world_size, config.trainer.num_nodes) == (2, 2)
