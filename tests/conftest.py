@@ -18,7 +18,8 @@ from clippy_train.compose import compose
 from clippy_train.config import TrainConfig
 from clippy_train.run import consolidate
 
-SLOWEST = ("test_parity.py", "test_train.py", "test_import_flax.py")  # minutes each: started first, one on each worker
+# Started first, so that no worker has one of them at the end
+SLOWEST = ("test_parity.py", "test_train.py", "test_faults.py", "test_corpus_scale.py", "test_sweep.py")
 
 # How fast a machine is, and whether it has Hypothesis' tables of characters yet, says nothing about the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -31,7 +32,7 @@ def pytest_collection() -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
-    gc.set_threshold(50_000)  # a full collection in a process that has imported everything takes half a second
+    gc.set_threshold(50_000)  # fewer passes over what tests make
     gc.enable()
 
 
@@ -44,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _conversions_in_this_process() -> None:
-    consolidate.subprocess = converter.SUBPROCESS  # type: ignore[attr-defined, assignment]  # what it imports
+    consolidate.subprocess = converter.SUBPROCESS  # type: ignore[attr-defined, assignment]  # for `subprocess`
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,10 @@ def tiny_tokenizer(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def train_config(tiny_corpus: Path, tiny_tokenizer: Path) -> Callable[..., TrainConfig]:
-    """`train_config("data.streams=4", ...)`: the demo's configuration on the tiny corpus, with overrides."""
+    """`train_config("data.streams=4", ...)`: the demo's configuration on the tiny corpus, with overrides.
+
+    Of the environment (devices, `./conf`) it knows what the first call with these overrides saw.
+    """
     paths = [f"data.path={tiny_corpus}", f"tokenizer.base={tiny_tokenizer}"]
 
     @functools.cache  # Hydra takes a tenth of a second, and properties ask for the same again and again

@@ -408,10 +408,12 @@ def test_no_loader_process_outlives_a_rank_that_was_killed(
 
     rank = context.Process(target=be_a_rank)
     rank.start()
-    assert receiver.poll(60)
-    loaders = receiver.recv()
-    rank.kill()
-    rank.join()
+    sender.close()
+    try:
+        loaders = receiver.recv() if receiver.poll(60) else []
+    finally:
+        rank.kill()
+        rank.join()
     assert len(loaders) == 2
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}/exe").exists() for pid in loaders):  # a zombie has none

@@ -143,7 +143,7 @@ def test_an_export_or_resharding_runs_nothing_that_stands_in_a_checkpoint(traine
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("trained", ["zero3"], indirect=True)
+@pytest.mark.parametrize("trained", ["zero2 bf16", "zero3"], indirect=True)
 def test_a_process_of_its_own_converts_and_refuses_as_the_tests_do_in_theirs(
     trained: TrainConfig, trap: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

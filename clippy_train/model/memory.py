@@ -73,7 +73,7 @@ class _Shape:
 
     @property
     def logit(self) -> int:
-        """Of a logit in the precision of the model and, if it is another, in fp32."""
+        """Bytes of a logit in fp32 and, if that differs, in the model's precision too."""
         return self.value if self.value == BYTES["fp32"] else self.value + BYTES["fp32"]
 
     @property
@@ -176,7 +176,7 @@ def _layer(config: TrainConfig, shape: _Shape) -> int:
 
 
 def _loss(config: TrainConfig, shape: _Shape) -> int:
-    """A chunk of logits in two precisions; the head, its gradient in fp32 and a part of it; inputs and gradients."""
+    """A chunk of logits; the head, its gradient in fp32 and a part of it; inputs and gradients."""
     tokens = config.trainer.micro_batch_size * (config.data.seq_len - 1)
     if config.model.loss_dtype == "bf16":  # all logits: twice in the loss itself, twice as gradients
         return 4 * BYTES["bf16"] * tokens * shape.vocab
@@ -197,7 +197,7 @@ def _backward(config: TrainConfig, shape: _Shape) -> int:
 
 
 def _validation(config: TrainConfig, shape: _Shape) -> int:
-    """A chunk of logits in two precisions, or a layer."""
+    """A chunk of logits, or a layer."""
     batch = config.trainer.eval_micro_batch_size
     size = batch * config.data.seq_len * shape.width
     head = shape.copies + (shape.value * shape.vocab * shape.width if shape.autocast else 0)

@@ -4,6 +4,7 @@ import io
 import runpy
 import subprocess
 import sys
+import traceback
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from unittest.mock import patch
 
 
 def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run(command, capture_output=True, text=True)` does with a `python -m MODULE`."""
+    """What `subprocess.run(command, capture_output=True, text=True)` does with a `python -m MODULE`; takes no `env`."""
     assert command[:2] == [sys.executable, "-m"]
     code: str | int | None = 0
     out, err = io.StringIO(), io.StringIO()
@@ -22,6 +23,8 @@ def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
             runpy.run_module(command[2], run_name="__main__", alter_sys=True)
         except SystemExit as end:
             code = end.code
+        except Exception:
+            code = traceback.format_exc()
     if isinstance(code, str):
         err.write(code)
     return subprocess.CompletedProcess(command, bool(code), out.getvalue(), err.getvalue())

@@ -147,11 +147,12 @@ class _Process(ForkServerProcess):
         gc.freeze()  # collecting what the server imported would take half a second, and copy all of it
         (_, module, *arguments), cwd, environment, new_session = self._job
         processes.die_with_parent()
+        multiprocessing.set_start_method(None, force=True)  # a rank forks its loaders; the server's child would not
         forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # it would start another
         if module == COMMAND:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         else:
-            Path("/proc/self/comm").write_text(rank_name(environment["RANK"], Path(arguments[0]).name))
+            os.memfd_create(mark(environment["RANK"], Path(arguments[0]).name))
         if new_session:
             os.setsid()
         inherited = [each.detach() for each in self._files]  # type: ignore[attr-defined]  # DupFd
@@ -170,16 +171,16 @@ class _Process(ForkServerProcess):
         os._exit(code)
 
 
-def rank_name(rank: str, run: str) -> str:
-    """What `ps` calls a forked rank; Linux keeps 15 characters of it."""
-    return f"rank{rank} {run}"[:15]
+def mark(rank: str, run: str) -> str:
+    """The name of an open file that a forked rank and its loaders have; their command lines are the server's."""
+    return f"rank {rank} of {run}"
 
 
 def _main(module: str, arguments: list[str]) -> int:
     from clippy_train.run import consolidate
     from support import converter
 
-    consolidate.subprocess = converter.SUBPROCESS  # type: ignore[attr-defined, assignment]  # what it imports
+    consolidate.subprocess = converter.SUBPROCESS  # type: ignore[attr-defined, assignment]  # for `subprocess`
     if module == COMMAND:
         from clippy_train import cli
         from clippy_train.launch import agent

@@ -51,7 +51,8 @@ class Recorder(pl.Callback):
             self.seen.losses += [loss.item() for loss in step.losses]
             self.seen.learning_rates.append(step.lr)
             self.seen.grad_norms.append(float(step.grad_norm))
-            trainer.should_stop = self._enough(self.seen)
+            if self._enough(self.seen):
+                trainer.should_stop = True
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._sums = new_sums(1)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -139,9 +140,11 @@ def rank_pids(run_dir: Path, rank: int | None = None) -> list[int]:
 
 def _rank_of(process: Path, run: str) -> int | None:
     """The rank that a process has in a run, or whose loader it is; it was forked or started."""
-    name, line = (process / "comm").read_text().strip(), (process / "cmdline").read_bytes().split(b"\0")
-    if name == forks.rank_name(name[4:5], run):
-        return int(name[4])
+    line = (process / "cmdline").read_bytes().split(b"\0")
+    for file in (process / "fd").iterdir():
+        marked = re.fullmatch(rf"/memfd:{forks.mark('([0-9]+)', re.escape(run))} \(deleted\)", str(file.readlink()))
+        if marked:
+            return int(marked[1])
     if b"clippy_train.train" in line and f"runs/{run}".encode() in line:
         variables = dict(each.partition(b"=")[::2] for each in (process / "environ").read_bytes().split(b"\0"))
         return int(variables.get(b"RANK", b"0"))

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from support.models import gpt_neo
 from support.runs import Process, Runs, rank_pids, trained, weights_hash
@@ -62,13 +61,10 @@ class Run:
         return self.process.poll() is None
 
     def ranks(self) -> list[int]:
-        found = rank_pids(self.folder)
-        return [pid for pid in found if parent(pid) not in found]
+        return [pid for pid in rank_pids(self.folder) if session(pid) == pid]
 
     def loaders(self) -> list[int]:
-        with suppress(psutil.NoSuchProcess):  # a rank has just ended
-            return [child.pid for rank in self.ranks() for child in psutil.Process(rank).children()]
-        return []
+        return sorted(set(rank_pids(self.folder)) - set(self.ranks()))
 
 
 Fault = Callable[[Run, random.Random], str]  # injects a fault; returns its name
@@ -243,10 +239,11 @@ class Chaos:
         assert not rows or newest[0].name == f"step-{rows[-1]['step']:08d}", f"{name} exited without saving\n{said}"
 
 
-def parent(pid: int) -> int:
+def session(pid: int) -> int:
+    """The session of a process, which is that of its rank."""
     try:
-        return int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:
+        return os.getsid(pid)
+    except ProcessLookupError:
         return -1
 
 
