@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _conversions_in_this_process() -> None:
-    consolidate.subprocess = converter.SUBPROCESS  # type: ignore[attr-defined, assignment]  # for `subprocess`
+    consolidate.subprocess = converter.SUBPROCESS  # type: ignore[attr-defined, assignment]  # its own import
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 
 def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run(command, capture_output=True, text=True)` does with a `python -m MODULE`; takes no `env`."""
+    """What `subprocess.run(command, capture_output=True, text=True)` does with `python -m MODULE`; ignores `env`."""
     assert command[:2] == [sys.executable, "-m"]
     code: str | int | None = 0
     out, err = io.StringIO(), io.StringIO()

@@ -180,7 +180,7 @@ def _main(module: str, arguments: list[str]) -> int:
     from clippy_train.run import consolidate
     from support import converter
 
-    consolidate.subprocess = converter.SUBPROCESS  # type: ignore[attr-defined, assignment]  # for `subprocess`
+    consolidate.subprocess = converter.SUBPROCESS  # type: ignore[attr-defined, assignment]  # its own import
     if module == COMMAND:
         from clippy_train import cli
         from clippy_train.launch import agent
